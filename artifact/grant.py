@@ -1,0 +1,153 @@
+"""Who may pull, push or run what, until when: the one pure decision of registry and runtime; the clock is an argument, there is no I/O here.
+
+The words of a refusal are written here once, so that every door and the runtime say the same thing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+PROFILES = "/profiles"
+TIERS = ("developer", "enterprise")
+ACTIONS = ("pull", "push", "run", "admin")
+
+
+@dataclass(frozen=True)
+class Grant:
+    """One right: patterns over canonical model names, actions, life in seconds since 1970 (expires 0: never)."""
+
+    models: tuple[str, ...]
+    actions: tuple[str, ...] = ("pull", "run")
+    not_before: float = 0.0
+    expires: float = 0.0
+    grace_s: int = 0
+
+
+@dataclass(frozen=True)
+class Principal:
+    """A key as the decision sees it, never its secret; key_id is empty for a caller without a key."""
+
+    key_id: str = ""
+    org: str = ""
+    tier: str = ""
+    expires: float = 0.0
+    revoked_at: float = 0.0
+    grants: tuple[Grant, ...] = ()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The repository as the decision sees it: canonical name, owning organisation (empty: the site), visibility public, org or private."""
+
+    name: str
+    org: str = ""
+    visibility: str = "org"
+    requires_tier: str = ""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The outcome: allow, or a reason code with the words for a person and what would make it allowed."""
+
+    allow: bool
+    reason: str
+    words: str = ""
+    remedy: str = ""
+    visible: bool = True
+    warning: str = ""
+    ids: dict[str, str] = field(default_factory=dict)
+
+
+def date(at: float) -> str:
+    """Seconds since 1970 as an RFC 3339 UTC text."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def model_of(name: str) -> str:
+    """The model that a repository belongs to: `<name>/profiles` is decided as `<name>` (docs/format.md, names)."""
+    return name[: -len(PROFILES)] if name.endswith(PROFILES) else name
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a grant pattern covers a canonical name: `*` is one segment (also as a part of it), a last `**` is any rest of at least one."""
+    want, have = pattern.split("/"), model_of(name).split("/")
+    if want[-1] == "**":
+        want = want[:-1]
+        if len(have) <= len(want):
+            return False
+        have = have[: len(want)]
+    return len(want) == len(have) and all(_segment(w, h) for w, h in zip(want, have, strict=True))
+
+
+def _segment(pattern: str, text: str) -> bool:
+    head, *rest = pattern.split("*")
+    if not rest:
+        return pattern == text
+    if not text.startswith(head):
+        return False
+    at = len(head)
+    for part in rest[:-1]:
+        found = text.find(part, at)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return len(text) - at >= len(rest[-1]) and text.endswith(rest[-1])
+
+
+def authenticate(principal: Principal, now: float) -> Decision:
+    """Whether a key whose HMAC matched is alive (decisions.md section 5, second row)."""
+    if not principal.key_id:
+        return Decision(False, "key_absent", "no API key was given, or it is not valid here", "pass a key of this registry", visible=False)
+    if principal.revoked_at and principal.revoked_at <= now:
+        words = f"the API key was revoked on {date(principal.revoked_at)}"
+        return Decision(False, "key_revoked", words, "ask the administrator for a new key", visible=False)
+    if principal.expires and principal.expires <= now:
+        words = f"the API key expired on {date(principal.expires)}"
+        return Decision(False, "key_expired", words, "ask the administrator for a new key", visible=False)
+    return Decision(True, "ok")
+
+
+def visible(principal: Principal, subject: Subject) -> bool:
+    """Whether the name may be known to exist: public to every valid key, else to its organisation or to a grant that covers it."""
+    if subject.visibility == "public":
+        return True
+    if subject.visibility == "org" and subject.org and principal.org == subject.org:
+        return True
+    return any(matches(p, subject.name) for g in principal.grants for p in g.models) and subject.org in ("", principal.org)
+
+
+def decide(principal: Principal, subject: Subject, action: str, now: float) -> Decision:
+    """Allows `action` on `subject`, or says why not and what would allow it; every path that is not a complete yes is a no."""
+    alive = authenticate(principal, now)
+    if not alive.allow:
+        return alive
+    if not visible(principal, subject):
+        words = "this key sees no model of that name (absent, or another organisation's)"
+        return Decision(False, "not_visible", words, "check the name, or ask for a key of the organisation that owns it", visible=False)
+    if subject.requires_tier == "enterprise" and principal.tier != "enterprise":
+        words = f"{model_of(subject.name)} requires the enterprise tier; this key has {principal.tier or 'none'}"
+        return Decision(False, "tier_missing", words, "ask for a key of tier enterprise")
+    return _grants(principal, subject, action, now)
+
+
+def _grants(principal: Principal, subject: Subject, action: str, now: float) -> Decision:
+    name = model_of(subject.name)
+    covering = [g for g in principal.grants if any(matches(p, name) for p in g.models)]
+    if not covering:
+        words = f"no grant of this key covers {name}"
+        return Decision(False, "no_grant", words, f"ask for a key granted on '{name}'")
+    able = [g for g in covering if action in g.actions or "admin" in g.actions]
+    if not able:
+        return Decision(False, "action_missing", f"the grant on {name} does not include '{action}'", f"ask for a key with action {action}")
+    started = [g for g in able if g.not_before <= now]
+    if not started:
+        first = min(g.not_before for g in able)
+        return Decision(False, "grant_not_yet", f"the grant on {name} begins on {date(first)}", "wait, or ask for an earlier grant")
+    if any(not g.expires or g.expires > now for g in started):
+        return Decision(True, "ok")
+    last = max(g.expires + g.grace_s for g in started)
+    ended = max(g.expires for g in started)
+    if last > now:
+        return Decision(True, "grace", warning=f"the grant on {name} expired on {date(ended)}; grace ends on {date(last)}")
+    return Decision(False, "grant_expired", f"the grant on {name} expired on {date(ended)}", "renew the subscription or the grant")

@@ -1,0 +1,121 @@
+"""Profile manifests: which engine, precision and parallelism a model may be run with; parsing and building, pure (docs/format.md section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from artifact.errors import Invalid
+from artifact.manifest import PROFILES_TYPE, canonical_json, check_digest, check_name, digest_of, parse_json
+
+SCHEMA = 1
+ENGINES = ("tensorrt_llm", "vllm", "sglang")
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A cross-repository reference: name@digest."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One way to run a model: opaque id, NIM tags (all strings), the model's digest, options of the engine, bytes of its weights."""
+
+    id: str
+    tags: dict[str, str]
+    model: Pin
+    image: Pin | None = None
+    options: dict[str, str] = field(default_factory=dict)
+    weights_bytes: int = 0
+
+    @property
+    def description(self) -> str:
+        """The tag values joined as NIM prints them: `vllm-bf16-tp1`, `tensorrt_llm-h100-fp8-tp2-throughput`."""
+        t = self.tags
+        middle = t["gpu"].lower() if "gpu" in t else ("trtllm_buildable" if t.get("trtllm_buildable") == "true" else t.get("device", ""))
+        pp = f"pp{t['pp']}" if t.get("pp", "1") != "1" else ""
+        lora = "lora" if t.get("feat_lora") == "true" else ""
+        parts = (t.get("llm_engine", ""), middle, t.get("precision", ""), f"tp{t.get('tp', '1')}", pp, t.get("profile", ""), lora)
+        return "-".join(p for p in parts if p)
+
+
+@dataclass(frozen=True)
+class ProfileSet:
+    """A profile manifest: the model's canonical name and its profiles in the author's order."""
+
+    model: str
+    profiles: tuple[Profile, ...]
+
+
+def build(model: str, digest: str, wanted: list[dict[str, object]], weights_bytes: int) -> bytes:
+    """The profile document for a model's digest from an author's list of {tags, options?, id?, image?}; raises Invalid."""
+    out: list[dict[str, object]] = []
+    for i, item in enumerate(wanted):
+        if not isinstance(item, Mapping):
+            raise Invalid(f"profile {i} is not a mapping", expected="keys tags, options, id, image")
+        tags = _texts(item.get("tags"), f"tags of profile {i}")
+        if tags.get("llm_engine") not in ENGINES:
+            raise Invalid(f"profile {i} names engine {tags.get('llm_engine')!r}", expected="llm_engine: " + ", ".join(ENGINES))
+        body: dict[str, object] = {"tags": tags, "model": {"name": check_name(model), "digest": check_digest(digest)}, "weights_bytes": weights_bytes}
+        options = _texts(item.get("options") or {}, f"options of profile {i}")
+        if options:
+            body["options"] = options
+        if item.get("image") is not None:
+            pin = _pin(item["image"], f"image of profile {i}")
+            body["image"] = {"name": pin.name, "digest": pin.digest}
+        out.append({"id": str(item.get("id") or digest_of(canonical_json(body))[7:]), **body})
+    raw = canonical_json({"schema": SCHEMA, "model": model, "profiles": out})
+    parse(raw)
+    return raw
+
+
+def parse(raw: bytes) -> ProfileSet:
+    """A profile document from untrusted bytes; raises Invalid, TooLarge."""
+    doc = parse_json(raw, "the profile document")
+    if doc.get("schema") != SCHEMA:
+        raise Invalid(f"profile document of schema {doc.get('schema')!r}", expected=str(SCHEMA), do="update Airlock")
+    model, items = doc.get("model"), doc.get("profiles")
+    if not isinstance(model, str) or not isinstance(items, list) or not items:
+        raise Invalid("the profile document names no model or no profile", expected="model and a list of profiles")
+    profiles = tuple(_profile(item, i) for i, item in enumerate(items))
+    if len({p.id for p in profiles}) != len(profiles):
+        raise Invalid("two profiles have one id", expected="unique ids")
+    return ProfileSet(check_name(model), profiles)
+
+
+def _profile(item: object, i: int) -> Profile:
+    if not isinstance(item, Mapping) or not isinstance(item.get("id"), str) or not item["id"]:
+        raise Invalid(f"profile {i} has no id", expected="an object with id, tags and model")
+    weights = item.get("weights_bytes", 0)
+    if type(weights) is not int or weights < 0:
+        raise Invalid(f"weights_bytes of profile {i} is not a size", expected="whole bytes")
+    image = _pin(item["image"], f"image of profile {i}") if item.get("image") is not None else None
+    options = _texts(item.get("options") or {}, f"options of profile {i}")
+    return Profile(item["id"], _texts(item.get("tags"), f"tags of profile {i}"), _pin(item.get("model"), f"model of profile {i}"), image, options, weights)
+
+
+def _texts(value: object, what: str) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) and isinstance(v, str | int | bool) for k, v in value.items()):
+        raise Invalid(f"the {what} are not text", expected="a mapping of words to words or whole numbers")
+    return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in value.items()}
+
+
+def _pin(value: object, what: str) -> Pin:
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str) or not isinstance(value.get("digest"), str):
+        raise Invalid(f"the {what} is not name and digest", expected="an object with name and digest")
+    return Pin(check_name(value["name"]), check_digest(value["digest"]))
+
+
+def references(raw: bytes, media_type: str) -> tuple[Pin, ...]:
+    """Cross-repository edges of a document layer (D5): the models and images that its profiles name; empty for other types."""
+    if media_type != PROFILES_TYPE:
+        return ()
+    found: dict[Pin, None] = {}
+    for profile in parse(raw).profiles:
+        found[profile.model] = None
+        if profile.image:
+            found[profile.image] = None
+    return tuple(found)
