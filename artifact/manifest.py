@@ -38,6 +38,7 @@ RESERVED_SEGMENTS = frozenset({"airlock", "api", "healthz", "livez", "metrics", 
 _NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*\Z")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}\Z")
 _DIGEST = re.compile(r"(?:sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})\Z")
+_HUB_ID = re.compile(r"(?:[A-Za-z0-9_.\-]{1,96}/)?[A-Za-z0-9_.\-]{1,96}\Z")
 _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 _WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".npz", ".npy", ".engine")
 _DOCS = (".md", ".txt", ".rst", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg")
@@ -90,6 +91,27 @@ def check_name(text: str) -> str:
     return text
 
 
+def hub_name(repo_id: str) -> str:
+    """The canonical name `hf/<id>` of a Hub id: lower case, what the grammar refuses escaped injectively (docs/format.md section 2); raises Invalid."""
+    if not _HUB_ID.match(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
+        raise Invalid(
+            f"{repo_id[:100]!r} is not a Hub id", expected="namespace/name of letters, digits and - _ . without '--' or '..'", reason="name"
+        )
+    return check_name("/".join(("hf", *(_hub_segment(part) for part in repo_id.lower().split("/")))))
+
+
+def _hub_segment(part: str) -> str:
+    def escape(match: re.Match[str]) -> str:
+        run, start, end = match.group(), match.start() == 0, match.end() == len(part)
+        if not (start or end) and run in (".", "_", "__", "-"):
+            return run
+        code = "x" + run.encode().hex()
+        # A Hub id holds no '--', so two dashes mark an escape; three mark one at the start, where no dash may stand first.
+        return code if start and end else code + "---" if start else "--" + code + ("" if end else "-")
+
+    return re.sub(r"[._\-]+", escape, part)
+
+
 def check_ref(text: str) -> str:
     """A ref name itself: UTF-8 of at most 255 bytes without control characters; raises Invalid."""
     raw = text.encode("utf-8", "surrogatepass")
@@ -102,7 +124,12 @@ def check_path(text: str) -> str:
     """A file path of a model: relative POSIX, at most 1,024 bytes, no empty, `.`, `..` or `.git` part, no backslash or control character."""
     parts = text.split("/")
     bad = any(p in ("", ".", "..") or p.casefold() == ".git" for p in parts)
-    if bad or "\\" in text or any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) <= 0xDFFF for c in text) or len(text.encode("utf-8", "replace")) > 1024:
+    if (
+        bad
+        or "\\" in text
+        or any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) <= 0xDFFF for c in text)
+        or len(text.encode("utf-8", "replace")) > 1024
+    ):
         raise Invalid(f"{text[:100]!r} is not a model file path", expected="a relative path without empty, '.', '..' or '.git' parts", reason="path")
     return text
 
@@ -241,7 +268,9 @@ def content_kind(path: str) -> str:
         kind = "weight"
     elif lower.endswith(_CODE):
         kind = "code"
-    elif name.startswith(("readme", "license", "licence", "notice", "use_policy")) or (lower.endswith(_DOCS) and name not in ("vocab.txt", "merges.txt")):
+    elif name.startswith(("readme", "license", "licence", "notice", "use_policy")) or (
+        lower.endswith(_DOCS) and name not in ("vocab.txt", "merges.txt")
+    ):
         kind = "doc"
     else:
         kind = "weight.config"

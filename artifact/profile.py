@@ -94,7 +94,9 @@ def _profile(item: object, i: int) -> Profile:
         raise Invalid(f"weights_bytes of profile {i} is not a size", expected="whole bytes")
     image = _pin(item["image"], f"image of profile {i}") if item.get("image") is not None else None
     options = _texts(item.get("options") or {}, f"options of profile {i}")
-    return Profile(item["id"], _texts(item.get("tags"), f"tags of profile {i}"), _pin(item.get("model"), f"model of profile {i}"), image, options, weights)
+    return Profile(
+        item["id"], _texts(item.get("tags"), f"tags of profile {i}"), _pin(item.get("model"), f"model of profile {i}"), image, options, weights
+    )
 
 
 def _texts(value: object, what: str) -> dict[str, str]:

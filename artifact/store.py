@@ -134,9 +134,7 @@ class Registry(ABC):
         """Continues a suspended upload of the same caller; raises NotFound."""
 
     @abstractmethod
-    def push(
-        self, call: Call, repo: str, raw: bytes, media_type: str, *, refs: Sequence[str] = (), expect: str | None = None
-    ) -> Descriptor:
+    def push(self, call: Call, repo: str, raw: bytes, media_type: str, *, refs: Sequence[str] = (), expect: str | None = None) -> Descriptor:
         """Stores a manifest byte for byte and moves `refs` to it, all or nothing; raises Invalid, NotFound for missing blobs, Conflict."""
 
     @abstractmethod
@@ -188,8 +186,8 @@ class BlobStore(ABC):
         """Bytes [lo, hi) of an object; raises NotFound."""
 
     @abstractmethod
-    def writer(self, upload_id: str, digest_hint: str | None = None) -> BlobWriter:
-        """Opens or continues the staging object of an upload at its durable offset."""
+    def writer(self, upload_id: str, digest_hint: str | None = None, *, algorithm: str = "sha256", offset: int = 0, state: bytes = b"") -> BlobWriter:
+        """Opens or continues the staging object of an upload at the offset and hash state of its row; raises Conflict while another holds it."""
 
     @abstractmethod
     def delete(self, location: str) -> None:
@@ -228,3 +226,7 @@ class BlobWriter(ABC):
     @abstractmethod
     def discard(self) -> None:
         """Removes the staging object."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of the staging object, which stays for the next request."""

@@ -1,0 +1,59 @@
+# Targets of a checkout. `make demo` and `make test` do all set-up themselves; they need python3 (3.11), make, a package index, and on Debian apt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ENGINE := build/engines/vllm
+# Where a plain package index cannot resolve the `+cpu` builds of torch.
+PYTORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+SYSTEM := docker-registry skopeo iproute2 gcc
+SOURCES := artifact registry mirror runtime migrations tests demo tools benchmarks
+
+export PYTORCH_INDEX
+
+.PHONY: setup system engine demo test test-fast test-full lint fix bench
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements/dev.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/dev.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+# System programs of the tests and the demo. Present ones are left alone; without root, sudo is used and said.
+system:
+	@missing=; for p in docker-registry skopeo ip gcc; do command -v $$p >/dev/null || missing="$$missing $$p"; done; \
+	test -n "$$missing" || exit 0; as=; \
+	if ! command -v apt-get >/dev/null; then echo "system: missing:$$missing (proven on Debian 12; install them by hand)"; exit 1; fi; \
+	if [ "$$(id -u)" != 0 ]; then as=sudo; echo "system: installing with sudo:$$missing"; fi; \
+	$$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SYSTEM) >/dev/null
+
+engine: setup
+	$(BIN)/python tools/engine_env.py --to $(ENGINE)
+
+demo: system setup engine
+	$(BIN)/python -m demo
+
+test: system setup engine
+	$(BIN)/python -m pytest -m 'not full'
+
+test-fast: setup
+	$(BIN)/python -m pytest -m 'not server and not engine and not full'
+
+test-full: system setup engine
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/sizes.py $(SOURCES)
+
+fix: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	@set -e; ls benchmarks/*.py >/dev/null 2>&1 || { echo "bench: no benchmark yet"; exit 0; }; \
+	for f in benchmarks/[a-z]*.py; do echo "== $$f"; $(BIN)/python "$$f"; done

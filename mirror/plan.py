@@ -1,0 +1,241 @@
+"""The plan of a mirror run: strict YAML to frozen items, and the canonical name of every source (docs/format.md section 2); no network here.
+
+It must accept nothing it does not know: a misspelt key that is silently ignored mirrors the wrong thing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import yaml
+
+from artifact.errors import Invalid, NotFound, TooLarge
+from artifact.manifest import check_digest, check_name, check_ref, is_commit, is_digest, is_tag
+
+HUB_ENDPOINT = "https://huggingface.co"
+MAX_PLAN_BYTES = 1024 * 1024
+COMMON_KEYS = ("source", "profiles", "key_env", "ca_file")
+KEYS = {"hf": (*COMMON_KEYS, "endpoint", "allow", "ignore", "ref"), "oci": (*COMMON_KEYS, "as", "plain_http")}
+
+_HUB_ID = re.compile(r"(?:[A-Za-z0-9_.\-]{1,96}/)?[A-Za-z0-9_.\-]{1,96}\Z")
+_ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\Z")
+_HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.\-]*[A-Za-z0-9])?)(?::[0-9]{1,5})?\Z")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to mirror: where from, as which canonical name and ref, with which key variable and profiles."""
+
+    kind: str
+    source: str
+    base_url: str
+    repository: str
+    wanted: str
+    name: str
+    ref: str
+    profiles: Path | None = None
+    allow: tuple[str, ...] = ("*",)
+    ignore: tuple[str, ...] = ()
+    key_env: str = ""
+    ca_file: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All items of a plan file, in its order."""
+
+    items: tuple[Item, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without aliases, duplicate keys or implicit dates: what a person reads is what is meant."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not accepted", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is None or key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {str(key)[:60]!r} is repeated or is not a word", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:merge")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def load_yaml(text: str, what: str) -> object:
+    """One YAML document from untrusted text by the safe loader; raises Invalid naming the line."""
+    try:
+        # _Loader is a SafeLoader: it constructs nothing but plain values.
+        return yaml.load(text, Loader=_Loader)  # noqa: S506
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise Invalid(
+            f"{what} is not accepted as YAML: {' '.join(str(error).split())[:300]}", expected="plain YAML without aliases", reason="plan"
+        ) from error
+
+
+def read_limited(path: Path, what: str) -> str:
+    """A small text file; raises NotFound, TooLarge, Invalid."""
+    try:
+        raw = path.read_bytes() if path.stat().st_size <= MAX_PLAN_BYTES else None
+    except OSError as error:
+        raise NotFound(f"{what} {path} cannot be read: {error.strerror}", do="check the path", reason="file") from error
+    if raw is None:
+        raise TooLarge(f"{what} {path} is larger than {MAX_PLAN_BYTES} bytes", expected=f"at most {MAX_PLAN_BYTES} bytes")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Invalid(f"{what} {path} is not UTF-8", expected="UTF-8 text", reason="plan") from error
+
+
+def hub_name(repo_id: str) -> str:
+    """The canonical name `hf/<namespace>/<name>` of a Hub id: lower case, what the OCI grammar refuses escaped injectively; raises Invalid."""
+    if not _HUB_ID.match(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
+        raise Invalid(
+            f"{repo_id[:120]!r} is not a Hub id", expected="namespace/name of letters, digits and - _ . without '--' or '..'", reason="name"
+        )
+    return check_name("/".join(("hf", *(_hub_segment(part) for part in repo_id.lower().split("/")))))
+
+
+def _hub_segment(part: str) -> str:
+    def escape(match: re.Match[str]) -> str:
+        run, start, end = match.group(), match.start() == 0, match.end() == len(part)
+        if not (start or end) and run in (".", "_", "__", "-"):
+            return run
+        code = "x" + run.encode().hex()
+        # A Hub id holds no '--', so two dashes mark an escape; three mark one at the start, where no dash may stand first.
+        return code if start and end else code + "---" if start else "--" + code + ("" if end else "-")
+
+    return re.sub(r"[._\-]+", escape, part)
+
+
+def oci_name(host: str, repository: str) -> str:
+    """The canonical name of an image of another registry: its host as first segment, `host_port` where there is a port; raises Invalid."""
+    return check_name(f"{host.lower().replace(':', '_')}/{repository}")
+
+
+def load(path: Path) -> Plan:
+    """The plan in a YAML file; raises NotFound, TooLarge, Invalid naming the item and the key."""
+    return parse(read_limited(path, "the plan"), path.parent)
+
+
+def parse(text: str, base: Path) -> Plan:
+    """The plan in YAML text, file names relative to `base`; raises Invalid."""
+    doc = load_yaml(text, "the plan")
+    if not isinstance(doc, Mapping):
+        raise Invalid("the plan is not a mapping", expected="the key items with a list", reason="plan")
+    _known(doc, ("items",), "the plan")
+    entries = doc.get("items")
+    if not isinstance(entries, list) or not entries:
+        raise Invalid("the plan has no items", expected="items: a list with at least one source", reason="plan")
+    items = tuple(_item(entry, f"item {i}", base) for i, entry in enumerate(entries, 1))
+    seen: dict[tuple[str, str], int] = {}
+    for i, item in enumerate(items, 1):
+        other = seen.setdefault((item.name, item.ref), i)
+        if other != i:
+            raise Invalid(f"items {other} and {i} would both be {item.name}:{item.ref}", expected="one item for each name and ref", reason="plan")
+    return Plan(items)
+
+
+def _known(entry: Mapping[object, object], known: tuple[str, ...], where: str) -> None:
+    unknown = sorted(str(k)[:60] for k in entry if k not in known)
+    if unknown:
+        raise Invalid(f"{where} has unknown keys: {', '.join(unknown)}", expected="known keys: " + ", ".join(sorted(known)), reason="plan")
+
+
+def _item(entry: object, where: str, base: Path) -> Item:
+    if not isinstance(entry, Mapping):
+        raise Invalid(f"{where} is not a mapping", expected="a mapping with source", reason="plan")
+    source = _text(entry, "source", where)
+    kind = source.partition("://")[0]
+    if kind not in KEYS:
+        raise Invalid(
+            f"the source of {where} is {source[:120]!r}",
+            expected="hf://namespace/name[@commit or ref] or oci://host/name[:tag or @digest]",
+            reason="plan",
+        )
+    _known(entry, KEYS[kind], where)
+    profiles, key_env = _text(entry, "profiles", where), _text(entry, "key_env", where)
+    if key_env and not _ENV.match(key_env):
+        # What stands there may be the key itself: it is not repeated.
+        raise Invalid(
+            f"key_env of {where} is not the name of an environment variable", expected="a name such as HF_TOKEN, never the key", reason="plan"
+        )
+    item = _hub_item(entry, source, where) if kind == "hf" else _oci_item(entry, source, where)
+    return replace(item, profiles=base / profiles if profiles else None, key_env=key_env, ca_file=_text(entry, "ca_file", where))
+
+
+def _hub_item(entry: Mapping[object, object], source: str, where: str) -> Item:
+    repo_id, _, wanted = source.removeprefix("hf://").partition("@")
+    wanted = check_ref(wanted or "main")
+    name = hub_name(repo_id)
+    if name.rsplit("/", 1)[-1] == "profiles":
+        raise Invalid(f"{where} ends in /profiles, which is reserved", expected="another repository", reason="name")
+    ref = check_ref(_text(entry, "ref", where) or ("main" if is_commit(wanted) else wanted))
+    endpoint = _url(_text(entry, "endpoint", where) or HUB_ENDPOINT, where)
+    allow, ignore = _patterns(entry, "allow", where) or ("*",), _patterns(entry, "ignore", where)
+    return Item("hf", source, endpoint, repo_id, wanted, name, ref, allow=allow, ignore=ignore)
+
+
+def _oci_item(entry: Mapping[object, object], source: str, where: str) -> Item:
+    rest, at, digest = source.removeprefix("oci://").partition("@")
+    host, _, path = rest.partition("/")
+    repository, _, tag = path.partition(":")
+    if not _HOST.match(host):
+        raise Invalid(f"{where} names no registry host", expected="oci://host[:port]/name[:tag or @digest], without user or key", reason="plan")
+    if at and not is_digest(digest):
+        check_digest(digest)
+    if tag and not is_tag(tag):
+        raise Invalid(f"{tag[:100]!r} of {where} is not a tag", expected="letters, digits and _ . - (at most 128)", reason="ref")
+    check_name(repository)
+    plain = entry.get("plain_http", False)
+    if not isinstance(plain, bool):
+        raise Invalid(f"plain_http of {where} is not true or false", expected="true or false", reason="plan")
+    wanted_name = _text(entry, "as", where)
+    name = check_name(wanted_name) if wanted_name else oci_name(host, repository)
+    base_url = f"{'http' if plain else 'https'}://{host}"
+    return Item("oci", source, base_url, repository, digest or tag or "latest", name, tag or "latest")
+
+
+def _text(entry: Mapping[object, object], key: str, where: str) -> str:
+    value = entry.get(key, "")
+    if not isinstance(value, str) or any(ord(c) < 32 for c in value):
+        raise Invalid(f"{key} of {where} is not text", expected="text on one line", reason="plan")
+    return value
+
+
+def _patterns(entry: Mapping[object, object], key: str, where: str) -> tuple[str, ...]:
+    value = entry.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+        raise Invalid(f"{key} of {where} is not a list of patterns", expected='a list such as ["*.json"]', reason="plan")
+    # `dir/` means everything below it, as the Hub's own clients read it.
+    return tuple(v + "*" if v.endswith("/") else v for v in value)
+
+
+def _url(text: str, where: str) -> str:
+    try:
+        parts = urlsplit(text)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment and (parts.port or 1) > 0
+    except ValueError:
+        valid = False
+    if not valid or "@" in text or "\\" in text:
+        # A user part may hold a password, so the text is not repeated.
+        raise Invalid(
+            f"the endpoint of {where} is not a plain http or https URL",
+            expected="http(s)://host[:port][/prefix] without user, query or fragment",
+            reason="plan",
+        )
+    return text.rstrip("/")

@@ -1,0 +1,201 @@
+"""Bytes of an upstream over HTTP with the rules for a peer that may be hostile: where a redirect may lead, who sees the key, how much and how long.
+
+The key goes to the endpoint's own origin only. A redirect elsewhere must not weaken https, and reaches a private address only if the endpoint is
+private itself; the address that was checked is the one connected to. It never stores anything.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from urllib.parse import urljoin, urlsplit
+
+import urllib3
+from urllib3.exceptions import HTTPError
+
+from artifact.errors import AirlockError, Denied, Invalid, Mismatch, NotFound, Unauthenticated, Unavailable, Unsupported
+
+MAX_HOPS = 5
+CHUNK = 1024 * 1024
+SLOWEST = 1024  # bytes a second, on average, after the first minute
+
+_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})\Z")
+
+
+def origin(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port of an http or https URL; raises Invalid."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or parts.scheme not in ("http", "https") or "\\" in url or "@" in parts.netloc or any(c <= " " or c == "\x7f" for c in url):
+        raise Invalid(
+            "the upstream sends us to something that is no plain http or https address", expected="http(s)://host[:port]/path", reason="redirect"
+        )
+    return parts.scheme, host.lower(), port or (443 if parts.scheme == "https" else 80)
+
+
+def addresses(host: str, port: int) -> list[str]:
+    """All addresses of a host; raises Unavailable."""
+    try:
+        return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
+    except (OSError, UnicodeError) as error:
+        raise Unavailable(f"the host {host[:100]!r} has no address", do="check the name and this machine's DNS") from error
+
+
+def _kind(address: str) -> str:
+    ip = ipaddress.ip_address(address.split("%", 1)[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if ip.is_loopback:
+        return "private"
+    if ip.is_link_local or ip.is_multicast or ip.is_unspecified or (ip.is_reserved and not ip.is_global):
+        return "never"
+    return "public" if ip.is_global else "private"
+
+
+class Fetcher:
+    """GETs below one endpoint, with its key; safe for several threads."""
+
+    def __init__(self, endpoint: str, key: str = "", ca_file: str = "", timeout_s: float = 30.0, slow_after_s: float = 60.0) -> None:
+        self.endpoint = endpoint
+        self._key = key
+        self._origin = origin(endpoint)
+        self._ca_file = ca_file or None
+        self._timeout = urllib3.Timeout(connect=timeout_s, read=timeout_s)
+        self._slow_after_s = slow_after_s
+        self._pools: dict[tuple[str, str, int], urllib3.HTTPConnectionPool] = {}
+        self._lock = threading.Lock()
+        self.received = 0
+
+    def stream(self, path: str, lo: int, hi: int) -> Iterator[bytes]:
+        """Bytes [lo, hi) of a path below the endpoint, exactly; raises Unavailable, NotFound, Denied, Unauthenticated, Mismatch, Invalid."""
+        response = self._follow(self.endpoint + path, {"Range": f"bytes={lo}-{hi - 1}"})
+        try:
+            if response.status == 200:
+                raise Unsupported(f"the upstream ignores Range for {path[:200]}", expected="206 and a Content-Range", reason="range_ignored")
+            self._check(response, 206, path)
+            found = _RANGE.match(response.headers.get("Content-Range", ""))
+            if not found or (int(found[1]), int(found[2]) + 1) != (lo, hi):
+                raise Mismatch(f"asked for bytes {lo}-{hi - 1} of {path[:200]}, got another range", expected="exactly the range asked for")
+            yield from self._body(response, hi - lo, path)
+        finally:
+            response.close()
+
+    def whole(self, path: str, size: int) -> bytes:
+        """A small file of a known size; raises as stream does."""
+        response = self._follow(self.endpoint + path, {})
+        try:
+            self._check(response, 200, path)
+            return b"".join(self._body(response, size, path))
+        finally:
+            response.close()
+
+    def _body(self, response: urllib3.BaseHTTPResponse, size: int, path: str) -> Iterator[bytes]:
+        started, got = time.monotonic(), 0
+        try:
+            while got <= size:
+                # One byte more than expected is asked for, so that an endless body shows at once; read1 keeps a trickle from blocking the clock.
+                block = response.read1(min(CHUNK, size - got + 1), decode_content=False)
+                if not block:
+                    break
+                got += len(block)
+                with self._lock:
+                    self.received += len(block)
+                if got > size:
+                    raise Mismatch(f"{path[:200]} is longer than announced", expected=f"{size} bytes")
+                if time.monotonic() - started > self._slow_after_s + got / SLOWEST:
+                    raise Unavailable(f"{path[:200]} comes too slowly", expected=f"at least {SLOWEST} bytes a second", do="run again: it resumes")
+                yield block
+        except (HTTPError, OSError) as error:
+            raise Unavailable(f"the upstream broke off after {got} of {size} bytes of {path[:200]}", do="run again: it resumes") from error
+        if got < size:
+            raise Unavailable(f"the upstream sent {got} of {size} bytes of {path[:200]}", do="run again: it resumes")
+
+    def _check(self, response: urllib3.BaseHTTPResponse, wanted: int, path: str) -> None:
+        if response.status != wanted:
+            raise refusal(response.status, response.headers.get("X-Error-Code", ""), path)
+        if response.headers.get("Content-Encoding", "identity").lower() not in ("", "identity"):
+            raise Mismatch(f"{path[:200]} came compressed, though identity was asked for", expected="the file's bytes as they are", reason="encoding")
+
+    def _follow(self, url: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+        for _ in range(MAX_HOPS + 1):
+            where = origin(url)
+            own = where == self._origin
+            sent = {"Accept-Encoding": "identity", "User-Agent": "airlock-mirror"} | headers
+            if own and self._key:
+                sent["Authorization"] = f"Bearer {self._key}"
+            parts = urlsplit(url)
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            default = 443 if where[0] == "https" else 80
+            sent["Host"] = (f"[{where[1]}]" if ":" in where[1] else where[1]) + (f":{where[2]}" if where[2] != default else "")
+            try:
+                pool = self._pool(where, own)
+                response = pool.urlopen("GET", target, headers=sent, redirect=False, retries=False, preload_content=False, timeout=self._timeout)
+            except (HTTPError, OSError) as error:
+                raise Unavailable(
+                    f"{where[0]}://{where[1]}:{where[2]} does not answer", do="check the network, then run again: it resumes"
+                ) from error
+            location = response.headers.get("Location")
+            if response.status not in (301, 302, 303, 307, 308) or not location:
+                return response
+            response.close()
+            url = urljoin(url, location)
+        raise Invalid(f"the upstream redirects more than {MAX_HOPS} times", expected=f"at most {MAX_HOPS} redirects", reason="redirect")
+
+    def _pool(self, where: tuple[str, str, int], own: bool) -> urllib3.HTTPConnectionPool:
+        known = self._pools.get(where)
+        if known is not None:
+            return known
+        scheme, host, port = where
+        address = host
+        if not own:
+            if self._origin[0] == "https" and scheme != "https":
+                raise Denied(f"the upstream redirects from https to http ({host[:100]})", expected="https all the way", reason="redirect")
+            address = self._allowed(host, port)
+        if scheme == "https":
+            named = None if own else host  # the certificate is checked for the name, while the address is the one that was checked
+            pool: urllib3.HTTPConnectionPool = urllib3.HTTPSConnectionPool(
+                address, port, maxsize=16, ca_certs=self._ca_file, server_hostname=named, assert_hostname=named
+            )
+        else:
+            pool = urllib3.HTTPConnectionPool(address, port, maxsize=16)
+        return self._pools.setdefault(where, pool)
+
+    def _allowed(self, host: str, port: int) -> str:
+        found = addresses(host, port)
+        at_home = any(_kind(a) == "private" for a in addresses(self._origin[1], self._origin[2]))
+        if not all(_kind(a) == "public" or (at_home and _kind(a) == "private") for a in found):
+            do = "if this host is right, name a mirror inside your network as the item's endpoint"
+            raise Denied(
+                f"the upstream redirects to an address inside a private network ({host[:100]})", expected="a public host", do=do, reason="redirect"
+            )
+        return found[0]
+
+
+def refusal(status: int, code: str, what: str) -> AirlockError:
+    """The error for an upstream's status and X-Error-Code; its own words are not repeated, since they are untrusted."""
+    what = what[:200]
+    if status == 401:
+        return Unauthenticated(
+            f"the upstream asks for a valid key for {what} (401)",
+            do="set key_env of the item to a variable that holds the key",
+            reason="upstream_401",
+        )
+    if status == 403 and code == "GatedRepo":
+        return Denied(f"{what} is gated and this key's user was not admitted", do="accept the terms at the upstream with that user", reason="gated")
+    if status == 403:
+        return Denied(f"the upstream refuses {what} (403)", do="check what the key may read", reason="upstream_403")
+    if status == 404:
+        return NotFound(
+            f"the upstream has no {what} for this key",
+            do="check name, revision and key",
+            reason={"RevisionNotFound": "revision", "EntryNotFound": "entry"}.get(code, "repo"),
+        )
+    if status == 429 or status >= 500:
+        return Unavailable(f"the upstream answers {status} for {what}", do="run again later: it resumes")
+    return Invalid(f"the upstream answers {status} for {what}", expected="the file", reason="upstream")

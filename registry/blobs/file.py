@@ -1,0 +1,225 @@
+"""Blobs as files of one data directory: the registry's default backend; a location is `<algorithm>/<2 hex>/<hex>[.g<generation>]` below `blobs/`.
+
+A public file appears by rename after fsync and is never written again. It knows no repository, no key and no SQL.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from artifact.digest import Hasher, new, update_fd
+from artifact.errors import Conflict, Invalid, Mismatch, NotFound, RangeInvalid, Unavailable, Unsupported
+from artifact.manifest import check_digest
+from artifact.store import BlobStore, BlobWriter, Content
+
+_LOCATION = re.compile(r"(sha256|sha512)/([0-9a-f]{2})/([0-9a-f]{64}|[0-9a-f]{128})(?:\.g[0-9]+)?\Z")
+_UPLOAD = re.compile(r"[0-9a-zA-Z_-]{8,64}\Z")
+OCTETS = "application/octet-stream"
+
+
+def location_of(digest: str, generation: int = 0) -> str:
+    """The location of a digest's bytes (docs/format.md section 5)."""
+    algorithm, _, text = check_digest(digest).partition(":")
+    return f"{algorithm}/{text[:2]}/{text}" + (f".g{generation}" if generation else "")
+
+
+class FileBlobs(BlobStore):
+    """The BlobStore over a directory that holds `blobs/` and `partial/` on one file system."""
+
+    def __init__(self, root: Path) -> None:
+        self._blobs = root / "blobs"
+        self._partial = root / "partial"
+        for folder in (self._blobs, self._partial):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def _path(self, location: str) -> Path:
+        if not _LOCATION.match(location):
+            raise Invalid(f"{location[:100]!r} is not a location", expected="<algorithm>/<2 hex>/<hex>[.g<generation>]")
+        return self._blobs / location
+
+    def stat(self, location: str) -> int | None:
+        """Size in bytes, None when absent."""
+        try:
+            return self._path(location).stat().st_size
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _unavailable(error, "read") from error
+
+    def open(self, location: str, lo: int = 0, hi: int | None = None) -> Content:
+        """Bytes [lo, hi) as a path to send from; raises NotFound, RangeInvalid."""
+        total = self.stat(location)
+        if total is None:
+            raise NotFound(
+                "the bytes of this object are not in the store", do="restore blobs/ from the backup, or import the bundle again", reason="bytes"
+            )
+        end = total if hi is None else min(hi, total)
+        if not 0 <= lo <= end:
+            raise RangeInvalid(f"bytes {lo} to {hi} of an object of {total}", expected="a range inside the object")
+        digest = location.split("/", 1)[0] + ":" + location.rsplit("/", 1)[1].split(".", 1)[0]
+        return Content(digest, OCTETS, total, lo, end, path=self._path(location))
+
+    def writer(self, upload_id: str, digest_hint: str | None = None, *, algorithm: str = "sha256", offset: int = 0, state: bytes = b"") -> FileWriter:
+        """Opens or continues the staging file of an upload; bytes behind `offset` are dropped; raises Conflict, Unavailable, NotFound."""
+        if not _UPLOAD.match(upload_id):
+            raise Invalid(f"{upload_id[:80]!r} is not an upload id", expected="8 to 64 letters, digits, - and _")
+        return FileWriter(self._blobs, self._partial / f"upload-{upload_id}", algorithm, offset, state)
+
+    def delete(self, location: str) -> None:
+        """Removes an object; absent is not an error."""
+        self._path(location).unlink(missing_ok=True)
+
+    def discard(self, upload_id: str) -> None:
+        """Removes the staging file of an upload that nobody writes; absent is not an error."""
+        if _UPLOAD.match(upload_id):
+            (self._partial / f"upload-{upload_id}").unlink(missing_ok=True)
+
+    def walk(self, after: str = "") -> Iterator[tuple[str, int]]:
+        """Locations with sizes, in byte order, from behind `after`."""
+        for algorithm in sorted(p.name for p in self._blobs.iterdir()):
+            for shard in sorted(p.name for p in (self._blobs / algorithm).iterdir()):
+                if f"{algorithm}/{shard}/\U0010ffff" <= after:
+                    continue
+                for path in sorted((self._blobs / algorithm / shard).iterdir()):
+                    location = f"{algorithm}/{shard}/{path.name}"
+                    if location > after and _LOCATION.match(location):
+                        yield location, path.stat().st_size
+
+    def url(self, location: str, ttl_s: int, name: str) -> str | None:
+        """None: a file has no URL of its own."""
+        return None
+
+
+class FileWriter(BlobWriter):
+    """One staging file, held under a lock so that two requests never write one upload."""
+
+    def __init__(self, blobs: Path, path: Path, algorithm: str, offset: int, state: bytes) -> None:
+        self._blobs, self._path = blobs, path
+        self._fd = _open_locked(path, create=offset == 0)
+        try:
+            self._hasher = self._continue(algorithm, offset, state)
+        except OSError as error:
+            self._close()
+            raise _unavailable(error, "continue") from error
+        except (Mismatch, Invalid, Unsupported):
+            self._close()
+            raise
+        self.offset = offset
+        self._trimmed = False
+
+    def _trim(self) -> None:
+        """Drops what lies behind the offset, not before the first change: whoever opened with an outdated row must harm nothing."""
+        if not self._trimmed:
+            os.ftruncate(self._fd, self.offset)
+            self._trimmed = True
+
+    def _continue(self, algorithm: str, offset: int, state: bytes) -> Hasher:
+        if os.fstat(self._fd).st_size < offset:
+            raise Mismatch("the staged bytes of this upload are gone", expected=f"{offset} bytes", do="start the upload again", reason="upload")
+        if state:
+            try:
+                return new(algorithm, state, offset)
+            except (Unsupported, Invalid):
+                state = b""  # exported by another libcrypto: hash the staged bytes again
+        hasher = new(algorithm)
+        update_fd(hasher, self._fd, 0, offset)
+        return hasher
+
+    def write(self, view: bytes | memoryview) -> None:
+        """Appends and hashes; raises Unavailable when the disk is full."""
+        rest = memoryview(view).cast("B")
+        try:
+            self._trim()
+            while len(rest):
+                done = os.pwrite(self._fd, rest, self.offset)
+                self._hasher.update(rest[:done])
+                self.offset += done
+                rest = rest[done:]
+        except OSError as error:
+            raise _unavailable(error, "write") from error
+
+    def state(self) -> bytes:
+        """The exported hash state of bytes [0, offset); empty when the library cannot export it."""
+        return self._hasher.state()
+
+    def sync(self) -> None:
+        """Makes all written bytes durable."""
+        try:
+            os.fsync(self._fd)
+            _sync_folder(self._path.parent)
+        except OSError as error:
+            raise _unavailable(error, "sync") from error
+
+    def close(self) -> None:
+        """Lets go of the staging file; its bytes stay for the next request."""
+        self._close()
+
+    def publish(self, digest: str) -> str:
+        """Verifies the digest, makes the bytes durable under their public location and returns it; raises Mismatch and keeps nothing."""
+        if self._hasher.digest() != check_digest(digest):
+            found = self._hasher.digest()
+            self.discard()
+            raise Mismatch(f"the uploaded bytes have digest {found}", expected=digest, do="send them again", reason="digest")
+        location = location_of(digest)
+        target = self._blobs / location
+        try:
+            if target.exists() and target.stat().st_size == self.offset:
+                self.discard()  # an existing object is a valid object: one digest, one copy
+                return location
+            self._trim()
+            os.fchmod(self._fd, 0o444)
+            os.fsync(self._fd)
+            if not target.parent.exists():
+                target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _sync_folder(target.parent.parent)
+                _sync_folder(self._blobs)
+            self._path.rename(target)
+            _sync_folder(target.parent)
+        except OSError as error:
+            raise _unavailable(error, "publish") from error
+        self._close()
+        return location
+
+    def discard(self) -> None:
+        """Removes the staging file."""
+        self._path.unlink(missing_ok=True)
+        self._close()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _open_locked(path: Path, create: bool) -> int:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
+    except FileNotFoundError as error:
+        raise Mismatch("the staged bytes of this upload are gone", do="start the upload again", reason="upload") from error
+    except OSError as error:
+        raise _unavailable(error, "open") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise Conflict("another request writes this upload now", do="retry when it has ended", reason="upload") from error
+    return fd
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _unavailable(error: OSError, verb: str) -> Unavailable:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Unavailable("the disk of the data directory is full", do="free space and retry", reason="disk_full")
+    return Unavailable(f"the store cannot {verb}: {error.strerror}", do="look at the data directory's disk and permissions")

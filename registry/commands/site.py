@@ -1,0 +1,84 @@
+"""`airlock site init` and `airlock site trust`: a site's keys and the sender it trusts; what its runtimes are given."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from artifact.errors import Invalid, NotFound, Unavailable
+from registry.home import MAX_ROOT_BYTES, Home
+
+EXAMPLES = """examples:
+  airlock site init --data /srv/airlock --trust-root 1.root.json --sha256 3f4c...
+  airlock site trust --data /srv/airlock --to site-trust.json"""
+
+
+def main(argv: list[str]) -> int:
+    """Runs one of the two; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="airlock site", description="Set up a closed site.", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    words = parser.add_subparsers(dest="word", required=True)
+    init = words.add_parser("init", help="make the data directory with its secrets and pin the sender of bundles", epilog=EXAMPLES.splitlines()[1])
+    give = words.add_parser("trust", help="write site-trust.json, the one file that runtimes pin", epilog=EXAMPLES.splitlines()[2])
+    data_default = os.environ.get("AIRLOCK_DATA")
+    for word in (init, give):
+        word.add_argument("--data", type=Path, default=data_default, required=not data_default, help="the data directory (env AIRLOCK_DATA)")
+        word.add_argument("--json", action="store_true", help="print one JSON object")
+    init.add_argument("--trust-root", type=Path, help="1.root.json of the mirror; without it the site accepts no bundle yet")
+    init.add_argument("--sha256", default="", help="the SHA-256 that airlock mirror init printed, from paper")
+    give.add_argument("--to", type=Path, required=True, help="the file to write")
+    given = parser.parse_args(argv)
+    return _init(given) if given.word == "init" else _trust(given)
+
+
+def _init(given: argparse.Namespace) -> int:
+    if given.sha256 and given.trust_root is None:
+        raise Invalid("--sha256 was given without --trust-root", expected="both, or neither")
+    raw = _read(given.trust_root) if given.trust_root else b""
+    if raw:
+        Home.check_root(raw, given.sha256)  # before anything is made
+    home = Home.open(Path(given.data), create=True)
+    pinned = home.pin_root(raw, given.sha256) if raw else next(iter(home.senders().values()), "")
+    trust = home.site_trust()
+    facts = {"data": str(home.path), "instance": home.instance, "trust_root_sha256": pinned}
+    facts |= {"release_key": next(iter(trust.release_keys)), "lease_key": next(iter(trust.lease_keys))}
+    if given.json:
+        print(json.dumps(facts))
+        return 0
+    print(f"site          {home.instance} in {home.path}")
+    print(f"trust root    SHA-256 {pinned}" if pinned else "trust root    none: no bundle can enter (airlock site init --trust-root FILE)")
+    print(f"release key   {facts['release_key']}")
+    print(f"lease key     {facts['lease_key']}")
+    if pinned and not given.sha256:
+        print("Compare the SHA-256 with the line that airlock mirror init printed; --sha256 does it for you.")
+    return 0
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as source:
+            return source.read(MAX_ROOT_BYTES + 1)
+    except OSError as error:
+        raise NotFound(f"the trust root {path} cannot be read: {error.strerror}", expected="1.root.json of the mirror") from error
+
+
+def _trust(given: argparse.Namespace) -> int:
+    home = Home.open(Path(given.data))
+    raw = json.dumps(home.site_trust().as_json(), sort_keys=True, indent=1).encode() + b"\n"
+    temporary = given.to.with_name(given.to.name + ".partial")
+    try:
+        temporary.write_bytes(raw)
+        temporary.chmod(0o644)
+        temporary.replace(given.to)
+    except OSError as error:
+        raise Unavailable(f"{given.to} cannot be written: {error.strerror}", expected="a directory that this user may write") from error
+    digest = hashlib.sha256(raw).hexdigest()
+    if given.json:
+        print(json.dumps({"file": str(given.to), "sha256": digest, "instance": home.instance}))
+    else:
+        print(f"wrote {given.to} (SHA-256 {digest}) for the runtimes of site {home.instance}")
+    return 0

@@ -1,0 +1,392 @@
+"""One HTTP request as the doors see it: key, query, bounded body, answers by content kind; no route, no error shape of a protocol, no store.
+
+Here because every door must read bodies and send files the same way; the doors may import it, it imports none of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import dataclasses
+import ipaddress
+import json
+import logging
+import os
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from urllib.parse import parse_qsl, unquote
+
+from artifact.errors import AirlockError, Invalid, RangeInvalid, TooLarge, Unavailable
+from artifact.store import Call, Content, Page, Upload
+
+if TYPE_CHECKING:
+    from registry.guard import Guard
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+T = TypeVar("T")
+
+ACCESS = logging.getLogger("airlock.access")
+ERRORS = logging.getLogger("airlock.errors")
+SENDFILE = "airlock.sendfile"
+BODY = "airlock.body"
+BATCH = 256 * 1024
+STALL_S = 60.0
+DISCARD = 8 * 1024 * 1024
+_RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})\Z")
+
+
+class Gone(Exception):
+    """The client went away or stalled; nobody is left to answer."""
+
+
+class Pools:
+    """Threads for statements and threads for bytes, apart, so that slow disks never block a lookup."""
+
+    def __init__(self, sql: int = 16, io: int = 8) -> None:
+        self.sql = ThreadPoolExecutor(sql, thread_name_prefix="sql")
+        self.io = ThreadPoolExecutor(io, thread_name_prefix="io")
+
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(self, guard: Guard, pools: Pools, scope: Scope, receive: Receive, send: Send) -> None:
+        self.guard, self.pools, self.scope, self._receive, self._send = guard, pools, scope, receive, send
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.raw_parts = [unquote(p) for p in scope.get("raw_path", b"").split(b"?")[0].decode("latin-1").split("/")]
+        self.headers: dict[str, str] = {}
+        for name, value in scope["headers"]:
+            self.headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
+        self.note: dict[str, Any] = scope.setdefault("airlock", {"request_id": uuid.uuid4().hex})
+        self.body_done = "content-length" not in self.headers and "transfer-encoding" not in self.headers
+        self.body_done = self.body_done or self.headers.get("content-length") == "0"
+        self.started = False
+        self._caller: Call | None = None
+        self._sent = 0
+
+    @property
+    def query(self) -> list[tuple[str, str]]:
+        """The decoded query; raises Invalid."""
+        try:
+            return parse_qsl(self.scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True, max_num_fields=200, encoding="utf-8")
+        except ValueError as error:
+            raise Invalid("the query string is not acceptable", expected="at most 200 fields") from error
+
+    def param(self, name: str, default: str = "") -> str:
+        """The first query parameter of that name."""
+        return next((v for k, v in self.query if k == name), default)
+
+    def number(self, name: str, default: int, most: int) -> int:
+        """A whole number from 0 from the query, cut at `most`; raises Invalid."""
+        text = self.param(name)
+        if not text:
+            return default
+        if not text.isascii() or not text.isdigit() or len(text) > 18:
+            raise Invalid(f"{name} is not a whole number from 0", expected="for example 100", reason="number")
+        return min(int(text), most)
+
+    def cursor(self, name: str) -> str:
+        """A listing's start behind which to go on; raises Invalid for control characters."""
+        text = self.param(name)
+        if len(text) > 1024 or any(ord(c) < 32 or ord(c) == 127 or c == "\ufffd" for c in text):
+            raise Invalid(f"{name} is not a name", expected="at most 1024 characters without control characters", reason="cursor")
+        return text
+
+    def key(self) -> str | None:
+        """The presented key: Bearer, or the password of Basic whatever the user; None when there is none that can be read."""
+        kind, _, rest = self.headers.get("authorization", "").strip().partition(" ")
+        rest = rest.strip()
+        if kind.lower() == "bearer" and rest:
+            return rest
+        if kind.lower() == "basic":
+            with suppress(binascii.Error, UnicodeDecodeError):
+                _, colon, password = base64.b64decode(rest, validate=True).decode("utf-8").partition(":")
+                return password if colon and password else None
+        return None
+
+    def _network(self) -> str:
+        host = (self.scope.get("client") or ("",))[0]
+        with suppress(ValueError):
+            address = ipaddress.ip_address(host)
+            return str(ipaddress.ip_network((address, 24 if address.version == 4 else 64), strict=False))
+        return host
+
+    async def call(self, verb: Callable[[Call], T]) -> T:
+        """Identifies the caller and runs one guarded piece of work, both in one hop to a thread."""
+
+        def work() -> T:
+            call = self.guard.caller(self.key(), self.note["request_id"], time.time(), self._network())
+            self.note["key_id"] = call.principal.key_id
+            self._caller = call
+            return verb(call)
+
+        return await asyncio.get_running_loop().run_in_executor(self.pools.sql, work)
+
+    async def io(self, work: Callable[[], T]) -> T:
+        """Runs work on bytes in the byte threads."""
+        return await asyncio.get_running_loop().run_in_executor(self.pools.io, work)
+
+    async def pieces(self) -> AsyncIterator[list[bytes]]:
+        """The request body as it comes; raises Gone when the client leaves or sends nothing for a stall time."""
+        extension = self.scope.get("extensions", {}).get(BODY)
+        if extension is not None:
+            extension["pieces"] = True
+        while not self.body_done:
+            try:
+                async with asyncio.timeout(STALL_S):
+                    message = await self._receive()
+            except TimeoutError as error:
+                raise Gone("the client sent nothing") from error
+            if message["type"] != "http.request":
+                raise Gone("the client left")
+            self.body_done = not message.get("more_body", False)
+            found = message.get("pieces") or ([message["body"]] if message.get("body") else [])
+            if found:
+                yield found
+
+    async def read_body(self, limit: int, what: str) -> bytes:
+        """A small body whole; raises TooLarge while reading."""
+        if self.headers.get("content-length", "").isdigit() and int(self.headers["content-length"]) > limit:
+            raise TooLarge(f"{what} has {self.headers['content-length']} bytes", expected=f"at most {limit}")
+        held: list[bytes] = []
+        size = 0
+        async for found in self.pieces():
+            held += found
+            size += sum(map(len, found))
+            if size > limit:
+                raise TooLarge(f"{what} is too large", expected=f"at most {limit} bytes")
+        return b"".join(held)
+
+    async def pour(self, upload: Upload, most: int | None = None) -> None:
+        """Streams the body into an upload, hashing and writing in a thread, one batch in flight; suspends it when anything goes wrong."""
+        try:
+            await self._pour(upload, most)
+        except BaseException:
+            with suppress(AirlockError):
+                await self.io(upload.suspend)
+            raise
+
+    async def _pour(self, upload: Upload, most: int | None) -> None:
+        flying: asyncio.Future[None] | None = None
+        batch: list[bytes] = []
+        size = total = 0
+        try:
+            async for found in self.pieces():
+                batch += found
+                got = sum(map(len, found))
+                size, total = size + got, total + got
+                if most is not None and total > most:
+                    raise RangeInvalid("the body is longer than its Content-Range", expected=f"{most} bytes")
+                if size >= BATCH:
+                    if flying is not None:
+                        await asyncio.shield(flying)
+                    flying, batch, size = asyncio.ensure_future(self.io(_writes(upload, batch))), [], 0
+        finally:
+            if flying is not None:
+                await asyncio.wait({flying})
+        if flying is not None:
+            flying.result()
+        if batch:
+            await self.io(_writes(upload, batch))
+        if most is not None and total != most:
+            raise Invalid("the body is shorter than its Content-Range", expected=f"{most} bytes", reason="size")
+
+    async def answer(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
+        """A small answer; the rest of an unread request is read away, within a bound, so that the client sees the answer."""
+        close = not self.body_done and not await self._discard()
+        out = [(k.lower().encode("latin-1"), _header(v)) for k, v in headers.items()]
+        if status not in (204, 304) and not any(k == b"content-length" for k, _ in out):
+            out.append((b"content-length", str(len(body)).encode()))
+        if close or status == 413:
+            out.append((b"connection", b"close"))
+        self.started = True
+        await self._send({"type": "http.response.start", "status": status, "headers": out})
+        await self._send({"type": "http.response.body", "body": b"" if self.method == "HEAD" else body, "more_body": False})
+
+    async def json(self, status: int, value: object, headers: Mapping[str, str] | None = None, media_type: str = "application/json") -> None:
+        """A JSON answer."""
+        await self.answer(status, {"content-type": media_type, **(headers or {})}, json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+    async def _discard(self) -> bool:
+        if "expect" in self.headers:
+            return False
+        size = 0
+        with suppress(Gone, TimeoutError):
+            async with asyncio.timeout(5):
+                async for found in self.pieces():
+                    size += sum(map(len, found))
+                    if size > DISCARD:
+                        return False
+                return True
+        return False
+
+    def part(self, total: int) -> tuple[int, int] | None:
+        """The one range that was asked for, clamped; None for the whole; raises RangeInvalid (RFC 9110 section 14)."""
+        found = _RANGE.match(self.headers.get("range", "").replace(" ", ""))
+        if not found or found.group() == "bytes=-":
+            return None
+        first, last = found.groups()
+        if not first:
+            lo, hi = max(0, total - int(last)), total
+        else:
+            lo, hi = int(first), min(total, int(last) + 1 if last else total)
+        if lo >= total or hi <= lo:
+            raise RangeInvalid("the range does not fit", expected=f"a range within 0-{total - 1}", total=total)
+        return lo, hi
+
+    async def content(self, content: Content, headers: Mapping[str, str], again: Callable[[int, int], Awaitable[Content]]) -> None:
+        """Sends an object or the asked range of it; `again` reads a part where the store sends by chunks."""
+        status = 200
+        span = self.part(content.total) if self.headers.get("if-range", headers.get("etag")) == headers.get("etag") else None
+        if span:
+            status = 206
+            easy = content.path is not None or content.data is not None
+            content = dataclasses.replace(content, lo=span[0], hi=span[1]) if easy or self.method == "HEAD" else await again(*span)
+        out = {"accept-ranges": "bytes", **headers, "content-length": str(content.hi - content.lo)}
+        if span:
+            out["content-range"] = f"bytes {span[0]}-{span[1] - 1}/{content.total}"
+        if self.method == "HEAD":
+            await self.answer(status, out)
+        elif content.url is not None:
+            await self.answer(307, {**headers, "location": content.url})
+        elif content.data is not None:
+            await self.answer(status, out, content.data[content.lo : content.hi])
+        elif content.path is not None:
+            await self._file(status, out, content)
+        else:
+            await self._chunks(status, out, content)
+
+    async def served(self, repo: str, digest: str) -> None:
+        """Counts the bytes that were streamed for the caller of this exchange."""
+        call, sent = self._caller, self._sent
+        if call is not None and sent:
+            await asyncio.get_running_loop().run_in_executor(self.pools.sql, lambda: self.guard.served(call, repo, digest, sent))
+
+    async def _start(self, status: int, headers: Mapping[str, str]) -> None:
+        self.started = True
+        pairs = [(k.lower().encode("latin-1"), _header(v)) for k, v in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": pairs})
+
+    async def _file(self, status: int, headers: Mapping[str, str], content: Content) -> None:
+        file = await self.io(lambda: _open(content))
+        try:
+            await self._start(status, headers)
+            lo, hi = content.lo, content.hi
+            if hi > lo and SENDFILE in self.scope.get("extensions", {}):
+                await self._send({"type": SENDFILE, "file": file, "offset": lo, "count": hi - lo})
+                self._sent = hi - lo
+                return
+            await self._flow(hi - lo, lambda at: os.pread(file.fileno(), min(BATCH, hi - lo - at), lo + at))
+        finally:
+            file.close()
+
+    async def _chunks(self, status: int, headers: Mapping[str, str], content: Content) -> None:
+        chunks = iter(content.chunks or ())
+        await self._start(status, headers)
+        await self._flow(content.hi - content.lo, lambda _at: next(chunks, b""))
+
+    async def _flow(self, size: int, read: Callable[[int], bytes]) -> None:
+        """Sends `size` bytes read in a thread; a short read ends the answer early, which the server turns into a broken connection."""
+        left = asyncio.ensure_future(self._leave())
+        sent = 0
+        try:
+            while sent < size and not left.done():
+                piece = await self.io(lambda at=sent: read(at))  # type: ignore[misc]
+                if not piece:
+                    raise Unavailable("the stored object is shorter than its size")
+                sent += len(piece)
+                await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+            self._sent = sent
+            if sent == size:
+                await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            left.cancel()
+
+    async def _leave(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
+def _header(value: str) -> bytes:
+    """A header value from any text: what HTTP cannot carry becomes a question mark."""
+    return "".join(c if 32 <= ord(c) < 127 else "?" for c in value).encode("ascii")
+
+
+def _writes(upload: Upload, batch: list[bytes]) -> Callable[[], None]:
+    def work() -> None:
+        for piece in batch:
+            upload.write(piece)
+
+    return work
+
+
+def _open(content: Content) -> BinaryIO:
+    assert content.path is not None
+    try:
+        file = cast(BinaryIO, content.path.open("rb", buffering=0))
+    except OSError as error:
+        raise Unavailable(f"{content.digest} cannot be read", do="run `airlock verify`, restore the object", digest=content.digest) from error
+    if os.fstat(file.fileno()).st_size < content.hi:
+        file.close()
+        raise Unavailable(f"{content.digest} is shorter than its size", do="restore the object", digest=content.digest)
+    return file
+
+
+def all_items(page_of: Callable[[str], Page], most: int) -> list[Any]:
+    """The items of all pages up to a bound."""
+    items: list[Any] = []
+    after = ""
+    while len(items) < most:
+        page = page_of(after)
+        items += page.items
+        after = page.after
+        if not after:
+            break
+    return items[:most]
+
+
+class Front:
+    """The outermost layer: request id, one access log line as JSON, and a bare 500 for what nobody expected."""
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began = time.monotonic()
+        note: dict[str, Any] = {"request_id": uuid.uuid4().hex, "key_id": ""}
+        scope["airlock"] = note
+        seen = {"status": 0, "bytes": 0}
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                seen["status"] = message["status"]
+                message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", note["request_id"].encode())]}
+            await send(message)
+            seen["bytes"] += message["count"] if message["type"] == SENDFILE else len(message.get("body", b""))
+
+        try:
+            await self.app(scope, receive, counted)
+        except Exception:  # the top of the program: logged with the request id, never shown
+            ERRORS.exception("request %s failed", note["request_id"])
+            if seen["status"]:
+                raise
+            body = json.dumps({"error": "internal", "what": "the server failed", "do": f"quote request id {note['request_id']}"}).encode()
+            head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+            await counted({"type": "http.response.start", "status": 500, "headers": head})
+            await counted({"type": "http.response.body", "body": body, "more_body": False})
+        finally:
+            took = round(time.monotonic() - began, 6)
+            ACCESS.info(json.dumps({**note, "method": scope["method"], "path": scope["path"][:1024], **seen, "seconds": took}))

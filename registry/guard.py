@@ -1,0 +1,294 @@
+"""The same verbs as the library's, each checked by the pure decision before anything is read or changed: protocols receive only this.
+
+A verb is written out here or it does not exist. Refusals say what decisions section 5 allows: nothing about a name that the caller may not see.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NoReturn
+
+from artifact.errors import Denied, Invalid, NotFound, Unauthenticated
+from artifact.grant import PROFILES, Decision, Principal, Subject, authenticate, date, decide, visible
+from artifact.manifest import PROFILES_TYPE, check_digest, check_name, check_ref, parse_manifest
+from artifact.profile import Profile
+from artifact.profile import parse as parse_profiles
+from artifact.store import Call, Content, Descriptor, File, Files, Page, Registry, Revision, Upload
+from artifact.trust import sign_jws
+from registry.audit import Audit
+from registry.catalog import Located, Repo
+from registry.entitlements import Entitlements, LeaseWish
+from registry.home import Home
+from registry.library import MAX_PAGE, Library, as_revision
+
+MAX_GPUS = 64
+MAX_PROFILES_BYTES = 4 * 1024 * 1024
+SKEW_S = 60
+
+
+class Guard(Registry, Files):
+    """Access control over one library; holds no state of its own."""
+
+    def __init__(
+        self, library: Library, entitlements: Entitlements, audit: Audit, home: Home, lease_life_s: int = 86400, lease_grace_s: int = 3 * 86400
+    ) -> None:
+        self._library = library
+        self._entitlements = entitlements
+        self._audit = audit
+        self._home = home
+        self._lease_life_s, self._lease_grace_s = lease_life_s, lease_grace_s
+
+    def caller(self, key_text: str | None, request_id: str, now: float, network: str = "") -> Call:
+        """The call of a presented key, by one statement; raises Unauthenticated with reason key_absent, key_invalid, key_expired or key_revoked."""
+        principal = self._entitlements.principal(key_text) if key_text else None
+        call = Call(principal or Principal(), None, request_id, now)
+        alive = authenticate(call.principal, now)
+        if alive.allow:
+            return call
+        reason = "key_invalid" if key_text and principal is None else alive.reason
+        self._audit.denied(call, "login", "", reason, network)
+        raise Unauthenticated(alive.words, do=alive.remedy, reason=reason)
+
+    def whoami(self, call: Call) -> dict[str, object]:
+        """The public facts of the presented key; `expires` is RFC 3339, empty for never."""
+        who = call.principal
+        return {"key_id": who.key_id, "org": who.org, "tier": who.tier, "expires": date(who.expires) if who.expires else ""}
+
+    def _refuse(self, call: Call, action: str, name: str, decision: Decision) -> NoReturn:
+        self._audit.denied(call, action, name, decision.reason)
+        if decision.reason.startswith("key_"):
+            raise Unauthenticated(decision.words, do=decision.remedy, reason=decision.reason)
+        if not decision.visible:
+            raise NotFound(decision.words, do=decision.remedy, reason="not_visible")
+        raise Denied(decision.words, do=decision.remedy, reason=decision.reason)
+
+    def _allow(self, call: Call, name: str, repo: Repo | None, *actions: str) -> Call:
+        """The call with its decision, allowed by any of `actions`; a name that does not exist is refused as one that is not visible."""
+        subject = repo.subject if repo else Subject(name, org="\0", visibility="private")
+        decisions = [decide(call.principal, subject, action, call.now) for action in actions]
+        for decision in decisions:
+            if decision.allow:
+                return replace(call, decision=decision)
+        self._refuse(call, actions[0], name, decisions[0])
+
+    def _allow_push(self, call: Call, name: str) -> Call:
+        """The call allowed to push; a new name needs an organisation of its first segment, or the action admin."""
+        found = self._library.catalog.repository(check_name(name))
+        if found is not None:
+            return self._allow(call, name, found, "push")
+        owner = name.split("/", 1)[0]
+        own = owner == call.principal.org and "/" in name
+        org = owner if own or ("/" in name and self._library.catalog.org_exists(owner)) else ""
+        subject = Subject(name, org, "org" if org else "public")
+        decision = decide(call.principal, subject, "push", call.now)
+        if decision.allow and not org and not decide(call.principal, subject, "admin", call.now).allow:
+            words = f"there is no organisation {owner}, and only a key with action admin may push under another first segment"
+            decision = Decision(False, "no_org", words, f"push as {call.principal.org}/…, or ask the administrator")
+        if not decision.allow:
+            self._refuse(call, "push", name, decision)
+        return replace(call, decision=decision)
+
+    def resolve(self, call: Call, repo: str, ref: str) -> Descriptor:
+        """The manifest that a tag, commit or digest names, for a key that may pull or push; raises NotFound, Denied."""
+        found = self._library.catalog.locate(repo, ref)
+        self._allow(call, repo, found.repo if found else None, "pull", "push")
+        if found is None or not found.digest:
+            raise NotFound(f"{repo} has no manifest {ref[:100]}", do="see the tags of the repository", reason="manifest")
+        return found.descriptor()
+
+    def stat(self, call: Call, repo: str, digest: str) -> Descriptor:
+        """Type and size of a linked blob or manifest without its bytes, for a key that may pull or push; raises NotFound, Denied."""
+        found = self._library.catalog.find(repo, digest)
+        self._allow(call, repo, found.repo if found else None, "pull", "push")
+        if found is None or not found.digest:
+            raise NotFound(f"{repo} has no blob {digest[:100]}", reason="blob")
+        return Descriptor(found.media_type or "application/octet-stream", digest, found.size, found.artifact_type)
+
+    def read(self, call: Call, repo: str, digest: str, lo: int = 0, hi: int | None = None) -> Content:
+        """Bytes [lo, hi) of a blob or manifest; the first read is recorded before it returns; raises NotFound, Denied, RangeInvalid, Unavailable."""
+        found = self._library.catalog.find(repo, digest)
+        self._allow(call, repo, found.repo if found else None, "pull")
+        content = self._library.content(repo, digest, found, lo, hi)
+        self._audit.read(call, repo, digest if found and found.manifest_id else "blob", content.total)
+        return content
+
+    def served(self, call: Call, repo: str, digest: str, size: int) -> None:
+        """Counts bytes that the door streamed itself."""
+        self._audit.served(call, repo, digest, size)
+
+    def upload(self, call: Call, repo: str, *, digest: str | None = None, size: int | None = None, algorithm: str = "sha256") -> Upload:
+        """Starts an upload; raises NotFound, Denied, Unsupported."""
+        return self._library.upload(self._allow_push(call, repo), repo, digest=digest, size=size, algorithm=algorithm)
+
+    def resume(self, call: Call, repo: str, upload_id: str) -> Upload:
+        """Continues a suspended upload of the same key; raises NotFound, Denied."""
+        return self._library.resume(self._allow_push(call, repo), repo, upload_id)
+
+    def push(self, call: Call, repo: str, raw: bytes, media_type: str, *, refs: Sequence[str] = (), expect: str | None = None) -> Descriptor:
+        """Stores a manifest and moves `refs` to it; raises NotFound, Denied, Invalid, Mismatch, Conflict, TooLarge."""
+        for ref in refs:
+            check_ref(ref)
+        return self._library.push(self._allow_push(call, repo), repo, raw, media_type, refs=refs, expect=expect)
+
+    def mount(self, call: Call, repo: str, digest: str, source: str) -> Descriptor | None:
+        """Links a blob of `source`, where this key may pull it; None otherwise, whatever the cause."""
+        allowed = self._allow_push(call, repo)
+        found = self._library.catalog.repository(source)
+        if found is None or not decide(call.principal, found.subject, "pull", call.now).allow:
+            return None
+        return self._library.mount(allowed, repo, digest, source)
+
+    def delete(self, call: Call, repo: str, ref: str) -> None:
+        """Removes a ref, or a manifest or blob link; raises NotFound, Denied, Conflict."""
+        self._library.delete(self._allow(call, repo, self._library.catalog.repository(repo), "push"), repo, ref)
+
+    def _seen(self, call: Call, prefix: str, after: str, limit: int) -> tuple[list[Repo], str]:
+        alive = authenticate(call.principal, call.now)
+        if not alive.allow:
+            self._refuse(call, "list", "", alive)
+        size = max(0, min(limit, MAX_PAGE))
+        out: list[Repo] = []
+        while len(out) < size:
+            page = self._library.catalog.repositories(prefix, after, size, call.principal.org)
+            for repo in page:
+                after = repo.name
+                if visible(call.principal, repo.subject):
+                    out.append(repo)
+                    if len(out) == size:
+                        return out, after
+            if len(page) < size:
+                return out, ""
+        return out, ""
+
+    def list(self, call: Call, prefix: str = "", after: str = "", limit: int = 100) -> Page:
+        """Repository names that this key may see, in byte order; raises Unauthenticated."""
+        repos, cursor = self._seen(call, prefix, after, limit)
+        return Page(tuple(r.name for r in repos), cursor)
+
+    def refs(self, call: Call, repo: str, after: str = "", limit: int = 100) -> Page:
+        """Ref names of a repository; raises NotFound, Denied."""
+        found = self._library.catalog.repository(repo)
+        self._allow(call, repo, found, "pull", "push")
+        return self._library.refs_of(repo, found, after, limit)
+
+    def referrers(self, call: Call, repo: str, digest: str, kind: str = "", after: str = "") -> Page:
+        """Descriptors whose `subject` is `digest`; raises NotFound, Denied."""
+        found = self._library.catalog.repository(repo)
+        self._allow(call, repo, found, "pull", "push")
+        return self._library.referrers_of(repo, found, digest, kind, after)
+
+    def _revision(self, call: Call, repo: str, ref: str, found: Located | None) -> Located:
+        self._allow(call, repo, found.repo if found else None, "pull")
+        if found is None or not found.digest:
+            raise NotFound(f"{repo} has no revision {ref[:100]}", reason="revision")
+        return found
+
+    def revision(self, call: Call, repo: str, ref: str) -> Revision:
+        """The revision that a branch, tag or commit id names; raises NotFound `not_visible` or `revision`, Denied."""
+        return as_revision(self._revision(call, repo, ref, self._library.catalog.locate(repo, ref)), ref)
+
+    def file(self, call: Call, repo: str, ref: str, path: str) -> tuple[Revision, File]:
+        """One file of a revision; raises NotFound `not_visible`, `revision` or `entry`, Denied."""
+        found = self._library.catalog.file(repo, ref, path)
+        self._allow(call, repo, found.repo if found else None, "pull")
+        return self._library.file_of(repo, ref, path, found)
+
+    def files(self, call: Call, repo: str, ref: str, prefix: str = "", after: str = "", limit: int = 1000) -> tuple[Revision, Page]:
+        """Files of a revision below `prefix`; raises NotFound `not_visible` or `revision`, Denied."""
+        found = self._revision(call, repo, ref, self._library.catalog.locate(repo, ref))
+        return as_revision(found, ref), self._library.files_page(found, prefix, after, limit)
+
+    def catalog_list(self, call: Call, after: str = "", limit: int = 100) -> dict[str, object]:
+        """A page of what this key may see: items with name, display, kind, org, visibility, gated, entitled; `after` is the next cursor."""
+        repos, cursor = self._seen(call, "", after, limit)
+        return {"items": [self._summary(call, r) for r in repos], "after": cursor}
+
+    def _summary(self, call: Call, repo: Repo) -> dict[str, object]:
+        decision = decide(call.principal, repo.subject, "pull", call.now)
+        facts: dict[str, object] = {"name": repo.name, "display": repo.display, "kind": repo.kind, "org": repo.subject.org}
+        return facts | {"visibility": repo.subject.visibility, "gated": repo.gated, "entitled": decision.allow, "reason": decision.reason}
+
+    def catalog_show(self, call: Call, name: str) -> dict[str, object]:
+        """A repository's summary with its refs (digest, type, size, commit, files, bytes) and, for a model, its profiles' refs; raises NotFound."""
+        found = self._library.catalog.repository(name)
+        if found is None or not visible(call.principal, found.subject):
+            self._allow(call, name, found, "pull")
+        if found is None:
+            raise NotFound(f"there is no repository {name}", reason="not_visible")
+        out = self._summary(call, found) | {"refs": self._library.catalog.details(found.id)}
+        beside = None if name.endswith(PROFILES) else self._library.catalog.repository(name + PROFILES)
+        return out | {"profiles": self._library.catalog.details(beside.id) if beside else []}
+
+    def lease(self, call: Call, body: dict[str, object]) -> dict[str, object]:
+        """A signed lease for one model, profile and set of GPUs (docs/format.md section 8); raises Invalid, NotFound, Denied."""
+        name, ref = check_name(_text(body, "model")), check_ref(_text(body, "ref"))
+        digest, profile_id, host = check_digest(_text(body, "profile_digest")), _text(body, "profile_id"), _text(body, "host")
+        gpus = _gpus(body.get("gpu_uuids"))
+        catalog = self._library.catalog
+        call = self._allow(call, name, catalog.repository(name), "run")
+        profile = self._profile(name, digest, profile_id)
+        model = catalog.locate(profile.model.name, profile.model.digest)
+        if profile.model.name != name:
+            self._allow(call, profile.model.name, model.repo if model else None, "run")
+        if model is None or not model.digest:
+            raise NotFound(f"profile {profile_id[:80]} names {profile.model.name}@{profile.model.digest}, which is not here", reason="model")
+        iat = int(call.now)
+        exp = iat + self._lease_life_s
+        if call.principal.expires:
+            exp = min(exp, int(call.principal.expires))  # a lease never outlives the key it was given for
+        wish = LeaseWish(name, model.digest, digest, profile_id, host, gpus)
+        claims: dict[str, object] = {
+            "iss": self._home.instance,
+            "sub": f"org:{call.principal.org}",
+            "aud": host,
+            "jti": secrets.token_hex(16),
+            "iat": iat,
+            "nbf": iat - SKEW_S,
+            "exp": exp,
+            "renew_after": iat + (exp - iat) * 15 // 100,
+            "grace_s": self._lease_grace_s,
+            "model": {"name": name, "ref": ref, "digest": model.digest},
+            "profile_digest": digest,
+            "profile_id": profile_id,
+            "gpu_uuids": list(gpus),
+            "key_id": call.principal.key_id,
+            "revocation_serial": 0,
+        }
+        with catalog.writing() as conn:
+            claims["lease_serial"] = self._entitlements.add_lease(conn, call.principal, wish, jti=str(claims["jti"]), iat=iat, exp=exp)
+            self._audit.change(
+                conn, call, "lease", f"{name}@{model.digest}", jti=claims["jti"], serial=claims["lease_serial"], profile=profile_id, gpus=len(gpus)
+            )
+            token = sign_jws(self._home.lease_key(), "lease+jwt", claims)
+        return {"lease": token, "now": call.now}
+
+    def _profile(self, name: str, digest: str, profile_id: str) -> Profile:
+        """The profile of that id in the profile manifest `digest` of `<name>/profiles`; raises NotFound `profile`, Invalid."""
+        home = name + PROFILES
+        found = self._library.catalog.find(home, digest)
+        unknown = NotFound(f"{home} has no profile manifest {digest}", do="ask again with the manifest that the ref names now", reason="profile")
+        if found is None or found.raw is None or found.artifact_type != PROFILES_TYPE:
+            raise unknown
+        layers = [d for d in parse_manifest(found.raw, found.media_type).layers if d.media_type == PROFILES_TYPE]
+        blob = self._library.catalog.find(home, layers[0].digest) if len(layers) == 1 and layers[0].size <= MAX_PROFILES_BYTES else None
+        if blob is None or not blob.location:
+            raise unknown
+        for profile in parse_profiles(self._library.small(blob)).profiles:
+            if profile.id == profile_id:
+                return profile
+        raise NotFound(f"the profile manifest has no profile {profile_id[:80]!r}", do="airlock runtime list-model-profiles", reason="profile")
+
+
+def _text(body: dict[str, object], key: str) -> str:
+    value = body.get(key)
+    if not isinstance(value, str) or not 0 < len(value) <= 255 or any(ord(ch) < 32 for ch in value):
+        raise Invalid(f"{key} is missing or not text", expected="1 to 255 characters", reason="body")
+    return value
+
+
+def _gpus(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) > MAX_GPUS or not all(isinstance(v, str) and 0 < len(v) <= 100 for v in value):
+        raise Invalid("gpu_uuids is not a list of GPU ids", expected=f"at most {MAX_GPUS} texts, none on a CPU node", reason="body")
+    return tuple(dict.fromkeys(value))

@@ -1,0 +1,311 @@
+"""A bundle into the store: trust first, then every byte once, then all manifests, names and audit rows in one transaction.
+
+Writes straight into the blob directory and the database, as no client of a door could. Nothing becomes visible before the last step; what an
+interrupted run copied is kept and not read again. It must not judge a signature itself (artifact.bundle does) nor move a name back.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection, select, update
+
+from artifact import medium, trust
+from artifact.bundle import open_bundle
+from artifact.disk import Disk
+from artifact.errors import Conflict, Mismatch, NotFound
+from artifact.grant import Principal
+from artifact.manifest import Manifest, check_name, digest_of, is_digest, parse_manifest
+from artifact.store import Call
+from registry import catalog
+from registry import tables as t
+from registry.blobs.file import location_of
+
+if TYPE_CHECKING:
+    from registry.wiring import Site
+
+BUFFER = 1024 * 1024
+RECEIPT_LIFE_S = 10 * 365 * 86400
+Report = dict[str, object]
+
+
+def import_bundle(
+    site: Site, directory: Path, now: float, progress: Callable[[int], None] = lambda n: None, begin: Callable[[int], None] = lambda n: None
+) -> Report:
+    """Imports a bundle and reports what it did; again with the same bundle changes nothing.
+
+    `begin` is told the bytes to copy, `progress` each number copied. Raises Mismatch (altered or foreign bytes, naming the file), Invalid,
+    NotFound (a digest that is neither on the medium nor in the store), Unavailable (space), Conflict (another import runs).
+    """
+    with _lock(site.home.path):
+        sender = _sender(site, directory)
+        state = site.home.trust_dir(sender) / "state"
+        index = open_bundle(directory, state, site.home.pinned_root(sender), now)
+        done = site.home.trust_dir(sender) / "imported" / str(index.sequence)
+        report: Report = {"sequence": index.sequence, "sender": sender, "names": len(index.names), "objects": len(index.objects)}
+        if (index.known or index.older) and done.exists() and done.read_text().strip() == index.digest:
+            return report | {"imported": False, "older": index.older, "copied": 0, "copied_bytes": 0, "lost": _lost(done.parent, index)}
+        disk = Disk(site.home.path)
+        reached = _reach(site, disk, directory, index)
+        blobs = {d: s for d, s in reached.blobs.items() if d in index.objects and disk.size(d) != s}
+        need = sum(blobs.values())
+        medium.check_space(site.home.path, need)
+        begin(need)
+        for digest in sorted(blobs):
+            _copy(disk, directory, digest, blobs[digest], progress)
+        _store(site, disk, index, reached, now)
+        for manifest in reached.manifests.values():
+            if catalog.kind_of(manifest) == "model":
+                site.library.fill_facts(manifest)
+        index.commit()
+        done.parent.mkdir(mode=0o700, exist_ok=True)
+        medium.replace_file(done, index.digest.encode() + b"\n")
+        with suppress(OSError):  # a medium that is write-protected brings no receipt home
+            (directory / medium.RECEIPT).write_text(_receipt(site, index, now))
+    return report | {"imported": True, "older": index.older, "copied": len(blobs), "copied_bytes": need, "lost": _lost(done.parent, index)}
+
+
+@contextmanager
+def _lock(home: Path) -> Iterator[None]:
+    fd = os.open(home / "trust" / ".import.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise Conflict("another import runs on this data directory", expected="one at a time", do="wait for it to end") from error
+    finally:
+        os.close(fd)
+
+
+def _sender(site: Site, directory: Path) -> str:
+    """The pinned sender whose bundle this claims to be; open_bundle then proves it."""
+    senders = site.home.senders()
+    if not senders:
+        raise NotFound(
+            "this site pins no sender", do=f"airlock site init --data {site.home.path} --trust-root 1.root.json --sha256 HEX", reason="trust_root"
+        )
+    if len(senders) == 1:
+        return next(iter(senders))
+    with suppress(OSError):
+        claimed = digest_of((directory / "metadata" / "1.root.json").read_bytes())[7:]
+        for sender, digest in senders.items():
+            if digest == claimed:
+                return sender
+    raise Mismatch("metadata/1.root.json is of no sender that is pinned here", expected=", ".join(sorted(senders)), reason="bundle_trust")
+
+
+def _lost(imported: Path, index: medium.BundleIndex) -> list[int]:
+    """Sequences that the sender signed before this one and that never arrived here; each bundle is complete for its names, so none is needed."""
+    return [n for n in index.listed if n < index.sequence and not (imported / str(n)).exists()]
+
+
+def _reach(site: Site, disk: Disk, directory: Path, index: medium.BundleIndex) -> medium.Closure:
+    """What the names reach, read and verified; raises NotFound naming every digest that neither the medium nor the store holds."""
+
+    def read(digest: str, limit: int) -> bytes | None:
+        if digest in index.objects:
+            return _read_verified(directory, digest, index.objects[digest], limit)
+        with site.catalog.reading() as conn:
+            raw = conn.execute(select(t.manifest.c.raw).where(t.manifest.c.digest == digest)).scalar_one_or_none()
+        if raw is not None:
+            return bytes(raw)
+        return disk.read(digest, limit) if disk.size(digest) is not None else None
+
+    reached = medium.closure([(n.name, n.digest, n.media_type) for n in index.names], read)
+    missing = dict(reached.missing)
+    for digest, size in reached.blobs.items():
+        if index.objects.get(digest, size) != size:
+            raise Mismatch(f"the index gives {digest} another size than its manifest", expected=f"{size} bytes", reason="bundle_object")
+        if disk.size(digest) == size:
+            continue
+        if digest not in index.objects:
+            missing[digest] = "blob"
+        elif not medium.object_path(directory, digest).exists():
+            raise Mismatch(f"the bundle lacks {medium.object_path(Path(), digest)}", do="copy it again from the mirror", reason="bundle_incomplete")
+    if missing:
+        shown = ", ".join(f"{d} ({what})" for d, what in sorted(missing.items())[:5])
+        raise NotFound(
+            f"{len(missing)} digests are neither in the bundle nor in the store: {shown}",
+            do="import the bundle before this one first, or ask the sender for a full one",
+            reason="missing_objects",
+        )
+    strangers = sorted(index.objects.keys() - reached.objects().keys())
+    if strangers:
+        raise Mismatch(
+            f"{medium.object_path(Path(), strangers[0])} is reached by no name", expected="only what the names need", reason="foreign_file"
+        )
+    return reached
+
+
+def _open(directory: Path, digest: str) -> int:
+    path = medium.object_path(directory, digest)
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        what = f"the bundle lacks {path.relative_to(directory)}, or it cannot be read: {error.strerror}"
+        raise Mismatch(what, do="copy it again from the mirror", reason="bundle_incomplete") from error
+
+
+def _altered(digest: str) -> Mismatch:
+    name = medium.object_path(Path(), digest)
+    return Mismatch(
+        f"{name} was altered: its bytes do not match its digest",
+        expected=digest,
+        do="copy it again from the mirror; nothing was imported",
+        reason="bundle_object",
+    )
+
+
+def _read_verified(directory: Path, digest: str, size: int, limit: int) -> bytes:
+    """A manifest or document from the medium, in memory; raises Mismatch naming its file."""
+    if size > limit:
+        raise Mismatch(f"{medium.object_path(Path(), digest)} has {size} bytes", expected=f"at most {limit} for a manifest", reason="bundle_object")
+    with os.fdopen(_open(directory, digest), "rb") as source:
+        raw = source.read(size + 1)
+    if len(raw) != size or digest_of(raw) != digest:
+        raise _altered(digest)
+    return raw
+
+
+def _copy(disk: Disk, directory: Path, digest: str, size: int, progress: Callable[[int], None]) -> None:
+    """One blob into the store, hashed while it is copied; what an earlier run made durable is not read again from the medium."""
+    partial = disk.partial(digest, size)
+    fd = _open(directory, digest)
+    try:
+        buffer = memoryview(bytearray(BUFFER))
+        left = partial.missing()
+        progress(size - sum(hi - lo for lo, hi in left))
+        for lo, hi in left:
+            at = lo
+            while at < hi:
+                n = os.preadv(fd, [buffer[: min(BUFFER, hi - at)]], at)
+                if n == 0:
+                    raise _altered(digest)
+                partial.write(at, buffer[:n])
+                at += n
+                progress(n)
+            partial.piece_done(lo, hi)
+        partial.finish()
+    except Mismatch as error:
+        partial.abort()
+        raise _altered(digest) from error
+    except OSError as error:
+        partial.abort(keep=True)
+        raise Mismatch(
+            f"{medium.object_path(Path(), digest)} cannot be read: {error.strerror}", do="check the medium", reason="bundle_object"
+        ) from error
+    finally:
+        os.close(fd)
+        partial.abort(keep=True)
+
+
+# ---- the one transaction ----
+
+
+def _store(site: Site, disk: Disk, index: medium.BundleIndex, reached: medium.Closure, now: float) -> None:
+    call = Call(Principal(key_id="site", org=""), None, f"import-{index.sender}-{index.sequence}", now)
+    kinds = {n.name: n for n in index.names}
+    with site.catalog.writing() as conn:
+        for digest in sorted(reached.blobs):
+            catalog.add_blob(conn, digest, reached.blobs[digest], location_of(digest))
+        repos: dict[str, int] = {}
+        for (name, _), manifest in reached.manifests.items():
+            if name not in repos:
+                named = kinds.get(name)
+                repos[name] = _repository(conn, name, named.display if named else "", now)
+            for blob in sorted({d.digest for d in manifest.blobs()}):
+                catalog.link_blob(conn, repos[name], blob)
+            catalog.add_manifest(conn, repos[name], manifest, at=now, name=name)
+        moved = 0
+        for named in () if index.older else index.names:
+            if not is_digest(named.ref):  # a digest as ref: the manifest travels without a tag (a referrer)
+                moved += _move(site, conn, disk, repos[named.name], named, reached.manifests[named.name, named.digest], now)
+        site.audit.change(
+            conn,
+            call,
+            "bundle_import",
+            f"{index.sender}/{index.sequence}@{index.digest}",
+            names=len(index.names),
+            moved=moved,
+            objects=len(index.objects),
+            older=index.older,
+        )
+        for fact in index.upstream:
+            site.audit.change(conn, call, "upstream", f"{fact.get('name', '')}@{fact.get('digest', '')}", upstream=fact)
+
+
+def _repository(conn: Connection, name: str, display: str, now: float) -> int:
+    """The repository of an imported name: of the organisation that its first segment names, else of the site and visible to every valid key."""
+    first = check_name(name).split("/", 1)[0]
+    org = first if catalog.org_exists(conn, first) else ""
+    return catalog.ensure_repository(conn, name, display=display, org=org, visibility="org" if org else "public", at=now)
+
+
+def _move(site: Site, conn: Connection, disk: Disk, repo_id: int, named: medium.BundleName, manifest: Manifest, now: float) -> int:
+    """Points a ref at an imported manifest, a `.sig` tag at the union of both sides' signatures; 1 if it moved."""
+    old = ref_of(conn, repo_id, named.ref)
+    if old is not None and old.digest == named.digest:
+        return 0
+    if old is not None and trust.is_sig_tag(named.ref):
+        manifest = _union(conn, disk, repo_id, old, manifest)
+        if manifest.digest == old.digest:
+            return 0
+    catalog.add_manifest(conn, repo_id, manifest, refs=(named.ref,), at=now, name=named.name)
+    return 1
+
+
+def ref_of(conn: Connection, repo_id: int, ref: str) -> Manifest | None:
+    """The manifest that a ref of a repository names, read inside the caller's transaction."""
+    found = select(t.manifest.c.raw, t.manifest.c.media_type).join(t.ref, t.ref.c.manifest_id == t.manifest.c.id)
+    row = conn.execute(found.where(t.ref.c.repo_id == repo_id, t.ref.c.name == ref)).first()
+    return parse_manifest(bytes(row.raw), row.media_type) if row is not None else None
+
+
+def judged(conn: Connection, repo_id: int, digest: str, verdict: str) -> bool:
+    """Stores the verdict over a manifest in a repository; False where it stood there already."""
+    link = t.repo_manifest
+    ids = select(t.manifest.c.id).where(t.manifest.c.digest == digest).scalar_subquery()
+    changed = update(link).where(link.c.repo_id == repo_id, link.c.manifest_id == ids, link.c.verdict != verdict).values(verdict=verdict)
+    return conn.execute(changed).rowcount > 0
+
+
+def _union(conn: Connection, disk: Disk, repo_id: int, ours: Manifest, theirs: Manifest) -> Manifest:
+    """The `.sig` manifest with both sides' signatures; theirs byte for byte where it holds all of ours."""
+    have = {(d.digest, d.annotations.get(trust.SIGNATURE)) for d in theirs.layers}
+    if all((d.digest, d.annotations.get(trust.SIGNATURE)) in have for d in ours.layers):
+        return theirs
+    merged = trust.merge_signatures(ours.raw, trust.signature_layers(theirs))
+    add_small(conn, disk, repo_id, merged.blobs)
+    return parse_manifest(merged.manifest)
+
+
+def add_small(conn: Connection, disk: Disk, repo_id: int, blobs: dict[str, bytes]) -> None:
+    """Stores small blobs that are in memory and links them into a repository, in the caller's transaction."""
+    for digest, raw in sorted(blobs.items()):
+        disk.put(raw)
+        catalog.add_blob(conn, digest, len(raw), location_of(digest))
+        catalog.link_blob(conn, repo_id, digest)
+
+
+def _receipt(site: Site, index: medium.BundleIndex, now: float) -> str:
+    claims: dict[str, object] = {
+        "iss": site.home.instance,
+        "sub": f"sender:{index.sender}",
+        "jti": str(uuid.uuid4()),
+        "iat": int(now),
+        "nbf": int(now),
+        "exp": int(now) + RECEIPT_LIFE_S,
+        "sequence": index.sequence,
+        "index": index.digest,
+    }
+    key = site.home.release_key()
+    pem = trust.public_pem(key)
+    document = {"schema": 1, "receipt": trust.sign_jws(key, "receipt+jwt", claims), "key": {"kid": trust.kid(pem), "pem": pem}}
+    return json.dumps(document, sort_keys=True) + "\n"

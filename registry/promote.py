@@ -1,0 +1,81 @@
+"""Promotion: the site's release key signs a profile manifest, in both cosign forms, so that runtimes of this site may start from it.
+
+It is the only caller of the release key besides receipts. It must not sign what the store does not hold whole.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from artifact import trust
+from artifact.disk import Disk
+from artifact.errors import NotFound
+from artifact.grant import PROFILES, Principal
+from artifact.manifest import MAX_MANIFEST_BYTES, PROFILES_TYPE, Reference, parse_manifest
+from artifact.profile import Pin, references
+from artifact.store import Call, Descriptor
+from registry import catalog
+from registry.importer import add_small, judged, ref_of
+
+if TYPE_CHECKING:
+    from registry.wiring import Site
+
+
+def promote(site: Site, wanted: Reference, now: float) -> dict[str, object]:
+    """Signs `<name>/profiles:<ref>`, reports digest and key; again changes nothing; raises NotFound where what it names is absent."""
+    name = wanted.name if wanted.name.endswith(PROFILES) else wanted.name + PROFILES
+    model = name.removesuffix(PROFILES)
+    found = site.catalog.locate(name, wanted.ref)
+    if found is None or not found.digest:
+        raise NotFound(
+            f"{model} has no profile manifest at {wanted.ref}",
+            expected=f"{name}:{wanted.ref}",
+            do=f"airlock model push DIR {model}:{wanted.ref} --profiles FILE, or import a bundle that brings it",
+            reason="profiles",
+        )
+    disk = Disk(site.home.path)
+    key = site.home.release_key()
+    with site.catalog.writing() as conn:
+        manifest = ref_of(conn, found.repo.id, wanted.ref)
+        if manifest is None:
+            raise NotFound(f"{name} has no {wanted.ref}", expected=f"{name}:{wanted.ref}", reason="profiles")
+        pins = [pin for layer in manifest.layers if layer.media_type == PROFILES_TYPE for pin in references(_document(disk, layer), PROFILES_TYPE)]
+        _check_models(site, name, wanted.ref, pins)
+        old = ref_of(conn, found.repo.id, trust.sig_tag(manifest.digest))
+        subject = Descriptor(manifest.media_type, manifest.digest, len(manifest.raw))
+        made = trust.release_artifacts(key, f"{name}:{wanted.ref}", subject, old.raw if old else None)
+        changed = judged(conn, found.repo.id, manifest.digest, "promoted") or old is None or made.sig_manifest != old.raw
+        if changed:
+            add_small(conn, disk, found.repo.id, made.blobs)
+            catalog.add_manifest(conn, found.repo.id, parse_manifest(made.sig_manifest), refs=(made.sig_tag,), at=now, name=name)
+            catalog.add_manifest(conn, found.repo.id, parse_manifest(made.referrer_manifest), at=now, name=name)
+            call = Call(Principal(key_id="site"), None, "promote", now)
+            kid = trust.kid(trust.public_pem(key))
+            site.audit.change(conn, call, "promote", f"{name}@{manifest.digest}", version=wanted.ref, release_key=kid)
+    return {
+        "name": model,
+        "ref": wanted.ref,
+        "profiles": name,
+        "digest": manifest.digest,
+        "models": [f"{p.name}@{p.digest}" for p in pins],
+        "key": trust.kid(trust.public_pem(key)),
+        "changed": changed,
+    }
+
+
+def _document(disk: Disk, layer: Descriptor) -> bytes:
+    return disk.read(layer.digest, MAX_MANIFEST_BYTES)
+
+
+def _check_models(site: Site, name: str, ref: str, pins: list[Pin]) -> None:
+    if not pins:
+        raise NotFound(f"{name}:{ref} names no model", expected="a profile manifest (docs/format.md section 4)", reason="profiles")
+    for pin in pins:
+        held = site.catalog.find(pin.name, pin.digest)
+        if held is None or not held.digest:
+            raise NotFound(
+                f"{name}:{ref} names {pin.name}@{pin.digest}, which this store does not hold",
+                expected="every model and image that the profiles name",
+                do="import the bundle that brings it",
+                reason="model",
+            )

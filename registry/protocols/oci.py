@@ -1,0 +1,343 @@
+"""The OCI distribution-spec v1.1 door, `/v2/…`: parses requests, calls the guard, words its answers; no store, no SQL, no decision of its own.
+
+Names hold slashes, so a path is read from its end: the last /blobs/, /manifests/, /tags/list or /referrers/.
+`Accept` is ignored: what was pushed is served.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from urllib.parse import quote
+
+from artifact import errors
+from artifact.manifest import INDEX, MAX_MANIFEST_BYTES, check_digest, check_name, is_digest, is_tag, parse_manifest
+from artifact.store import Call, Content, Descriptor, Upload
+from registry.exchange import Exchange, Gone
+
+_CHUNK = re.compile(r"(\d{1,18})-(\d{1,18})\Z")
+_UPLOAD = re.compile(r"[A-Za-z0-9_-]{1,128}\Z")
+_PAGE, _MOST = 500, 900  # the store gives at most 1,000 a page, and one more is asked for to know whether to go on
+_KINDS = {
+    "manifest": ("MANIFEST_UNKNOWN", "MANIFEST_INVALID"),
+    "blob": ("BLOB_UNKNOWN", "DIGEST_INVALID"),
+    "upload": ("BLOB_UPLOAD_UNKNOWN", "BLOB_UPLOAD_INVALID"),
+    "": ("NAME_UNKNOWN", "UNSUPPORTED"),
+}
+_REASONS = {"digest": "DIGEST_INVALID", "name": "NAME_INVALID", "size": "SIZE_INVALID", "manifest_blob": "MANIFEST_BLOB_UNKNOWN"}
+_REASONS |= {"repo": "NAME_UNKNOWN", "not_visible": "NAME_UNKNOWN"}
+_TABLE: dict[type[errors.AirlockError], tuple[int, str]] = {
+    errors.Unauthenticated: (401, "UNAUTHORIZED"),
+    errors.Denied: (403, "DENIED"),
+    errors.Mismatch: (400, "DIGEST_INVALID"),
+    errors.Conflict: (409, "CONFLICT"),
+    errors.Unavailable: (503, "UNAVAILABLE"),
+    errors.Unsupported: (405, "UNSUPPORTED"),
+    errors.RangeInvalid: (416, "BLOB_UPLOAD_INVALID"),
+}
+
+
+def error_form(error: errors.AirlockError, kind: str) -> tuple[int, str]:
+    """Status and OCI error code of a failure on a route of that kind (distribution-spec, error codes)."""
+    unknown, invalid = _KINDS[kind]
+    if isinstance(error, errors.NotFound):
+        return 404, _REASONS.get(error.reason, unknown)
+    if isinstance(error, errors.Invalid) or (isinstance(error, errors.Unsupported) and error.reason == "digest"):
+        return 400, _REASONS.get(error.reason, invalid)
+    if isinstance(error, errors.TooLarge):
+        return 413, "MANIFEST_INVALID" if kind == "manifest" else "SIZE_INVALID"
+    return next((form for cls, form in _TABLE.items() if isinstance(error, cls)), (500, "UNKNOWN"))
+
+
+class OciDoor:
+    """Dispatches one `/v2/` exchange."""
+
+    async def __call__(self, x: Exchange) -> None:
+        """Answers; a client that left gets nothing."""
+        kind = ""
+        try:
+            repo, kind, rest = self._route(x.path)
+            await self._serve(x, repo, kind, rest)
+        except Gone:
+            if not x.started and x.body_done:
+                return
+            raise
+        except errors.AirlockError as error:
+            if x.started:
+                raise
+            await self._refuse(x, error, "upload" if kind == "uploads" else "manifest" if kind == "manifests" else "blob" if kind == "blobs" else "")
+
+    def _route(self, path: str) -> tuple[str, str, str]:
+        """Repository, kind and rest of a path; raises Invalid for a name outside the grammar, NotFound for no route."""
+        if path in ("/v2", "/v2/"):
+            return "", "ping", ""
+        if path in ("/v2/_catalog", "/v2/_catalog/"):
+            return "", "catalog", ""
+        tail = path[len("/v2/") :]
+        if tail.endswith("/tags/list"):
+            return check_name(tail[: -len("/tags/list")]), "tags", ""
+        at, kind = max((tail.rfind(f"/{k}/"), k) for k in ("blobs", "manifests", "referrers"))
+        if at < 0:
+            raise errors.NotFound("no such route", expected="a path of the OCI distribution specification", reason="repo")
+        repo, rest = tail[:at], tail[at + len(kind) + 2 :]
+        if kind == "blobs" and (rest == "uploads" or rest.startswith("uploads/")):
+            return check_name(repo), "uploads", rest[len("uploads/") :]
+        return check_name(repo), kind, rest
+
+    async def _serve(self, x: Exchange, repo: str, kind: str, rest: str) -> None:
+        if kind == "uploads":
+            route = f"{x.method} uploads" if not rest else f"{x.method} upload"
+        else:
+            route = f"{'GET' if x.method == 'HEAD' else x.method} {kind}"
+        verbs: dict[str, Callable[[Exchange, str, str], Awaitable[None]]] = {
+            "GET ping": self._ping,
+            "GET catalog": self._catalog,
+            "GET tags": self._tags,
+            "GET referrers": self._referrers,
+            "GET blobs": self._blob,
+            "DELETE blobs": self._delete_blob,
+            "GET manifests": self._manifest,
+            "PUT manifests": self._put_manifest,
+            "DELETE manifests": self._delete_manifest,
+            "POST uploads": self._begin,
+            "PATCH upload": self._patch,
+            "PUT upload": self._close,
+            "GET upload": self._status,
+            "DELETE upload": self._cancel,
+        }
+        verb = verbs.get(route)
+        if verb is None:
+            raise errors.Unsupported(f"{x.method} is not served here")
+        await verb(x, repo, rest)
+
+    async def _refuse(self, x: Exchange, error: errors.AirlockError, kind: str) -> None:
+        status, code = error_form(error, kind)
+        headers = {"docker-distribution-api-version": "registry/2.0"}
+        if status == 401:
+            headers["www-authenticate"] = 'Basic realm="airlock"'
+        if status == 503:
+            headers["retry-after"] = "5"
+        if status == 416:
+            headers |= {k: error.ids[k] for k in ("location", "range", "docker-upload-uuid") if k in error.ids}
+            if "total" in error.ids:
+                headers["content-range"] = f"bytes */{error.ids['total']}"
+        detail = {"reason": error.reason, "expected": error.expected, "do": error.do}
+        message = error.what + (f"; {error.do}" if error.do else "")
+        await x.json(status, {"errors": [{"code": code, "message": message, "detail": detail}]}, headers)
+
+    async def _ping(self, x: Exchange, _repo: str, _rest: str) -> None:
+        await x.call(x.guard.whoami)
+        await x.json(200, {}, {"docker-distribution-api-version": "registry/2.0"})
+
+    # ---- reading
+
+    async def _catalog(self, x: Exchange, _repo: str, _rest: str) -> None:
+        count, last = x.number("n", _PAGE, _MOST), x.cursor("last")
+        page = await x.call(lambda call: x.guard.list(call, "", last, count + 1))
+        names = [str(n) for n in page.items[:count]]
+        await x.json(200, {"repositories": names}, _next("/v2/_catalog", count, names if len(page.items) > count else []))
+
+    async def _tags(self, x: Exchange, repo: str, _rest: str) -> None:
+        count, last = x.number("n", _PAGE, _MOST), x.cursor("last")
+
+        def work(call: Call) -> tuple[list[str], bool]:
+            found: list[str] = []
+            after = last
+            while True:
+                page = x.guard.refs(call, repo, after, _MOST)
+                found += [str(t) for t in page.items if is_tag(str(t))]
+                after = page.after
+                if not after or len(found) > count:
+                    return found[:count], len(found) > count
+
+        tags, more = await x.call(work)
+        await x.json(200, {"name": repo, "tags": tags}, _next(f"/v2/{repo}/tags/list", count, tags if more else []))
+
+    async def _referrers(self, x: Exchange, repo: str, digest: str) -> None:
+        check_digest(digest)
+        kind, after = x.param("artifactType"), x.cursor("after")
+        try:
+            page = await x.call(lambda call: x.guard.referrers(call, repo, digest, kind, after))
+            items, onward = [d.as_json() for d in page.items if isinstance(d, Descriptor)], page.after
+        except errors.NotFound:  # an unknown name has no referrers; the specification forbids 404 here
+            items, onward = [], ""
+        headers = {"oci-filters-applied": "artifactType"} if kind else {}
+        if onward:
+            query = f"after={quote(onward, safe='')}" + (f"&artifactType={quote(kind, safe='')}" if kind else "")
+            headers["link"] = f'</v2/{repo}/referrers/{digest}?{query}>; rel="next"'
+        await x.json(200, {"schemaVersion": 2, "mediaType": INDEX, "manifests": items}, headers, INDEX)
+
+    async def _blob(self, x: Exchange, repo: str, digest: str) -> None:
+        check_digest(digest)
+        headers = {"content-type": "application/octet-stream", "docker-content-digest": digest, "etag": f'"{digest}"'}
+        if x.method == "HEAD":
+            size = (await x.call(lambda call: x.guard.stat(call, repo, digest))).size
+            content = Content(digest, "", size, 0, size, data=b"")
+        else:
+            content = await x.call(lambda call: x.guard.read(call, repo, digest))
+
+        async def again(lo: int, hi: int) -> Content:
+            return await x.call(lambda call: x.guard.read(call, repo, digest, lo, hi))
+
+        await x.content(content, headers, again)
+        await x.served(repo, digest)
+
+    async def _manifest(self, x: Exchange, repo: str, ref: str) -> None:
+        self._check_ref(ref)
+
+        def work(call: Call) -> tuple[Descriptor, Content | None]:
+            found = x.guard.resolve(call, repo, ref)
+            return found, None if x.method == "HEAD" else x.guard.read(call, repo, found.digest)
+
+        found, content = await x.call(work)
+        shown = ref if is_digest(ref) else found.digest
+        headers = {"content-type": found.media_type, "docker-content-digest": shown, "etag": f'"{shown}"'}
+        if content is None:
+            await x.answer(200, {**headers, "content-length": str(found.size)})
+            return
+        x.headers.pop("range", None)
+
+        async def again(_lo: int, _hi: int) -> Content:
+            raise errors.Unsupported("manifests are served whole")
+
+        await x.content(content, headers, again)
+
+    @staticmethod
+    def _check_ref(ref: str) -> None:
+        if ":" in ref:
+            check_digest(ref)
+        elif not is_tag(ref):
+            raise errors.Invalid(f"{ref[:100]!r} is not a tag", expected="at most 128 letters, digits and . _ -", reason="manifest")
+
+    # ---- writing
+
+    async def _put_manifest(self, x: Exchange, repo: str, ref: str) -> None:
+        self._check_ref(ref)
+        tags = [v for k, v in x.query if k == "tag"] if is_digest(ref) else [ref]
+        if len(tags) > 100:
+            raise errors.TooLarge(f"{len(tags)} tags in one request", expected="at most 100")
+        for tag in tags:
+            self._check_ref(tag)
+        await x.call(x.guard.whoami)  # a body is read for nobody who has no key
+        raw = await x.read_body(MAX_MANIFEST_BYTES, "the manifest")
+        stated = x.headers.get("content-type", "").split(";")[0].strip()
+
+        def work(call: Call) -> tuple[Descriptor, str]:
+            if is_digest(ref) and hashlib.new(ref.split(":")[0], raw).hexdigest() != ref.split(":")[1]:
+                raise errors.Mismatch("the manifest does not match the digest it was pushed under", expected=ref)
+            parsed = parse_manifest(raw, stated)
+            pushed = x.guard.push(call, repo, raw, parsed.media_type, refs=tags, expect=ref if is_digest(ref) else None)
+            return pushed, parsed.subject.digest if parsed.subject else ""
+
+        pushed, subject = await x.call(work)
+        shown = ref if is_digest(ref) else pushed.digest
+        headers = {"location": f"/v2/{repo}/manifests/{shown}", "docker-content-digest": shown}
+        if subject:
+            headers["oci-subject"] = subject
+        if is_digest(ref) and tags:
+            headers["oci-tag"] = ", ".join(tags)
+        await x.answer(201, headers)
+
+    async def _delete_manifest(self, x: Exchange, repo: str, ref: str) -> None:
+        self._check_ref(ref)
+        await x.call(lambda call: x.guard.delete(call, repo, ref))
+        await x.answer(202, {})
+
+    async def _delete_blob(self, x: Exchange, repo: str, digest: str) -> None:
+        check_digest(digest)
+        await x.call(lambda call: x.guard.delete(call, repo, digest))
+        await x.answer(202, {})
+
+    # ---- uploads
+
+    async def _begin(self, x: Exchange, repo: str, _rest: str) -> None:
+        digest, mount, source = x.param("digest"), x.param("mount"), x.param("from")
+        algorithm = x.param("digest-algorithm") or (digest.partition(":")[0] if digest else "sha256")
+        if algorithm not in ("sha256", "sha512"):
+            raise errors.Invalid(f"digests of {algorithm[:20]!r} are not kept", expected="sha256 or sha512", reason="digest")
+        for given in filter(None, (digest, mount)):
+            check_digest(given)
+        length = x.headers.get("content-length", "")
+        size = int(length) if digest and length.isascii() and length.isdigit() and len(length) < 19 else None
+
+        def work(call: Call) -> Upload | None:
+            if mount and source and x.guard.mount(call, repo, mount, check_name(source)) is not None:
+                return None
+            return x.guard.upload(call, repo, digest=digest or None, size=size, algorithm=algorithm)
+
+        upload = await x.call(work)
+        if upload is None:
+            await self._created(x, repo, mount)
+        elif digest:
+            await x.pour(upload)
+            await self._commit(x, repo, upload, digest)
+        else:
+            await x.io(upload.suspend)
+            await x.answer(202, self._state(repo, upload))
+
+    @staticmethod
+    def _state(repo: str, upload: Upload) -> dict[str, str]:
+        place = f"/v2/{repo}/blobs/uploads/{upload.id}"
+        return {"location": place, "range": f"0-{max(upload.offset - 1, 0)}", "docker-upload-uuid": upload.id}
+
+    @staticmethod
+    async def _created(x: Exchange, repo: str, digest: str) -> None:
+        await x.answer(201, {"location": f"/v2/{repo}/blobs/{digest}", "docker-content-digest": digest})
+
+    async def _commit(self, x: Exchange, repo: str, upload: Upload, digest: str) -> None:
+        try:
+            await x.io(lambda: upload.commit(digest))
+        except errors.AirlockError:
+            with suppress(errors.AirlockError):
+                await x.io(upload.suspend)  # what the store did not discard itself can be continued
+            raise
+        await self._created(x, repo, digest)
+
+    async def _resume(self, x: Exchange, repo: str, upload_id: str) -> Upload:
+        if not _UPLOAD.match(upload_id):
+            raise errors.NotFound("no such upload", do="start a new one")
+        return await x.call(lambda call: x.guard.resume(call, repo, upload_id))
+
+    async def _chunk(self, x: Exchange, repo: str, upload: Upload) -> int | None:
+        """The length that Content-Range promises; raises RangeInvalid when it does not begin where the upload stands."""
+        text = x.headers.get("content-range")
+        if text is None:
+            return None
+        found = _CHUNK.match(text.strip())
+        first, last = (int(found.group(1)), int(found.group(2))) if found else (-1, -1)
+        if first != upload.offset or last < first - 1:
+            await x.io(upload.suspend)
+            raise errors.RangeInvalid("the chunk does not begin where the upload stands", expected=f"{upload.offset}-", **self._state(repo, upload))
+        length = x.headers.get("content-length", "")
+        if length.isdigit() and int(length) != last - first + 1:
+            await x.io(upload.suspend)
+            raise errors.Invalid("Content-Length and Content-Range differ", expected=f"{last - first + 1} bytes", reason="size")
+        return last - first + 1
+
+    async def _patch(self, x: Exchange, repo: str, upload_id: str) -> None:
+        upload = await self._resume(x, repo, upload_id)
+        await x.pour(upload, await self._chunk(x, repo, upload))
+        await x.io(upload.suspend)
+        await x.answer(202, self._state(repo, upload))
+
+    async def _close(self, x: Exchange, repo: str, upload_id: str) -> None:
+        digest = check_digest(x.param("digest"))
+        upload = await self._resume(x, repo, upload_id)
+        await x.pour(upload, await self._chunk(x, repo, upload))
+        await self._commit(x, repo, upload, digest)
+
+    async def _status(self, x: Exchange, repo: str, upload_id: str) -> None:
+        upload = await self._resume(x, repo, upload_id)
+        await x.io(upload.suspend)
+        await x.answer(204, self._state(repo, upload))
+
+    async def _cancel(self, x: Exchange, repo: str, upload_id: str) -> None:
+        upload = await self._resume(x, repo, upload_id)
+        await x.io(upload.cancel)
+        await x.answer(204, {})
+
+
+def _next(path: str, count: int, shown: list[str]) -> dict[str, str]:
+    return {"link": f'<{path}?n={count}&last={quote(shown[-1], safe="")}>; rel="next"'} if shown and count else {}

@@ -1,0 +1,295 @@
+"""The tables of the registry and the two kinds of transaction over them; no queries here.
+
+Columns may be added by later migrations, none renamed. Names and paths compare by bytes: SQLite does so by default, PostgreSQL gets COLLATE "C".
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    Double,
+    Engine,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    create_engine,
+    event,
+)
+from sqlalchemy.exc import OperationalError
+
+from artifact.errors import Unavailable
+
+BUSY_TIMEOUT_S = 30
+POOL = 40  # at least as large as the limiter of the threads that serve requests
+NAMING = {"ix": "ix_%(table_name)s_%(column_0_name)s", "uq": "uq_%(table_name)s_%(column_0_name)s", "fk": "fk_%(table_name)s_%(column_0_name)s"}
+
+metadata = MetaData(naming_convention=NAMING)
+Name = Text().with_variant(Text(collation="C"), "postgresql")
+Id = BigInteger().with_variant(Integer, "sqlite")
+
+
+def _serial() -> Column[Any]:
+    return Column("id", Id, primary_key=True, autoincrement=True)
+
+
+org = Table(
+    "org",
+    metadata,
+    _serial(),
+    Column("name", Name, nullable=False, unique=True),
+    Column("display", Text, nullable=False, server_default=""),
+    Column("lease_serial", BigInteger, nullable=False, server_default="0"),
+    Column("created", Double, nullable=False),
+)
+repository = Table(
+    "repository",
+    metadata,
+    _serial(),
+    Column("name", Name, nullable=False, unique=True),
+    Column("display", Text, nullable=False, server_default=""),
+    Column("kind", Text, nullable=False, server_default=""),
+    Column("org_id", Id, ForeignKey("org.id"), nullable=True, index=True),
+    Column("visibility", Text, nullable=False, server_default="org"),
+    Column("gated", Boolean, nullable=False, server_default="0"),
+    Column("immutable", Boolean, nullable=False, server_default="0"),
+    Column("requires_tier", Text, nullable=False, server_default=""),
+    Column("created", Double, nullable=False, server_default="0"),
+)
+alias = Table(
+    "alias", metadata, Column("name", Name, primary_key=True), Column("repo_id", Id, ForeignKey("repository.id"), nullable=False, index=True)
+)
+manifest = Table(
+    "manifest",
+    metadata,
+    _serial(),
+    Column("digest", Name, nullable=False, unique=True),
+    Column("media_type", Text, nullable=False),
+    Column("artifact_type", Text, nullable=False, server_default=""),
+    Column("subject", Name, nullable=True, index=True),
+    Column("size", BigInteger, nullable=False),
+    Column("raw", LargeBinary, nullable=False),
+)
+ref = Table(
+    "ref",
+    metadata,
+    Column("repo_id", Id, ForeignKey("repository.id"), primary_key=True),
+    Column("name", Name, primary_key=True),
+    Column("kind", Text, nullable=False, server_default="tag"),
+    Column("manifest_id", Id, ForeignKey("manifest.id"), nullable=False, index=True),
+    Column("at", Double, nullable=False, server_default="0"),
+)
+revision = Table(
+    "revision",
+    metadata,
+    Column("repo_id", Id, ForeignKey("repository.id"), primary_key=True),
+    Column("commit", Name, primary_key=True),
+    Column("manifest_id", Id, ForeignKey("manifest.id"), nullable=False, index=True),
+    Column("parent", Text, nullable=False, server_default=""),
+    Column("title", Text, nullable=False, server_default=""),
+    Column("author", Text, nullable=False, server_default=""),
+    Column("at", Double, nullable=False),
+)
+Index("ix_revision_repo_at", revision.c.repo_id, revision.c.at)
+repo_manifest = Table(
+    "repo_manifest",
+    metadata,
+    Column("repo_id", Id, ForeignKey("repository.id"), primary_key=True),
+    Column("manifest_id", Id, ForeignKey("manifest.id"), primary_key=True, index=True),
+    Column("verdict", Text, nullable=False, server_default=""),
+    Column("policy_version", Integer, nullable=False, server_default="0"),
+)
+blob = Table(
+    "blob",
+    metadata,
+    Column("digest", Name, primary_key=True),
+    Column("size", BigInteger, nullable=False),
+    Column("location", Text, nullable=False),
+    Column("state", Text, nullable=False, server_default="ready"),
+    Column("lease_until", Double, nullable=False, server_default="0"),
+    Column("gc_after", Double, nullable=True, index=True),
+)
+# `blob` repeats child_digest where the child is a blob: the foreign key that a later sweep runs into instead of a dangling edge.
+edge = Table(
+    "edge",
+    metadata,
+    Column("parent_id", Id, ForeignKey("manifest.id"), primary_key=True),
+    Column("child_digest", Name, primary_key=True, index=True),
+    Column("kind", Text, primary_key=True),
+    Column("blob", Name, ForeignKey("blob.digest"), nullable=True),
+)
+repo_blob = Table(
+    "repo_blob",
+    metadata,
+    Column("repo_id", Id, ForeignKey("repository.id"), primary_key=True),
+    Column("digest", Name, ForeignKey("blob.digest"), primary_key=True, index=True),
+    Column("lease_until", Double, nullable=False, server_default="0"),
+)
+file = Table(
+    "file",
+    metadata,
+    Column("manifest_id", Id, ForeignKey("manifest.id"), primary_key=True),
+    Column("path", Name, primary_key=True),
+    Column("digest", Name, nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("lfs", Boolean, nullable=False, server_default="0"),
+)
+blob_alias = Table(
+    "blob_alias",
+    metadata,
+    Column("algorithm", Text, primary_key=True),
+    Column("digest", Name, primary_key=True),
+    Column("blob", Name, ForeignKey("blob.digest"), nullable=False, index=True),
+)
+blob_fact = Table(
+    "blob_fact",
+    metadata,
+    Column("digest", Name, primary_key=True),
+    Column("git_oid", Text, nullable=False, server_default=""),
+    Column("blake3", Text, nullable=False, server_default=""),
+    Column("sha512", Text, nullable=False, server_default=""),
+    Column("pieces", LargeBinary, nullable=True),
+)
+garbage = Table("garbage", metadata, Column("location", Text, primary_key=True), Column("delete_after", Double, nullable=False, index=True))
+upload = Table(
+    "upload",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("repo", Name, nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("algorithm", Text, nullable=False, server_default="sha256"),
+    Column("digest", Text, nullable=False, server_default=""),
+    Column("size", BigInteger, nullable=True),
+    Column("offset", BigInteger, nullable=False, server_default="0"),
+    Column("state", LargeBinary, nullable=False),
+    Column("generation", BigInteger, nullable=False, server_default="0"),
+    Column("created", Double, nullable=False),
+    Column("expires", Double, nullable=False, index=True),
+)
+api_key = Table(
+    "api_key",
+    metadata,
+    _serial(),
+    Column("key_id", Text, nullable=False, unique=True),
+    Column("hmac", LargeBinary, nullable=False, unique=True),
+    Column("org_id", Id, ForeignKey("org.id"), nullable=False, index=True),
+    Column("tier", Text, nullable=False),
+    Column("note", Text, nullable=False, server_default=""),
+    Column("created", Double, nullable=False),
+    Column("expires", Double, nullable=False, server_default="0"),
+    Column("revoked_at", Double, nullable=False, server_default="0"),
+)
+key_grant = Table(
+    "key_grant",
+    metadata,
+    _serial(),
+    Column("api_key_id", Id, ForeignKey("api_key.id"), nullable=False, index=True),
+    Column("models", Text, nullable=False),
+    Column("actions", Text, nullable=False),
+    Column("not_before", Double, nullable=False, server_default="0"),
+    Column("expires", Double, nullable=False, server_default="0"),
+    Column("grace_s", Integer, nullable=False, server_default="0"),
+)
+lease = Table(
+    "lease",
+    metadata,
+    Column("jti", Text, primary_key=True),
+    Column("org_id", Id, ForeignKey("org.id"), nullable=False),
+    Column("serial", BigInteger, nullable=False),
+    Column("key_id", Text, nullable=False, index=True),
+    Column("model", Name, nullable=False),
+    Column("model_digest", Text, nullable=False),
+    Column("profile_digest", Text, nullable=False),
+    Column("profile_id", Text, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("gpus", Text, nullable=False),
+    Column("iat", Double, nullable=False),
+    Column("exp", Double, nullable=False, index=True),
+    Column("replaced_by", Text, nullable=False, server_default=""),
+    UniqueConstraint("org_id", "serial"),
+)
+lease_gpu = Table(
+    "lease_gpu",
+    metadata,
+    Column("host", Text, primary_key=True),
+    Column("gpu_uuid", Text, primary_key=True),
+    Column("jti", Text, ForeignKey("lease.jti"), nullable=False, index=True),
+)
+audit_pending = Table(
+    "audit_pending",
+    metadata,
+    _serial(),
+    Column("class", Text, nullable=False),
+    Column("ts", Double, nullable=False, index=True),
+    Column("body", Text, nullable=False),
+)
+audit_count = Table(
+    "audit_count",
+    metadata,
+    _serial(),
+    Column("class", Text, nullable=False),
+    Column("key", Name, nullable=False),
+    Column("since", Double, nullable=False),
+    Column("last", Double, nullable=False),
+    Column("n", BigInteger, nullable=False),
+    Column("body", Text, nullable=False),
+    UniqueConstraint("class", "key", "since", name="uq_audit_count_window"),
+)
+
+
+def open_engine(url: str) -> Engine:
+    """An engine whose SQLite connections run WAL, synchronous FULL, foreign keys on; writes begin IMMEDIATE (see writing)."""
+    if not url.startswith("sqlite"):
+        return create_engine(url, pool_size=POOL)
+    engine = create_engine(url, pool_size=POOL, max_overflow=POOL, connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False})
+    event.listen(engine, "connect", _configure)
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _configure(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # the driver's own implicit BEGIN would be a deferred one
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "temp_store=MEMORY"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin(connection: Connection) -> None:
+    if connection.get_execution_options().get("writes"):
+        connection.connection.execute("BEGIN IMMEDIATE")  # on the DBAPI connection: not counted as a statement
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """A connection for one read statement, outside any transaction; raises Unavailable when the database does not answer."""
+    try:
+        with engine.connect() as connection:
+            yield connection
+    except OperationalError as error:
+        raise _unavailable(error) from error
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """One write transaction, all or nothing; raises Unavailable when the database is locked, full or gone."""
+    try:
+        with engine.connect().execution_options(writes=True) as connection, connection.begin():
+            yield connection
+    except OperationalError as error:
+        raise _unavailable(error) from error
+
+
+def _unavailable(error: OperationalError) -> Unavailable:
+    cause = str(error.orig)[:200] if error.orig else "no answer"
+    return Unavailable(f"the database did not take the statement: {cause}", do="retry; see free space and locks of the data directory")

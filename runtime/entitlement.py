@@ -1,0 +1,269 @@
+"""May this key start this model here: the key check, the lease, and the words of every refusal; nothing here sees weights or engines.
+
+A lease is verified with the keys of site-trust.json only, whether it came over the wire a second ago or lies in the cache. Must never print a key,
+and must never let a registry that refuses look like one that is down: only the latter falls back to a stored lease.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from artifact.errors import AirlockError, Denied, Invalid, Mismatch, NotFound, Unauthenticated, Unavailable
+from artifact.grant import date
+from artifact.manifest import canonical_json, digest_of, parse_json
+from artifact.trust import SiteTrust, verify_jws
+from runtime.settings import EXIT_CODES, Settings
+
+SEED_LINE = "NGC authentication failed: invalid API key or no entitlement for this NIM"
+NO_KEY_LINE = "The requested operation requires an API key, but none was found"
+AUTH_LINE = "Authentication Error"
+PERMISSION_LINE = (
+    "Permission error: The requested operation requires permissions that the user does not have. "
+    "This may be due to the user not being a member of the organization that owns the repo."
+)
+KEY_REASONS = frozenset({"key_absent", "key_invalid", "key_expired", "key_revoked"})
+RIGHT_REASONS = frozenset(
+    {"not_visible", "no_grant", "action_missing", "grant_not_yet", "tier_missing", "grant_expired", "lease", "lease_absent", "lease_expired"}
+)
+LEASE_TYPE = "lease+jwt"
+MAX_LEASE = 64 * 1024
+MAX_WALL_STEP = 30 * 86400  # a wall clock further ahead of signed time than this raises no floor: one bad NTP minute must not expire everything
+
+
+class Api(Protocol):
+    """The part of artifact.remote.RemoteRegistry that is needed here."""
+
+    def api(self, method: str, path: str, body: Mapping[str, object] | None = None) -> dict[str, object]:
+        """One call of /airlock/v1; raises what artifact.remote maps the status to."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a lease is for: the model's name, ref and digest, the profile manifest's digest, the profile, its GPUs and this instance."""
+
+    model: str
+    ref: str
+    profile_digest: str
+    profile_id: str
+    gpu_uuids: tuple[str, ...]
+    host: str
+    model_digest: str = ""
+
+    def as_json(self) -> dict[str, object]:
+        """The body of POST /airlock/v1/leases."""
+        return {
+            "model": self.model,
+            "ref": self.ref,
+            "profile_digest": self.profile_digest,
+            "profile_id": self.profile_id,
+            "gpu_uuids": sorted(self.gpu_uuids),
+            "host": self.host,
+        }
+
+
+def read_trust(settings: Settings) -> SiteTrust:
+    """The pinned keys of AIRLOCK_TRUST; raises NotFound, Invalid."""
+    do = "write it on the registry's host with `airlock site trust --to FILE` and set AIRLOCK_TRUST to its path"
+    if settings.trust is None:
+        raise NotFound("AIRLOCK_TRUST is not set", expected="the path of site-trust.json", do=do, reason="trust")
+    try:
+        raw = settings.trust.read_bytes()
+    except OSError as error:
+        raise NotFound(f"{settings.trust} cannot be read: {error.strerror}", expected="site-trust.json", do=do, reason="trust") from error
+    return SiteTrust.parse(raw)
+
+
+def require_key(settings: Settings) -> None:
+    """There is a key that can be sent at all; raises Unauthenticated with reason key_absent or key_invalid."""
+    if not settings.key:
+        raise Unauthenticated(
+            "NGC_API_KEY is not set", expected="an API key of this registry", do="set NGC_API_KEY in the container's environment", reason="key_absent"
+        )
+    if not settings.key.isascii() or not settings.key.isprintable() or " " in settings.key:
+        raise Unauthenticated("NGC_API_KEY holds characters that no key has", expected="nvapi-…", do="copy the key again", reason="key_invalid")
+
+
+def check_key(remote: Api) -> bool:
+    """True when the registry knows the key as alive, False when it does not answer; raises Unauthenticated for every other case."""
+    try:
+        remote.api("GET", "/airlock/v1/whoami")
+    except Unavailable:
+        return False
+    except Unauthenticated as error:
+        raise _known(error) from error
+    return True
+
+
+def _known(error: Unauthenticated) -> Unauthenticated:
+    if error.reason in KEY_REASONS and error.reason != "key_absent":
+        return error
+    # The registry tells nobody whether an unknown key exists: what it calls absent was sent by us, so here it is invalid.
+    return Unauthenticated(
+        "the registry does not know this API key",
+        expected="a key made by `airlock key create` on this registry",
+        do="check NGC_API_KEY for a missing or doubled character, or ask the administrator for a new key",
+        reason="key_invalid",
+    )
+
+
+def invisible(name_ref: str) -> NotFound:
+    """The one refusal for a model that is absent or another organisation's (decisions.md section 9)."""
+    return NotFound(
+        f"{name_ref}: this key sees no model of that name (absent, or another organisation's)",
+        expected="a model that `airlock catalog list` shows for this key",
+        do="check the name, or ask for a key of the organisation that owns it",
+        reason="not_visible",
+    )
+
+
+def report(error: AirlockError) -> tuple[list[str], int]:
+    """The lines that a failed start prints and its exit status: for a refused key or right the lines a NIM prints, then cause and fix."""
+    lines: list[str] = []
+    if error.reason in KEY_REASONS | RIGHT_REASONS or isinstance(error, Unauthenticated | Denied):
+        lines.append(SEED_LINE)
+        if error.reason == "key_absent":
+            lines.append(NO_KEY_LINE)
+        else:
+            lines.append(AUTH_LINE if isinstance(error, Unauthenticated) else PERMISSION_LINE)
+    lines.append(f"cause: {error.what}")
+    if error.expected:
+        lines.append(f"expected: {error.expected}")
+    if error.do:
+        lines.append(f"fix: {error.do}")
+    return lines, EXIT_CODES.get(error.reason, error.exit_code)
+
+
+def obtain_lease(remote: Api, choice: Choice, trust: SiteTrust, folder: Path) -> dict[str, object]:
+    """A fresh lease from the registry, verified and stored under `folder`; raises Denied, NotFound, Unauthenticated, Unavailable, Mismatch."""
+    try:
+        answer = remote.api("POST", "/airlock/v1/leases", choice.as_json())
+    except NotFound as error:
+        raise invisible(f"{choice.model}:{choice.ref}") from error
+    except Unauthenticated as error:
+        raise _known(error) from error
+    token, told = answer.get("lease"), answer.get("now")
+    if not isinstance(token, str) or len(token) > MAX_LEASE:
+        raise Invalid(
+            "the registry's answer holds no lease",
+            expected="an object with the text `lease`",
+            do="update Airlock on one of the sides",
+            reason="lease",
+        )
+    # Judged by the registry's clock: a container whose own clock is off must not refuse what was signed a moment ago.
+    now = float(told) if isinstance(told, int | float) and not isinstance(told, bool) else time.time()
+    claims = _verified(token, choice, trust, now)
+    _raise_floor(folder, _number(claims, "iat"), time.time())
+    _store(_file(folder, choice), json.dumps({"lease": token}).encode())
+    return claims
+
+
+def stored_lease(choice: Choice, trust: SiteTrust, folder: Path) -> dict[str, object]:
+    """The lease in the cache for exactly this choice, still valid by a clock that never runs back; raises Denied naming what is wrong with it."""
+    do = "start once while the registry answers: it renews the lease"
+    path = _file(folder, choice)
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_LEASE + 1)
+    except OSError as error:
+        what = (
+            f"the registry does not answer, and the cache holds no lease for {choice.model}:{choice.ref} with this profile, these GPUs and this host"
+        )
+        raise Denied(what, expected=f"a lease in {folder}", do=do, reason="lease_absent") from error
+    try:
+        token = parse_json(raw, "the stored lease", MAX_LEASE).get("lease")
+        if not isinstance(token, str):
+            raise Invalid("the stored lease holds no text `lease`", expected="the file as it was written")
+        claims = _verified(token, choice, trust, max(time.time(), floor(folder)))
+    except Denied as error:
+        reason = "lease_expired" if error.reason == "expired" else "lease"
+        raise Denied(
+            f"the stored lease is refused: {error.what}", expected=error.expected or "a lease that is valid now", do=do, reason=reason
+        ) from error
+    except (Invalid, Mismatch) as error:
+        raise Denied(f"the stored lease is refused: {error.what}", expected="the lease as the registry signed it", do=do, reason="lease") from error
+    _raise_floor(folder, _number(claims, "iat"), time.time())
+    return claims
+
+
+def _verified(token: str, choice: Choice, trust: SiteTrust, now: float) -> dict[str, object]:
+    claims = verify_jws(token, LEASE_TYPE, trust.lease_keys, now, choice.host)
+    model = claims.get("model")
+    model = model if isinstance(model, Mapping) else {}
+    told: dict[str, object] = {
+        "model": model.get("name"),
+        "ref": model.get("ref"),
+        "profile_digest": claims.get("profile_digest"),
+        "profile_id": claims.get("profile_id"),
+        "gpu_uuids": claims.get("gpu_uuids"),
+        "host": claims.get("aud"),
+        "instance": claims.get("iss"),
+    }
+    gpus = told["gpu_uuids"]
+    told["gpu_uuids"] = sorted(map(str, gpus)) if isinstance(gpus, list) else None
+    for name, value in {**choice.as_json(), "instance": trust.instance}.items():
+        if told[name] != value:
+            raise Denied(f"the lease is for another {name}", expected=str(value), do="start while the registry answers", reason="lease")
+    if choice.model_digest and model.get("digest") != choice.model_digest:
+        raise Denied("the lease is for other weights", expected=choice.model_digest, do="start while the registry answers", reason="lease")
+    serial = claims.get("revocation_serial")
+    if type(serial) is not int or serial < trust.revocation_serial:
+        raise Denied("the lease is older than the pinned revocation serial", expected=f"serial {trust.revocation_serial} or later", reason="lease")
+    return claims
+
+
+def _number(claims: Mapping[str, object], name: str) -> float:
+    value = claims.get(name)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+
+
+def until(claims: Mapping[str, object]) -> str:
+    """When a lease ends, for a log line."""
+    return date(_number(claims, "exp"))
+
+
+def floor(folder: Path) -> float:
+    """The lowest time it can be, from the cache; 0 without one."""
+    try:
+        raw = (folder / "clock").read_bytes()[:100]
+        value = float(raw)
+    except (OSError, ValueError):
+        return 0.0
+    return value if 0 <= value < 1e11 else 0.0
+
+
+def _raise_floor(folder: Path, signed: float, wall: float) -> None:
+    """Signed time always counts; the wall clock only while it is near it, so that winding it back between two starts gains nothing."""
+    before = floor(folder)
+    after = max(before, signed)
+    if 0 <= wall - after <= MAX_WALL_STEP:
+        after = wall
+    if after > before:
+        _store(folder / "clock", f"{after:.0f}".encode())
+
+
+def _file(folder: Path, choice: Choice) -> Path:
+    return folder / f"{digest_of(canonical_json(choice.as_json()))[7:39]}.json"
+
+
+def _store(path: Path, raw: bytes) -> None:
+    """Whole or not at all. A read-only cache stores nothing: the start goes on, the next one needs the registry."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as stream:
+            stream.write(raw)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

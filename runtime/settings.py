@@ -1,0 +1,204 @@
+"""One frozen value from the environment and the arguments; it reads no file, opens no socket and must never print the key.
+
+Names are NIM's where NIM has one (nim-container.md section 2), so that the run line of a NIM works here unchanged.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from artifact.errors import Invalid
+from artifact.manifest import parse_reference
+
+DEFAULT_CACHE = "/opt/nim/.cache"
+# What an engine may inherit. Everything else (keys, tokens, proxies) stays here: the engine runs code that reads data from outside.
+INHERITED = frozenset({"PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_HOME", "NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_REQUIRE_CUDA"})
+INHERITED_PREFIXES = ("NCCL_", "OMP_", "MKL_", "KMP_", "VLLM_CPU_")
+LOG_LEVELS = ("TRACE", "DEBUG", "DEFAULT", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+GPU_SHARE = 0.92  # of a GPU's memory, what vLLM takes by default and what profiles are judged against
+
+# Exit statuses of `airlock runtime` by the reason of the error; docs/operations.md has the same table for people.
+EXIT_CODES: Mapping[str, int] = {
+    "key_absent": 20,
+    "key_invalid": 21,
+    "key_expired": 22,
+    "key_revoked": 23,
+    "not_visible": 24,
+    "no_grant": 25,
+    "action_missing": 25,
+    "grant_not_yet": 25,
+    "tier_missing": 26,
+    "grant_expired": 27,
+    "lease": 28,
+    "lease_absent": 28,
+    "lease_expired": 29,
+    "no_profile": 30,
+    "profile_unknown": 31,
+    "not_promoted": 32,
+    "no_profiles": 33,
+    "gpu": 34,
+    "engine_absent": 35,
+    "engine_failed": 36,
+    "port_taken": 37,
+    "cache": 38,
+    "weights": 39,
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU: NVML index, UUID, product name, NIM's `gpu_device` text, compute capability, bytes of memory (0: not told)."""
+
+    index: int
+    uuid: str
+    name: str
+    device: str
+    capability: tuple[int, int] = (0, 0)
+    total: int = 0
+    free: int = 0
+    mig: bool = False
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the node offers: `cpu` only where no NVML library exists; `simulated` where a stand-in library answers."""
+
+    cpu: bool
+    gpus: tuple[Gpu, ...] = ()
+    driver: str = ""
+    cuda: str = ""
+    simulated: bool = False
+    hidden: str = ""
+
+
+def describe(gpus: Iterable[Gpu]) -> str:
+    """`2x NVIDIA L40S, 1x NVIDIA L4` for sentences."""
+    counts: dict[str, int] = {}
+    for gpu in gpus:
+        counts[gpu.name] = counts.get(gpu.name, 0) + 1
+    return ", ".join(f"{n}x {name}" for name, n in counts.items()) or "no GPU"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything `airlock runtime` was told; `key` is the one secret and stays out of repr."""
+
+    model: str
+    ref: str
+    registry: str
+    key: str = field(default="", repr=False)
+    trust: Path | None = None
+    ca_file: Path | None = None
+    cache: Path = Path(DEFAULT_CACHE)
+    engine_vllm: Path | None = None
+    profile: str = ""
+    host: str = "0.0.0.0"  # noqa: S104 - a container serves its network, as a NIM does
+    port: int = 8000
+    served_names: tuple[str, ...] = ()
+    max_model_len: int = 0
+    kv_percent: float = 0.0
+    relax_memory: bool = False
+    lora: bool = False
+    gpu_deadline_s: float = 30.0
+    start_deadline_s: float = 1200.0
+    workers: int = 4
+    instance: str = ""
+    log_level: str = "INFO"
+    visible_cuda: str | None = None
+    visible_nvidia: str | None = None
+    simulated: bool = False
+    inherited: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+
+    @property
+    def name_ref(self) -> str:
+        """`name:ref` as people write it."""
+        return f"{self.model}:{self.ref}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that the API answers to: NIM_SERVED_MODEL_NAME, else the model's name."""
+        return self.served_names or (self.model,)
+
+
+def from_environment(environ: Mapping[str, str], model: str, *, host: str = "", port: int = 0, profile: str = "") -> Settings:
+    """Settings of one run; arguments win over the environment; raises Invalid naming the variable."""
+    wanted = parse_reference(model)
+    registry = environ.get("AIRLOCK_REGISTRY", "").strip().rstrip("/")
+    if registry and not registry.startswith(("http://", "https://")):
+        registry = f"https://{registry}"
+    level = environ.get("NIM_LOG_LEVEL", "INFO").strip().upper() or "INFO"
+    if level not in LOG_LEVELS:
+        raise Invalid(f"NIM_LOG_LEVEL is {level[:40]!r}", expected=", ".join(LOG_LEVELS))
+    return Settings(
+        model=wanted.name,
+        ref=wanted.ref,
+        registry=registry,
+        key=(environ.get("NGC_API_KEY") or environ.get("NGC_CLI_API_KEY") or "").strip(),
+        trust=_path(environ, "AIRLOCK_TRUST"),
+        ca_file=_path(environ, "AIRLOCK_CA_FILE") or _path(environ, "SSL_CERT_FILE"),
+        cache=_path(environ, "NIM_CACHE_PATH") or Path(DEFAULT_CACHE),
+        engine_vllm=_path(environ, "AIRLOCK_ENGINE_VLLM"),
+        profile=(profile or environ.get("NIM_MODEL_PROFILE", "")).strip(),
+        host=host or environ.get("AIRLOCK_HOST", "0.0.0.0"),  # noqa: S104 - see Settings.host
+        port=port or _whole(environ, ("NIM_HTTP_API_PORT", "NIM_SERVER_PORT"), 8000, 1, 65535),
+        served_names=_names(environ.get("NIM_SERVED_MODEL_NAME", "")),
+        max_model_len=_whole(environ, ("NIM_MAX_MODEL_LEN",), 0, 1, 100_000_000),
+        kv_percent=_share(environ, "NIM_KVCACHE_PERCENT"),
+        relax_memory=_flag(environ, "NIM_RELAX_MEM_CONSTRAINTS"),
+        lora=bool(environ.get("NIM_PEFT_SOURCE", "").strip()),
+        gpu_deadline_s=float(_whole(environ, ("AIRLOCK_GPU_DEADLINE_S",), 30, 1, 3600)),
+        start_deadline_s=float(_whole(environ, ("AIRLOCK_START_DEADLINE_S",), 1200, 1, 86400)),
+        workers=_whole(environ, ("AIRLOCK_WORKERS",), 4, 1, 64),
+        instance=environ.get("AIRLOCK_INSTANCE", "").strip() or socket.gethostname(),
+        log_level="INFO" if level == "DEFAULT" else level,
+        visible_cuda=environ.get("CUDA_VISIBLE_DEVICES"),
+        visible_nvidia=environ.get("NVIDIA_VISIBLE_DEVICES"),
+        simulated=bool(environ.get("FAKE_NVML_CONFIG")),
+        inherited=tuple(sorted((k, v) for k, v in environ.items() if k in INHERITED or k.startswith(INHERITED_PREFIXES))),
+    )
+
+
+def _path(environ: Mapping[str, str], name: str) -> Path | None:
+    text = environ.get(name, "").strip()
+    return Path(text).absolute() if text else None
+
+
+def _whole(environ: Mapping[str, str], names: tuple[str, ...], default: int, least: int, most: int) -> int:
+    for name in names:
+        text = environ.get(name, "").strip()
+        if not text:
+            continue
+        if not (text.isascii() and text.isdigit() and len(text) < 12 and least <= int(text) <= most):
+            raise Invalid(f"{name} is {text[:40]!r}", expected=f"a whole number from {least} to {most}", do=f"correct or unset {name}")
+        return int(text)
+    return default
+
+
+def _share(environ: Mapping[str, str], name: str) -> float:
+    text = environ.get(name, "").strip()
+    if not text:
+        return 0.0
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise Invalid(f"{name} is {text[:40]!r}", expected="a share above 0 and at most 1, such as 0.9", do=f"correct or unset {name}")
+    return value
+
+
+def _flag(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    for name in names:
+        # A name becomes an argument of the engine: one that begins with a dash would be read as a flag.
+        if name.startswith("-") or len(name) > 255 or any(ord(c) <= 32 or ord(c) == 127 for c in name):
+            raise Invalid(f"NIM_SERVED_MODEL_NAME holds {name[:100]!r}", expected="names without spaces that do not begin with '-'")
+    return names

@@ -1,0 +1,370 @@
+"""Released profiles and verified weights in the cache: what the registry sent or the cache holds is believed only after signature and digest.
+
+Nothing here decides who may run what. A file that is present is hashed unless a stamp proves that it is the one that was hashed before; what that
+does not catch (root of this host, who can set any time stamp) is said in docs/operations.md. Extra or changed files in a model directory make it be
+built anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from artifact import copy, trust
+from artifact.digest import hash_fd
+from artifact.disk import Disk
+from artifact.errors import AirlockError, Invalid, Mismatch, NotFound, Unavailable
+from artifact.manifest import (
+    MAX_MANIFEST_BYTES,
+    MODEL_TYPE,
+    PROFILES_TYPE,
+    canonical_json,
+    digest_of,
+    files_of,
+    is_digest,
+    parse_json,
+    parse_manifest,
+)
+from artifact.profile import Pin, ProfileSet
+from artifact.profile import parse as parse_profiles
+from artifact.store import Descriptor, File
+
+PROFILES = "/profiles"
+MAX_PAYLOAD = 1 << 20
+Log = Callable[[str], None]
+
+
+class Source(Protocol):
+    """The part of artifact.remote.RemoteRegistry that is needed here."""
+
+    def read_manifest(self, repo: str, ref: str) -> tuple[Descriptor, bytes]:
+        """The manifest that a tag or digest names, with its raw bytes; raises NotFound, Denied, Unauthenticated, Unavailable."""
+
+    def stream(self, repo: str, digest: str, lo: int, hi: int) -> Iterator[bytes]:
+        """Bytes [lo, hi) of a blob; raises NotFound, Unavailable, RangeInvalid."""
+
+
+@dataclass(frozen=True)
+class Released:
+    """A profile manifest with this site's release signature: its digest and the profiles in it."""
+
+    digest: str
+    profiles: ProfileSet
+
+
+@dataclass(frozen=True)
+class ModelDir:
+    """A directory of verified files for an engine, and how many bytes were fetched, hashed again or trusted by a stamp."""
+
+    path: Path
+    digest: str
+    files: int
+    bytes: int
+    fetched: int
+    hashed: int
+    stamped: int
+
+
+def check_cache(cache: Path) -> None:
+    """The cache directory exists and can be used; raises Unavailable (reason cache) with path, owner, mode and our uid."""
+    try:
+        cache.mkdir(mode=0o755, parents=True, exist_ok=True)
+        found = cache.stat()
+    except OSError as error:
+        what = f"NIM_CACHE_PATH {cache} cannot be made: {error.strerror} (we are uid {os.geteuid()}, gid {os.getegid()})"
+        raise Unavailable(what, expected="a directory that we may write", do=f"chown {os.geteuid()} it on the host", reason="cache") from error
+    if not stat.S_ISDIR(found.st_mode):
+        raise Unavailable(f"NIM_CACHE_PATH {cache} is no directory", expected="a directory", reason="cache")
+    if not os.access(cache, os.R_OK | os.X_OK):
+        raise Unavailable(
+            f"NIM_CACHE_PATH {cache} cannot be read: owner {found.st_uid}:{found.st_gid}, mode {found.st_mode & 0o7777:04o}; "
+            f"we are {os.geteuid()}:{os.getegid()}",
+            expected="a directory that we may read and write",
+            do=f"chown {os.geteuid()} it on the host",
+            reason="cache",
+        )
+
+
+def released(source: Source | None, cache: Path, name: str, ref: str, keys: Mapping[str, str]) -> Released:
+    """The promoted profile manifest of a model, from the registry or (source None) as it was cached; the signature is checked in both cases.
+
+    Raises NotFound (reason not_visible is for the caller to say), Mismatch with reason not_promoted, Unavailable when nothing is cached.
+    """
+    disk, repo = Disk(cache), name + PROFILES
+    note = cache / "refs" / f"{digest_of(canonical_json([repo, ref]))[7:39]}.json"
+    if source:
+        raw = source.read_manifest(repo, ref)[1]
+        digest = digest_of(raw)
+        try:
+            signature = source.read_manifest(repo, trust.sig_tag(digest))[1]
+        except NotFound as error:
+            raise _not_promoted(name, ref, digest) from error
+    else:
+        digest, signature_digest = _noted(note, repo, ref)
+        raw, signature = disk.read(digest, MAX_MANIFEST_BYTES), disk.read(signature_digest, MAX_MANIFEST_BYTES)
+
+    manifest = parse_manifest(raw)
+    sizes = {layer.digest: layer.size for layer in (*parse_manifest(signature).layers, *manifest.layers)}
+
+    def small(of: str) -> bytes:
+        return _small(source, disk, repo, of, sizes[of])
+
+    trust.verify_release(signature, small, keys, f"{repo}:{ref}", digest)
+    layers = [layer for layer in manifest.layers if layer.media_type == PROFILES_TYPE]
+    if manifest.artifact_type != PROFILES_TYPE or len(layers) != 1:
+        raise Invalid(f"{repo}:{ref} is no profile manifest", expected=f"one layer of {PROFILES_TYPE}", reason="no_profiles")
+    profiles = parse_profiles(small(layers[0].digest))
+    if source:
+        _keep(lambda: _note(note, disk, repo, ref, raw, signature))
+    return Released(digest, profiles)
+
+
+def _not_promoted(name: str, ref: str, digest: str) -> Mismatch:
+    return Mismatch(
+        f"{name}:{ref} is not promoted: its profile manifest {digest} has no release signature",
+        expected="a model that this site has released",
+        do=f"an administrator runs: airlock promote {name}:{ref}",
+        reason="not_promoted",
+    )
+
+
+def _note(note: Path, disk: Disk, repo: str, ref: str, raw: bytes, signature: bytes) -> None:
+    digest, signature_digest = disk.put(raw), disk.put(signature)
+    _write(note, canonical_json({"name": repo, "ref": ref, "digest": digest, "signature": signature_digest}))
+
+
+def _noted(note: Path, repo: str, ref: str) -> tuple[str, str]:
+    """What the cache says the name was; believed only because the release signature names it too."""
+    try:
+        doc = parse_json(note.read_bytes(), "the cached name", MAX_PAYLOAD)
+    except OSError as error:
+        raise Unavailable(
+            f"the registry does not answer, and the cache holds no profile manifest of {repo}:{ref}",
+            expected="a registry that answers, or a cache that was filled before",
+            do="check AIRLOCK_REGISTRY, or run `airlock runtime download-to-cache` while it answers",
+        ) from error
+    digest, signature = doc.get("digest"), doc.get("signature")
+    if doc.get("name") != repo or doc.get("ref") != ref or not (isinstance(digest, str) and is_digest(digest) and isinstance(signature, str)):
+        raise Mismatch(f"the cached name {note} was changed", expected=f"{repo}:{ref}", do="remove the file and start while the registry answers")
+    return digest, signature
+
+
+def _small(source: Source | None, disk: Disk, repo: str, digest: str, size: int) -> bytes:
+    """A small blob by digest: from the cache, else from the registry, verified in both cases."""
+    if disk.size(digest) is not None:
+        try:
+            return disk.read(digest, MAX_MANIFEST_BYTES)
+        except Mismatch:
+            if source is None:
+                raise
+            disk.delete(digest)
+    if source is None:
+        raise NotFound(
+            f"{digest} of {repo} is not in the cache", expected="a cache that was filled completely", do="start while the registry answers"
+        )
+    raw = bytearray()
+    for chunk in source.stream(repo, digest, 0, MAX_MANIFEST_BYTES):
+        raw += chunk
+        if len(raw) > MAX_MANIFEST_BYTES:
+            raise Invalid(f"{digest} of {repo} is too large", expected=f"at most {MAX_MANIFEST_BYTES} bytes")
+    if digest_of(bytes(raw)) != digest:
+        raise Mismatch(
+            f"the bytes of {digest} in {repo} have another digest", expected=digest, do="the registry or the path to it is damaged", reason="weights"
+        )
+    _keep(lambda: disk.put(bytes(raw)))
+    return bytes(raw)
+
+
+def materialise(source: Source | None, cache: Path, model: Pin, log: Log, *, workers: int = 4, show: bool = True) -> ModelDir:
+    """The model directory of a pinned model, every file verified; missing pieces are fetched, with source None they are an error naming the file.
+
+    Raises NotFound, Mismatch (reason weights), Unavailable (also a full disk, with the bytes needed and free).
+    """
+    disk = Disk(cache)
+    raw = _model_manifest(source, disk, model)
+    manifest = parse_manifest(raw)
+    if manifest.artifact_type != MODEL_TYPE:
+        raise Invalid(f"{model.name}@{model.digest} is no model", expected=MODEL_TYPE, reason="weights")
+    files = files_of(manifest)
+    stamps = _Stamps(cache / "stamps")
+    hashed = stamped = 0
+    lacking: list[File] = []
+    for file in {f.digest: f for f in files}.values():
+        verdict = _present(disk, file, stamps)
+        hashed += file.size if verdict == "hashed" else 0
+        stamped += file.size if verdict == "stamped" else 0
+        if verdict == "absent":
+            lacking.append(file)
+    _fetch(source, disk, model, lacking, log, workers, show)
+    target = cache / "models" / model.name / model.digest.split(":", 1)[1][:12]
+    if not _intact(target, files, disk):
+        _build(target, files, disk)
+        log(f"Model workspace {target} built from {len(files)} files")
+    stamps.record({f.digest: disk.path(f.digest) for f in files})
+    return ModelDir(target, model.digest, len(files), sum(f.size for f in files), sum(f.size for f in lacking), hashed, stamped)
+
+
+def _model_manifest(source: Source | None, disk: Disk, model: Pin) -> bytes:
+    try:
+        return disk.read(model.digest, MAX_MANIFEST_BYTES)
+    except (NotFound, Mismatch) as error:
+        if source is None:
+            raise Unavailable(
+                f"the registry does not answer, and the cache does not hold the manifest of {model.name}@{model.digest}", do="start while it answers"
+            ) from error
+        disk.delete(model.digest)
+    raw = source.read_manifest(model.name, model.digest)[1]
+    if digest_of(raw) != model.digest:
+        raise Mismatch(f"the registry sent another manifest for {model.name}@{model.digest}", expected=model.digest, reason="weights")
+    _keep(lambda: disk.put(raw))
+    return raw
+
+
+def _present(disk: Disk, file: File, stamps: _Stamps) -> str:
+    """`stamped` or `hashed` when the cache holds the right bytes, else `absent` with wrong ones removed."""
+    size = disk.size(file.digest)
+    if size is None:
+        return "absent"
+    path = disk.path(file.digest)
+    if size == file.size and stamps.holds(file.digest, path):
+        return "stamped"
+    if size == file.size:
+        fd = disk.open(file.digest)
+        try:
+            if f"sha256:{hash_fd(fd, 0, size)}" == file.digest:
+                return "hashed"
+        finally:
+            os.close(fd)
+    disk.delete(file.digest)
+    return "absent"
+
+
+def _fetch(source: Source | None, disk: Disk, model: Pin, files: list[File], log: Log, workers: int, show: bool) -> None:
+    if not files:
+        return
+    if source is None:
+        first = files[0]
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        raise Unavailable(
+            f"the registry does not answer, and the cache lacks or holds damaged {first.path} of {model.name} ({first.size} bytes){more}",
+            expected="every file of the pinned model, whole",
+            do="start while the registry answers: only what is missing is fetched",
+            reason="weights",
+        )
+    total = sum(f.size for f in files)
+    log(f"Downloading {len(files)} file(s), {total} bytes, of {model.name}@{model.digest}")
+    progress = copy.Progress(total, model.name, sys.stderr) if show else None
+    try:
+        for file in files:
+            copy.fetch(_ranges(source, model.name, file.digest), file.digest, file.size, disk, progress, workers)
+            log(f"Downloaded filename: {file.path} to blob: {disk.path(file.digest)}")
+    finally:
+        if progress:
+            progress.close()
+
+
+def _ranges(source: Source, repo: str, digest: str) -> Callable[[int, int], Iterator[bytes]]:
+    return lambda lo, hi: source.stream(repo, digest, lo, hi)
+
+
+def _intact(target: Path, files: tuple[File, ...], disk: Disk) -> bool:
+    """Whether a model directory holds exactly the files, each the very inode of its verified blob."""
+    found: set[str] = set()
+    for folder, folders, names in os.walk(target):
+        if any(Path(folder, name).is_symlink() for name in folders):
+            return False
+        found.update(str(Path(folder, name).relative_to(target)) for name in names)
+    if found != {f.path for f in files}:
+        return False
+    for file in files:
+        have, want = os.lstat(target / file.path), os.lstat(disk.path(file.digest))
+        if (have.st_dev, have.st_ino) != (want.st_dev, want.st_ino):
+            return False
+    return True
+
+
+def _build(target: Path, files: tuple[File, ...], disk: Disk) -> None:
+    """Makes the directory beside its place and swaps it in: an engine never sees half of one."""
+    fresh = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        fresh.mkdir(parents=True)
+        for file in files:
+            disk.link(file.digest, fresh / file.path)
+        if target.is_symlink() or target.is_file():
+            target.unlink()
+        elif target.is_dir():
+            target.rename(old := target.with_name(f"{fresh.name}.old"))
+            shutil.rmtree(old, ignore_errors=True)
+        fresh.rename(target)
+    except OSError as error:
+        what = f"the model directory {target} cannot be built: {error.strerror}"
+        raise Unavailable(what, expected="a cache that we may write", do=f"check owner and mode of {target.parent}", reason="cache") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+class _Stamps:
+    """What a blob's inode looked like when its bytes were last hashed; counted only from a directory that nobody else can write."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            found = os.lstat(folder)
+            self._ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+        except OSError:
+            self._ours = False
+
+    def _path(self, digest: str) -> Path:
+        return self._folder / f"{digest.replace(':', '-')}.json"
+
+    @staticmethod
+    def _facts(path: Path, digest: str) -> list[object]:
+        found = os.lstat(path)
+        return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, digest]
+
+    def holds(self, digest: str, path: Path) -> bool:
+        """Whether the file at `path` is the one that was hashed, untouched."""
+        if not self._ours:
+            return False
+        try:
+            found = os.lstat(self._path(digest))
+            told = json.loads(self._path(digest).read_bytes()[:4096])
+            return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and told == self._facts(path, digest)
+        except (OSError, ValueError):
+            return False
+
+    def record(self, paths: Mapping[str, Path]) -> None:
+        """Notes files whose bytes were verified in this run. After linking: a new hard link changes the inode's ctime."""
+        if not self._ours:
+            return
+        for digest, path in paths.items():
+            if not self.holds(digest, path):
+                with suppress(OSError):
+                    _write(self._path(digest), json.dumps(self._facts(path, digest)).encode())
+
+
+def _write(path: Path, raw: bytes) -> None:
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        temporary.write_bytes(raw)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _keep(write: Callable[[], object]) -> None:
+    """A read-only cache is served as it is: what cannot be kept is verified again at the next start."""
+    with suppress(OSError, AirlockError):
+        write()

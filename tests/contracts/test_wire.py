@@ -1,0 +1,308 @@
+"""File answers over a real socket, by the kernel's sendfile and by reads in a thread: the same bytes, the same failures."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from artifact.errors import AirlockError
+from artifact.store import Content
+from registry import wire
+from registry.exchange import Exchange, Front, Gone, Pools
+
+SIZE = 20 * 1024 * 1024 + 17
+
+
+class Quick(wire.WireProtocol):
+    """The wire with a short stall time."""
+
+    stall_s = 0.5
+
+
+@dataclass
+class Site:
+    """A running server over one file, and what its application saw."""
+
+    port: int
+    path: Path
+    data: bytes
+    kind: str
+    bodies: list[tuple[int, bool]] = field(default_factory=list)
+
+    def connect(self, rcvbuf: int = 0) -> socket.socket:
+        sock = socket.socket()
+        if rcvbuf:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
+        sock.settimeout(20)
+        sock.connect(("127.0.0.1", self.port))
+        return sock
+
+    def open_files(self) -> int:
+        return sum(os.path.realpath(f"/proc/self/fd/{fd}") == str(self.path) for fd in os.listdir("/proc/self/fd"))
+
+
+def application(site: Site) -> Any:
+    pools = Pools(2, 2)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        x = Exchange(None, pools, scope, receive, send)  # type: ignore[arg-type]
+        try:
+            if x.path == "/before":
+                raise RuntimeError("nobody expected this")
+            if x.path == "/body":
+                total = 0
+                async for found in x.pieces():
+                    total += sum(map(len, found))
+                site.bodies.append((total, "airlock.body" in scope.get("extensions", {})))
+                await x.answer(200, {}, str(total).encode())
+                return
+            total = SIZE + 5 if x.path == "/long" else SIZE
+            content = Content("sha256:x", "", total, 0, total, path=site.path)
+            if x.path == "/after":
+                await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"100")]})
+                await send({"type": "http.response.body", "body": b"x" * 10, "more_body": True})
+                raise RuntimeError("nobody expected this either")
+            if x.path == "/shrinks":
+                content = Content("sha256:x", "", SIZE, 0, SIZE, path=site.path.with_suffix(".shrinks"))
+
+            async def again(_lo: int, _hi: int) -> Content:
+                raise AssertionError
+
+            await x.content(content, {"content-type": "application/octet-stream"}, again)
+        except AirlockError as error:
+            await x.answer(416 if error.code == "range_invalid" else 503, {}, error.what.encode())
+        except Gone:
+            return
+
+    return Front(app)
+
+
+@pytest.fixture(params=["sendfile", "pread"])
+def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
+    data = os.urandom(1 << 20) * 21
+    path = (tmp_path / "blob").resolve()
+    path.write_bytes(data[:SIZE])
+    path.with_suffix(".shrinks").write_bytes(data[:SIZE])
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    sock.listen(64)
+    found = Site(sock.getsockname()[1], path, data[:SIZE], request.param)
+    protocol: Any = Quick if request.param == "sendfile" else "httptools"
+    config = uvicorn.Config(
+        application(found), http=protocol, loop="asyncio", ws="none", lifespan="off", log_config=None, timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])))
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield found
+    server.should_exit = True
+    thread.join(20)
+    sock.close()
+
+
+def ask(sock: socket.socket, path: str = "/", method: str = "GET", **headers: str) -> None:
+    lines = "".join(f"{k.replace('_', '-')}: {v}\r\n" for k, v in headers.items())
+    sock.sendall(f"{method} {path} HTTP/1.1\r\nHost: x\r\n{lines}\r\n".encode())
+
+
+class Reader:
+    """Reads answers off one connection."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.file = sock.makefile("rb")
+
+    def head(self) -> tuple[int, dict[str, str]]:
+        line = self.file.readline()
+        if not line:
+            raise EOFError
+        headers = {}
+        while (row := self.file.readline().strip()) != b"":
+            name, _, value = row.partition(b":")
+            headers[name.decode().lower()] = value.strip().decode()
+        return int(line.split()[1]), headers
+
+    def answer(self) -> tuple[int, dict[str, str], bytes]:
+        status, headers = self.head()
+        return status, headers, self.file.read(int(headers.get("content-length", "0")))
+
+
+def settled(check: Any) -> bool:
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        if check():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_whole_file_then_another_request_on_the_connection(site: Site) -> None:
+    with site.connect() as sock:
+        reader = Reader(sock)
+        for _ in range(3):
+            ask(sock)
+            status, headers, body = reader.answer()
+            assert (status, headers["content-length"], body) == (200, str(SIZE), site.data)
+            assert len(headers["x-request-id"]) == 32
+    assert settled(lambda: site.open_files() == 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "lo", "hi"),
+    [
+        ("bytes=500-1499", 500, 1500),
+        ("bytes=500-", 500, SIZE),
+        ("bytes=-500", SIZE - 500, SIZE),
+        (f"bytes={SIZE - 48}-{SIZE + 900}", SIZE - 48, SIZE),
+        ("bytes=0-0", 0, 1),
+        ("bytes=8388600-8388700", 8388600, 8388701),
+    ],
+)
+def test_ranges(site: Site, asked: str, lo: int, hi: int) -> None:
+    with site.connect() as sock:
+        ask(sock, Range=asked)
+        status, headers, body = Reader(sock).answer()
+    assert (status, headers["content-range"], headers["content-length"]) == (206, f"bytes {lo}-{hi - 1}/{SIZE}", str(hi - lo))
+    assert body == site.data[lo:hi]
+
+
+@pytest.mark.parametrize("asked", ["bytes=500-0", f"bytes={SIZE}-", "bytes=-0"])
+def test_ranges_that_do_not_fit(site: Site, asked: str) -> None:
+    with site.connect() as sock:
+        ask(sock, Range=asked)
+        assert Reader(sock).answer()[0] == 416
+
+
+def test_several_ranges_are_answered_by_the_whole(site: Site) -> None:
+    with site.connect() as sock:
+        ask(sock, Range="bytes=0-1,5-6")
+        status, _headers, body = Reader(sock).answer()
+    assert (status, len(body)) == (200, SIZE)
+
+
+def test_head_has_the_length_and_no_body(site: Site) -> None:
+    with site.connect() as sock:
+        reader = Reader(sock)
+        ask(sock, method="HEAD")
+        status, headers = reader.head()
+        assert (status, headers["content-length"]) == (200, str(SIZE))
+        ask(sock, Range="bytes=0-9")
+        assert reader.answer()[2] == site.data[:10]
+
+
+def test_a_client_that_leaves_closes_the_file(site: Site) -> None:
+    sock = site.connect(rcvbuf=65536)
+    ask(sock)
+    assert len(sock.recv(1000)) > 0
+    assert settled(lambda: site.open_files() == 1)
+    sock.close()
+    assert settled(lambda: site.open_files() == 0)
+
+
+def test_pipelined_requests_are_answered_in_order(site: Site) -> None:
+    asked = [(0, 9), (100, 5_000_000), (7, 7), (SIZE - 3, SIZE - 1)]
+    with site.connect() as sock:
+        sock.sendall(b"".join(f"GET / HTTP/1.1\r\nHost: x\r\nRange: bytes={lo}-{hi}\r\n\r\n".encode() for lo, hi in asked))
+        reader = Reader(sock)
+        for lo, hi in asked:
+            assert reader.answer()[2] == site.data[lo : hi + 1]
+
+
+def test_an_error_before_the_answer_is_a_bare_500(site: Site) -> None:
+    with site.connect() as sock:
+        ask(sock, "/before")
+        status, headers, body = Reader(sock).answer()
+    assert status == 500
+    assert b"nobody expected" not in body and headers["x-request-id"].encode() in body
+
+
+def test_an_error_after_the_start_breaks_the_connection(site: Site) -> None:
+    with site.connect() as sock:
+        ask(sock, "/after")
+        reader = Reader(sock)
+        assert reader.head()[0] == 200
+        assert len(reader.file.read(100)) == 10
+
+
+def test_a_file_that_is_too_short_from_the_start_is_an_error(site: Site) -> None:
+    with site.connect() as sock:
+        ask(sock, "/long")
+        assert Reader(sock).answer()[0] == 503
+
+
+def test_a_file_that_is_cut_while_it_is_sent_breaks_the_connection(site: Site) -> None:
+    short = site.path.with_suffix(".shrinks")
+    with site.connect(rcvbuf=65536) as sock:
+        ask(sock, "/shrinks")
+        reader = Reader(sock)
+        assert reader.head()[0] == 200
+        assert len(reader.file.read(65536)) == 65536
+        os.truncate(short, SIZE - 1_000_000)
+        got = 65536
+        try:
+            while piece := reader.file.read(1 << 20):
+                got += len(piece)
+        except ConnectionResetError:
+            pass
+    assert got < SIZE
+
+
+def test_a_stalled_client_is_given_up(site: Site) -> None:
+    if site.kind == "pread":
+        pytest.skip("only our own protocol has the stall time")
+    with site.connect(rcvbuf=65536) as sock:
+        ask(sock)
+        assert settled(lambda: site.open_files() == 1)
+        assert settled(lambda: site.open_files() == 0)
+
+
+def test_a_slow_client_is_not_given_up(site: Site) -> None:
+    with site.connect(rcvbuf=262144) as sock:
+        ask(sock, Range="bytes=0-8388607")
+        reader = Reader(sock)
+        reader.head()
+        got = bytearray()
+        began = time.monotonic()
+        while len(got) < 8388608 and time.monotonic() - began < 2.0:
+            got += reader.file.read(65536)
+            time.sleep(0.02)
+        got += reader.file.read(8388608 - len(got))
+    assert bytes(got) == site.data[:8388608]
+
+
+def test_bodies_arrive_whole_and_in_pieces(site: Site) -> None:
+    data = os.urandom(3_000_001)
+    with site.connect() as sock:
+        reader = Reader(sock)
+        ask(sock, "/body", "PUT", Content_Length=str(len(data)))
+        sock.sendall(data)
+        assert reader.answer()[2] == str(len(data)).encode()
+        ask(sock, "/body", "PUT", Transfer_Encoding="chunked")
+        for at in range(0, len(data), 100_000):
+            part = data[at : at + 100_000]
+            sock.sendall(b"%x\r\n" % len(part) + part + b"\r\n")
+        sock.sendall(b"0\r\n\r\n")
+        assert reader.answer()[2] == str(len(data)).encode()
+    assert site.bodies == [(len(data), site.kind == "sendfile")] * 2
+
+
+def test_a_request_head_has_a_bound(site: Site) -> None:
+    if site.kind == "pread":
+        pytest.skip("the bound is our own protocol's")
+    with site.connect() as sock:
+        try:
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: " + b"x" * 1_000_000)
+            assert Reader(sock).head()[0] == 400
+        except (ConnectionResetError, BrokenPipeError):
+            pass

@@ -1,0 +1,65 @@
+"""A real site in a temporary directory for unit tests: its keys, and a small model pushed through the guard."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from artifact import manifest as m
+from artifact import profile
+from artifact.grant import Grant
+from artifact.store import Call, Descriptor, File
+from registry.catalog import ensure_org
+from registry.home import Home
+from registry.settings import Settings
+from registry.wiring import Site, open_site
+
+
+def make_site(path: Path) -> Site:
+    Home.open(path / "data", create=True)
+    return open_site(Settings.load(path / "data", environ={}), background=False)
+
+
+def make_key(site: Site, org: str, *models: str, actions: tuple[str, ...] = ("pull", "push", "run"), tier: str = "developer", expires: float = 0.0) -> str:
+    now = time.time()
+    with site.catalog.writing() as conn:
+        org_id = ensure_org(conn, org, now)
+        grant = Grant(models or (f"{org}/*",), actions)
+        return site.entitlements.add_key(conn, org_id, tier=tier, grant=grant, expires=expires, at=now if expires == 0 or expires > now else expires - 1)[1]
+
+
+def call_of(site: Site, key: str, now: float | None = None) -> Call:
+    return site.guard.caller(key, "request-1", time.time() if now is None else now, "127.0.0.1")
+
+
+def put(site: Site, call: Call, repo: str, raw: bytes) -> Descriptor:
+    upload = site.guard.upload(call, repo)
+    upload.write(raw)
+    return upload.commit(m.digest_of(raw), len(raw))
+
+
+@dataclass(frozen=True)
+class Pushed:
+    name: str
+    model: Descriptor
+    profiles: Descriptor
+    profile_id: str
+    files: dict[str, bytes]
+
+
+def push_model(site: Site, call: Call, name: str, ref: str, files: dict[str, bytes] | None = None, lfs: tuple[str, ...] = ()) -> Pushed:
+    files = files or {"config.json": b'{"a":1}', "model.safetensors": os.urandom(5000), "sub/data.txt": b"text"}
+    put(site, call, name, m.EMPTY_BYTES)
+    facts = put(site, call, name, m.canonical_json({"schema": 1, "source": f"push://{name}"}))
+    listed = [File(path, put(site, call, name, raw).digest, len(raw), path in lfs) for path, raw in files.items()]
+    raw = m.build_model(listed, Descriptor(m.FACTS_TYPE, facts.digest, facts.size), {m.SOURCE: f"push://{name}"})
+    model = site.guard.push(call, name, raw, m.MANIFEST, refs=[ref])
+    document = profile.build(name, model.digest, [{"tags": {"llm_engine": "vllm", "precision": "bf16", "tp": "1", "device": "cpu"}}], 5000)
+    home = name + "/profiles"
+    put(site, call, home, m.EMPTY_BYTES)
+    layer = put(site, call, home, document)
+    raw = m.build_manifest(m.PROFILES_TYPE, [Descriptor(m.PROFILES_TYPE, layer.digest, layer.size).as_json()], {})
+    profiles = site.guard.push(call, home, raw, m.MANIFEST, refs=[ref])
+    return Pushed(name, model, profiles, profile.parse(document).profiles[0].id, files)

@@ -1,0 +1,188 @@
+"""Key check and lease against a stand-in registry over real HTTP: the lines of each refusal, and what a stored lease is worth."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifact import trust
+from artifact.errors import AirlockError, Denied, NotFound, Unavailable
+from artifact.remote import RemoteRegistry
+from runtime import entitlement
+from runtime.entitlement import AUTH_LINE, NO_KEY_LINE, PERMISSION_LINE, SEED_LINE, Choice, check_key, obtain_lease, require_key, stored_lease
+from runtime.settings import EXIT_CODES, from_environment
+from tests.fakes.site import Site
+
+KEY = "nvapi-" + "k" * 49
+LEASE_KEY = trust.generate_key()
+PEM = trust.public_pem(LEASE_KEY)
+TRUST = trust.SiteTrust("site-1", {}, {trust.kid(PEM): PEM}, 0)
+CHOICE = Choice("acme/tiny", "1", "sha256:" + "a" * 64, "p1", ("GPU-2", "GPU-1"), "host-1", "sha256:" + "b" * 64)
+
+
+def claims(body: dict[str, Any], **changed: Any) -> dict[str, Any]:
+    now = int(time.time())
+    model = {"name": body["model"], "ref": body["ref"], "digest": CHOICE.model_digest}
+    out = {"iss": "site-1", "sub": "org:acme", "aud": body["host"], "jti": "j1", "iat": now, "nbf": now - 60, "exp": now + 86400, "model": model}
+    out |= {k: body[k] for k in ("profile_digest", "profile_id", "gpu_uuids")} | {"key_id": "k1", "lease_serial": 1, "revocation_serial": 0}
+    return out | changed
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    made = Site(KEY)
+    made.lease = lambda body: (200, {"lease": trust.sign_jws(LEASE_KEY, "lease+jwt", claims(body)), "now": int(time.time())})
+    yield made
+    made.close()
+
+
+def refusal(site: Site, key: str) -> AirlockError:
+    settings = from_environment({"NGC_API_KEY": key}, "acme/tiny:1")
+    with pytest.raises(AirlockError) as caught:
+        require_key(settings)
+        check_key(RemoteRegistry(site.url, key))
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("key", "state", "reason", "line", "status"),
+    [
+        ("", "ok", "key_absent", NO_KEY_LINE, 20),
+        ("nvapi-wrong", "ok", "key_invalid", AUTH_LINE, 21),
+        ("two words", "ok", "key_invalid", AUTH_LINE, 21),
+        (KEY, "expired", "key_expired", AUTH_LINE, 22),
+        (KEY, "revoked", "key_revoked", AUTH_LINE, 23),
+    ],
+)
+def test_each_refused_key_has_its_cause_and_status(site: Site, key: str, state: str, reason: str, line: str, status: int) -> None:
+    site.state = state
+    error = refusal(site, key)
+    lines, code = entitlement.report(error)
+    assert (error.reason, code) == (reason, status)
+    assert lines[:2] == [SEED_LINE, line] and lines[2].startswith("cause: ")
+    if state in ("expired", "revoked"):
+        assert "2026-01-01" in lines[2]
+    assert not key or key == "two words" or key not in "\n".join(lines)
+
+
+def test_a_name_of_another_organisation_reads_like_an_absent_one() -> None:
+    lines, code = entitlement.report(entitlement.invisible("acme/tiny:1"))
+    assert lines[:2] == [SEED_LINE, PERMISSION_LINE] and code == 24
+    assert "this key sees no model of that name (absent, or another organisation's)" in lines[2]
+
+
+def test_a_registry_that_is_down_is_no_refusal(site: Site) -> None:
+    assert check_key(RemoteRegistry(site.url, KEY))
+    site.close()
+    assert not check_key(RemoteRegistry(site.url, KEY, timeout_s=2))
+
+
+def test_a_lease_is_verified_and_starts_again_without_the_registry(site: Site, tmp_path: Path) -> None:
+    fresh = obtain_lease(RemoteRegistry(site.url, KEY), CHOICE, TRUST, tmp_path)
+    assert fresh["gpu_uuids"] == ["GPU-1", "GPU-2"]
+    assert stored_lease(CHOICE, TRUST, tmp_path)["jti"] == "j1"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"profile_id": "p2"},
+        {"profile_digest": "sha256:" + "c" * 64},
+        {"gpu_uuids": ["GPU-1"]},
+        {"gpu_uuids": "GPU-1"},
+        {"aud": "host-2"},
+        {"iss": "site-2"},
+        {"model": {"name": "acme/other", "ref": "1"}},
+        {"model": {"name": "acme/tiny", "ref": "1", "digest": "sha256:" + "d" * 64}},
+        {"model": "acme/tiny"},
+        {"exp": 1},
+        {"revocation_serial": True},
+    ],
+)
+def test_a_lease_for_anything_else_is_refused_and_not_stored(site: Site, tmp_path: Path, changed: dict[str, Any]) -> None:
+    site.lease = lambda body: (200, {"lease": trust.sign_jws(LEASE_KEY, "lease+jwt", claims(body, **changed)), "now": int(time.time())})
+    with pytest.raises(AirlockError):
+        obtain_lease(RemoteRegistry(site.url, KEY), CHOICE, TRUST, tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_foreign_key_signs_no_lease(site: Site, tmp_path: Path) -> None:
+    site.lease = lambda body: (200, {"lease": trust.sign_jws(trust.generate_key(), "lease+jwt", claims(body)), "now": 0})
+    with pytest.raises(AirlockError, match="not pinned"):
+        obtain_lease(RemoteRegistry(site.url, KEY), CHOICE, TRUST, tmp_path)
+
+
+def test_a_refused_lease_says_why(site: Site, tmp_path: Path) -> None:
+    site.lease = lambda body: (403, {"reason": "tier_missing", "what": "acme/tiny requires the enterprise tier; this key has developer"})
+    with pytest.raises(Denied) as caught:
+        obtain_lease(RemoteRegistry(site.url, KEY), CHOICE, TRUST, tmp_path)
+    lines, code = entitlement.report(caught.value)
+    assert lines[:2] == [SEED_LINE, PERMISSION_LINE] and "enterprise tier" in lines[2] and code == 26
+    site.lease = lambda body: (404, {"reason": "not_visible", "what": "x"})
+    with pytest.raises(NotFound, match="sees no model"):
+        obtain_lease(RemoteRegistry(site.url, KEY), CHOICE, TRUST, tmp_path)
+    site.lease = lambda body: (503, {"what": "busy"})
+    with pytest.raises(Unavailable):
+        obtain_lease(RemoteRegistry(site.url, KEY), CHOICE, TRUST, tmp_path)
+
+
+def stored(site: Site, folder: Path, **changed: Any) -> Path:
+    site.lease = lambda body: (
+        200,
+        {"lease": trust.sign_jws(LEASE_KEY, "lease+jwt", claims(body, **changed)), "now": changed.get("iat", int(time.time()))},
+    )
+    obtain_lease(RemoteRegistry(site.url, KEY), CHOICE, TRUST, folder)
+    return next(folder.glob("*.json"))
+
+
+def test_a_deleted_edited_or_expired_lease_starts_nothing(site: Site, tmp_path: Path) -> None:
+    path = stored(site, tmp_path)
+    raw = path.read_bytes()
+    for damaged in (raw[:-10], raw.replace(b".", b"x", 1), b"[]", b"\xff", json.dumps({"lease": 5}).encode(), raw[:-20] + b"A" + raw[-19:]):
+        path.write_bytes(damaged)
+        with pytest.raises(Denied) as caught:
+            stored_lease(CHOICE, TRUST, tmp_path)
+        assert EXIT_CODES[caught.value.reason] == 28
+    path.unlink()
+    with pytest.raises(Denied, match="holds no lease") as caught:
+        stored_lease(CHOICE, TRUST, tmp_path)
+    assert caught.value.reason == "lease_absent"
+    long_ago = int(time.time()) - 200_000
+    stored(site, tmp_path, iat=long_ago, nbf=long_ago, exp=long_ago + 86400)
+    with pytest.raises(Denied, match="expired at") as caught:
+        stored_lease(CHOICE, TRUST, tmp_path)
+    assert EXIT_CODES[caught.value.reason] == 29
+
+
+def test_a_clock_wound_back_gains_nothing(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored(site, tmp_path)
+    later = time.time() + 90_000
+    monkeypatch.setattr(time, "time", lambda: later)
+    with pytest.raises(Denied, match="expired"):
+        stored_lease(CHOICE, TRUST, tmp_path)
+    (tmp_path / "clock").write_text(f"{later:.0f}")  # as a later signed document would have left it
+    monkeypatch.setattr(time, "time", lambda: later - 90_000)
+    with pytest.raises(Denied, match="expired"):
+        stored_lease(CHOICE, TRUST, tmp_path)
+
+
+def test_the_floor_follows_signed_time_and_a_near_clock_only(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    stored(site, tmp_path)
+    assert abs(entitlement.floor(tmp_path) - now) < 30
+    monkeypatch.setattr(time, "time", lambda: now + 90 * 86400)
+    stored(site, tmp_path, iat=int(now) + 5, nbf=int(now), exp=int(now) + 86400)
+    assert abs(entitlement.floor(tmp_path) - now) < 30
+    for nonsense in (b"x", b"nan", b"-1", b"1e300", b"\xff"):
+        (tmp_path / "clock").write_bytes(nonsense)
+        assert entitlement.floor(tmp_path) == 0.0
+
+
+def test_every_documented_status_is_told_apart() -> None:
+    assert len({EXIT_CODES[r] for r in ("key_absent", "key_invalid", "key_expired", "key_revoked", "not_visible", "no_profile", "port_taken")}) == 7
+    assert min(EXIT_CODES.values()) > 11
