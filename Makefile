@@ -1,5 +1,7 @@
 # Targets of a checkout. `make demo` and `make test` do all set-up themselves; they need python3 (3.11), make, a package index, and on Debian apt.
-PYTHON ?= python3
+# The closed side of the demo runs as uid 1000: under root, a python3 that lies in a private home (0700) is passed over if there is another.
+REACHABLE = import ensurepip, os, pathlib, sys; p = pathlib.Path(sys.base_prefix).resolve(); sys.exit(sys.version_info < (3, 11) or not all(d.stat().st_mode & 1 for d in (p, *p.parents)))
+PYTHON ?= $(shell for p in python3 /usr/bin/python3 /usr/local/bin/python3; do $$p -c '$(REACHABLE)' 2>/dev/null && echo $$p && exit; done; echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 ENGINE := build/engines/vllm

@@ -165,6 +165,9 @@ def _sign_next(tuf_dir: Path, sender: str, sequence: int, body: dict[str, object
     replace_file(metadata / f"{sequence}.{ROLE}.json", role_raw)
     replace_file(metadata / f"{sequence}.snapshot.json", snapshot_raw)
     replace_file(metadata / "timestamp.json", stamp.to_bytes(_COMPACT))
+    for old in (p for role in (ROLE, "snapshot") for p in metadata.glob(f"*.{role}.json")):
+        if int(old.name.split(".", 1)[0]) < sequence:
+            old.unlink()  # else the home would grow with the square of its bundles; the indexes stay, receipts speak of them
 
 
 def _meta(version: int, raw: bytes) -> MetaFile:
@@ -190,6 +193,7 @@ def write_bundle(
     source: Callable[[str], Path],
     now: float,
     progress: Callable[[int], None] = lambda n: None,
+    begin: Callable[[int], None] = lambda n: None,
 ) -> Written:
     """Writes the next bundle onto a medium, or completes the one begun there; a directory without the timestamp, which comes last, is unfinished.
 
@@ -218,6 +222,7 @@ def write_bundle(
     (directory / "metadata" / "timestamp.json").unlink(missing_ok=True)
     need = sum(index.objects[d] for d in missing.values())
     check_space(directory, need)
+    begin(need)
     for path in stale:
         (directory / path).unlink()
     for path, digest in sorted(missing.items()):
@@ -360,6 +365,12 @@ def _scratch(state_dir: Path, name: str, roots_only: bool) -> Path:
     for path in () if roots_only or not state_dir.is_dir() else state_dir.glob("*.json"):
         shutil.copy(path, scratch / path.name)
     return scratch
+
+
+def forget_scratch(state_dir: Path) -> None:
+    """Removes what open_bundle left beside a receiver's state; after commit() or a refusal."""
+    for path in state_dir.parent.glob(f".{state_dir.name}.*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _against_state(directory: Path, state_dir: Path, root: bytes, now: float, entry: TargetFile) -> tuple[bool, bool, Path | None]:

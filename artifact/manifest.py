@@ -92,7 +92,7 @@ def check_name(text: str) -> str:
 
 
 def hub_name(repo_id: str) -> str:
-    """The canonical name `hf/<id>` of a Hub id: lower case, what the grammar refuses escaped injectively (docs/format.md section 2); raises Invalid."""
+    """The canonical name `hf/<id>` of a Hub id: lower case, what the grammar refuses escaped (docs/format.md section 2); raises Invalid."""
     if not _HUB_ID.match(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
         raise Invalid(
             f"{repo_id[:100]!r} is not a Hub id", expected="namespace/name of letters, digits and - _ . without '--' or '..'", reason="name"
@@ -106,8 +106,8 @@ def _hub_segment(part: str) -> str:
         if not (start or end) and run in (".", "_", "__", "-"):
             return run
         code = "x" + run.encode().hex()
-        # A Hub id holds no '--', so two dashes mark an escape; three mark one at the start, where no dash may stand first.
-        return code if start and end else code + "---" if start else "--" + code + ("" if end else "-")
+        # A Hub id holds no '--', so two dashes mark an escape; three mark one at the start, where no dash may stand first, and four a whole segment.
+        return code + "----0" if start and end else code + "---" if start else "--" + code + ("" if end else "-")
 
     return re.sub(r"[._\-]+", escape, part)
 

@@ -7,6 +7,7 @@ Must not: know what a path means, retry, or read an answer without a bound.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 import threading
@@ -94,7 +95,7 @@ class Transport:
         )
 
     def __repr__(self) -> str:
-        return f"Transport({self.base_url!r})"
+        return f"{type(self).__name__}({self.base_url!r})"
 
     def close(self) -> None:
         """Closes idle connections."""
@@ -142,8 +143,7 @@ class Transport:
             target = response.headers.get("Location", "")
             if response.status not in (301, 302, 303, 307, 308) or not target or not follow or method not in ("GET", "HEAD"):
                 return response
-            response.drain_conn()
-            response.release_conn()
+            self._drop(response)
             there = urljoin(url, target)
             here_origin, there_origin = origin(url), origin(there)
             if here_origin[0] == "https" and there_origin[0] == "http":
@@ -151,7 +151,7 @@ class Transport:
             if there_origin != here_origin:
                 headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
             url = there
-        raise Unavailable(f"more than {_MAX_REDIRECTS} redirects", expected="at most 5", reason="redirect")
+        raise Unsupported(f"more than {_MAX_REDIRECTS} redirects", expected="at most 5", reason="redirect")
 
     def _broken(self, method: str, url: str, error: Exception) -> Unavailable:
         where = "{}://{}:{}".format(*origin(url))
@@ -176,8 +176,7 @@ class Transport:
         if "://" not in realm:
             return False  # a label, not a token endpoint: the 401 stands
         self._check_realm(realm)
-        refused.drain_conn()
-        refused.release_conn()
+        self._drop(refused)
         query = [("service", params["service"])] if params.get("service") else []
         query += [("scope", scope or params["scope"])] if scope or params.get("scope") else []
         query += [("account", self._username)] if self._key else []
@@ -194,6 +193,11 @@ class Transport:
         with self._lock:
             self._tokens[scope] = (token, time.monotonic() + max(seconds * 0.8, 5))
         return True
+
+    def _drop(self, response: BaseHTTPResponse) -> None:
+        """Reads a body that nobody needs, within bounds, so that the connection can be used again."""
+        with contextlib.suppress(AirlockError):
+            self.take(response, ERROR_BYTES)
 
     def _check_realm(self, realm: str) -> None:
         theirs = origin(realm)

@@ -127,6 +127,9 @@ def start_runtime(stage: Stage, w: World, model: str, key: str) -> int:
 def llama(stage: Stage, w: World) -> None:
     """The trained model, served from the cache of uid 1000, must say this run's sentence to the openai SDK."""
     with stage.step("runtime serve as uid 1000: the Llama, from key to ready") as row:
+        again = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', '']).returncode)"
+        usable = stage.run([str(PYTHON), "-c", again], closed=True, uid=UID, expect=None, quiet=True).code == 0
+        demand(usable, f"uid {UID} cannot run {PYTHON.resolve()}; do: rm -r .venv && make setup PYTHON=/usr/bin/python3")
         number = start_runtime(stage, w, f"{LLAMA}:1", w.key)
         row.size = tree_bytes(w.cache)
     chat_twice(stage, w, "chat through the openai SDK: the sentence crossed")

@@ -56,13 +56,12 @@ def pack(
 ) -> dict[str, object]:
     """Writes the next bundle and reports its sequence, objects and bytes; `changed` false means that nothing was new and nothing was written.
 
-    `begin` is told the bytes of the whole bundle, `progress` each number of bytes copied. Raises NotFound, Invalid, Unavailable, Mismatch.
+    `begin` is told the bytes to copy, `progress` each number copied. Raises NotFound, Invalid, Unavailable, Mismatch.
     """
     with home.lock("pack"):
         wanted = plan(home)
-        begin(sum(wanted.objects.values()))
         done = bundle.write_bundle(
-            directory, home.path / "tuf", home.id, wanted.names, wanted.objects, wanted.upstream, home.disk.path, now, progress
+            directory, home.path / "tuf", home.id, wanted.names, wanted.objects, wanted.upstream, home.disk.path, now, progress, begin
         )
     return {
         "sequence": done.sequence,

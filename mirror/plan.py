@@ -14,14 +14,13 @@ from urllib.parse import urlsplit
 import yaml
 
 from artifact.errors import Invalid, NotFound, TooLarge
-from artifact.manifest import check_digest, check_name, check_ref, is_commit, is_digest, is_tag
+from artifact.manifest import check_digest, check_name, check_ref, hub_name, is_commit, is_digest, is_tag
 
 HUB_ENDPOINT = "https://huggingface.co"
 MAX_PLAN_BYTES = 1024 * 1024
 COMMON_KEYS = ("source", "profiles", "key_env", "ca_file")
 KEYS = {"hf": (*COMMON_KEYS, "endpoint", "allow", "ignore", "ref"), "oci": (*COMMON_KEYS, "as", "plain_http")}
 
-_HUB_ID = re.compile(r"(?:[A-Za-z0-9_.\-]{1,96}/)?[A-Za-z0-9_.\-]{1,96}\Z")
 _ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\Z")
 _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.\-]*[A-Za-z0-9])?)(?::[0-9]{1,5})?\Z")
 
@@ -99,27 +98,6 @@ def read_limited(path: Path, what: str) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise Invalid(f"{what} {path} is not UTF-8", expected="UTF-8 text", reason="plan") from error
-
-
-def hub_name(repo_id: str) -> str:
-    """The canonical name `hf/<namespace>/<name>` of a Hub id: lower case, what the OCI grammar refuses escaped injectively; raises Invalid."""
-    if not _HUB_ID.match(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
-        raise Invalid(
-            f"{repo_id[:120]!r} is not a Hub id", expected="namespace/name of letters, digits and - _ . without '--' or '..'", reason="name"
-        )
-    return check_name("/".join(("hf", *(_hub_segment(part) for part in repo_id.lower().split("/")))))
-
-
-def _hub_segment(part: str) -> str:
-    def escape(match: re.Match[str]) -> str:
-        run, start, end = match.group(), match.start() == 0, match.end() == len(part)
-        if not (start or end) and run in (".", "_", "__", "-"):
-            return run
-        code = "x" + run.encode().hex()
-        # A Hub id holds no '--', so two dashes mark an escape; three mark one at the start, where no dash may stand first.
-        return code if start and end else code + "---" if start else "--" + code + ("" if end else "-")
-
-    return re.sub(r"[._\-]+", escape, part)
 
 
 def oci_name(host: str, repository: str) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from artifact import copy, profile
 from artifact.disk import Disk
-from artifact.errors import AirlockError, Invalid, Unauthenticated
+from artifact.errors import AirlockError, Invalid, NotFound, Unauthenticated
 from artifact.manifest import (
     EMPTY_BYTES,
     FACTS_TYPE,
@@ -183,7 +184,9 @@ class _OciJob:
             self._pins = tuple(p for p in oci.pins(self._source, repo, manifest, disk) if (p.name, p.digest) != (item.name, self._root.digest))
             if manifest.digest != self._root.digest:
                 self.size += oci.graph_size(self._source, repo, manifest.digest)
-            self.size += sum(oci.graph_size(self._source, p.name, p.digest) for p in self._pins if p.digest != self._root.digest)
+            for pin in self._pins:
+                with suppress(NotFound):  # an item before this one may still bring it
+                    self.size += oci.graph_size(self._source, pin.name, pin.digest) if pin.digest != self._root.digest else 0
 
     def _find_profiles(self) -> tuple[str, Manifest] | None:
         """The profile manifest with its repository at the upstream: the item itself, or the one beside a model under the same ref."""
@@ -210,22 +213,32 @@ class _OciJob:
             if pin.digest == root.digest:
                 named.append(Named(pin.name, ref, pin.digest, root.media_type, pin.name, oci.kind_of(root), self._upstream(pin.name, root)))
             else:
-                named += self._graph(pin.name, pin.digest, pin.name, ref, progress)
+                named += self._referred(pin, ref, progress)
         if item.profiles and not self._profiles and oci.kind_of(root) == "model":
             built = _build_profiles(item, root.digest, files_of(root), self._disk)
             name = f"{item.name}/profiles"
             named.append(Named(name, item.ref, built, MANIFEST, name, "profiles", named[0].upstream))
         return named
 
+    def _referred(self, pin: profile.Pin, ref: str, progress: copy.Progress | None) -> list[Named]:
+        """What a profile refers to, from this upstream or out of staging; raises NotFound saying whose reference it is."""
+        try:
+            return self._graph(pin.name, pin.digest, pin.name, ref, progress)
+        except NotFound as error:
+            raise NotFound(
+                f"the profiles of {self._item.name} refer to {pin.name}@{pin.digest}, which {self._item.base_url} does not have",
+                expected="everything that profiles refer to",
+                do="put an item that brings it before this one, then run again",
+                reason="reference",
+            ) from error
+
     def _graph(self, repo: str, digest: str, name: str, ref: str, progress: copy.Progress | None) -> list[Named]:
         """Copies one graph; the root is named `ref`, signatures and referrers keep the tags that they have upstream."""
-        if progress:
-            progress.total -= oci.graph_size(self._source, repo, digest)  # copy_graph adds what it finds, this among it
         graph = copy.copy_graph(self._source, repo, digest, self._disk, progress)
         root = oci.check_whole(self._disk, digest)
         upstream = self._upstream(repo, root)
         named = [Named(name, ref, digest, root.media_type, name, oci.kind_of(root), upstream)]
-        for extra, found in graph.extras:
+        for extra, found in graph.extra:
             named.append(Named(name, digest_ref(extra) if is_digest(extra) else extra, found.digest, found.media_type, name, "image", upstream))
         return named
 

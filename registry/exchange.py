@@ -191,6 +191,11 @@ class Exchange:
                     if flying is not None:
                         await asyncio.shield(flying)
                     flying, batch, size = asyncio.ensure_future(self.io(_writes(upload, batch))), [], 0
+        except Gone:
+            if flying is not None:
+                await flying
+            await self.io(_writes(upload, batch))  # what did arrive need not be sent again
+            raise
         finally:
             if flying is not None:
                 await asyncio.wait({flying})
@@ -216,6 +221,12 @@ class Exchange:
     async def json(self, status: int, value: object, headers: Mapping[str, str] | None = None, media_type: str = "application/json") -> None:
         """A JSON answer."""
         await self.answer(status, {"content-type": media_type, **(headers or {})}, json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+    async def gone(self) -> None:
+        """Ends an exchange whose client left or stalled; one that only stalled is told so."""
+        if not self.started:
+            self.body_done = True
+            await self.answer(408, {"connection": "close"})
 
     async def _discard(self) -> bool:
         if "expect" in self.headers:
@@ -369,13 +380,14 @@ class Front:
         note: dict[str, Any] = {"request_id": uuid.uuid4().hex, "key_id": ""}
         scope["airlock"] = note
         seen = {"status": 0, "bytes": 0}
+        wanted = next((v.decode("latin-1")[:64] for k, v in scope["headers"] if k == b"range"), "")
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 seen["status"] = message["status"]
                 message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", note["request_id"].encode())]}
             await send(message)
-            seen["bytes"] += message["count"] if message["type"] == SENDFILE else len(message.get("body", b""))
+            seen["bytes"] += message.get("sent", message["count"]) if message["type"] == SENDFILE else len(message.get("body", b""))
 
         try:
             await self.app(scope, receive, counted)
@@ -389,4 +401,4 @@ class Front:
             await counted({"type": "http.response.body", "body": body, "more_body": False})
         finally:
             took = round(time.monotonic() - began, 6)
-            ACCESS.info(json.dumps({**note, "method": scope["method"], "path": scope["path"][:1024], **seen, "seconds": took}))
+            ACCESS.info(json.dumps({**note, "method": scope["method"], "path": scope["path"][:1024], "range": wanted, **seen, "seconds": took}))

@@ -144,10 +144,13 @@ class Guard(Registry, Files):
         """Removes a ref, or a manifest or blob link; raises NotFound, Denied, Conflict."""
         self._library.delete(self._allow(call, repo, self._library.catalog.repository(repo), "push"), repo, ref)
 
-    def _seen(self, call: Call, prefix: str, after: str, limit: int) -> tuple[list[Repo], str]:
+    def _demand_alive(self, call: Call) -> None:
         alive = authenticate(call.principal, call.now)
         if not alive.allow:
             self._refuse(call, "list", "", alive)
+
+    def _seen(self, call: Call, prefix: str, after: str, limit: int) -> tuple[list[Repo], str]:
+        self._demand_alive(call)
         size = max(0, min(limit, MAX_PAGE))
         out: list[Repo] = []
         while len(out) < size:
@@ -212,6 +215,7 @@ class Guard(Registry, Files):
 
     def catalog_show(self, call: Call, name: str) -> dict[str, object]:
         """A repository's summary with its refs (digest, type, size, commit, files, bytes) and, for a model, its profiles' refs; raises NotFound."""
+        self._demand_alive(call)
         found = self._library.catalog.repository(name)
         if found is None or not visible(call.principal, found.subject):
             self._allow(call, name, found, "pull")

@@ -13,12 +13,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from sqlalchemy import Connection, select, update
 
 from artifact import medium, trust
-from artifact.bundle import open_bundle
+from artifact.bundle import forget_scratch, open_bundle
 from artifact.disk import Disk
 from artifact.errors import Conflict, Mismatch, NotFound
 from artifact.grant import Principal
@@ -26,14 +26,34 @@ from artifact.manifest import Manifest, check_name, digest_of, is_digest, parse_
 from artifact.store import Call
 from registry import catalog
 from registry import tables as t
+from registry.audit import Audit
 from registry.blobs.file import location_of
-
-if TYPE_CHECKING:
-    from registry.wiring import Site
+from registry.home import Home
+from registry.library import Library
 
 BUFFER = 1024 * 1024
 RECEIPT_LIFE_S = 10 * 365 * 86400
 Report = dict[str, object]
+
+
+class Site(Protocol):
+    """What an import needs of an open site (registry.wiring makes it)."""
+
+    @property
+    def home(self) -> Home:
+        """The data directory."""
+
+    @property
+    def catalog(self) -> catalog.Catalog:
+        """Names and manifests."""
+
+    @property
+    def audit(self) -> Audit:
+        """The log of changes."""
+
+    @property
+    def library(self) -> Library:
+        """The verbs over both."""
 
 
 def import_bundle(
@@ -47,29 +67,36 @@ def import_bundle(
     with _lock(site.home.path):
         sender = _sender(site, directory)
         state = site.home.trust_dir(sender) / "state"
-        index = open_bundle(directory, state, site.home.pinned_root(sender), now)
-        done = site.home.trust_dir(sender) / "imported" / str(index.sequence)
-        report: Report = {"sequence": index.sequence, "sender": sender, "names": len(index.names), "objects": len(index.objects)}
-        if (index.known or index.older) and done.exists() and done.read_text().strip() == index.digest:
-            return report | {"imported": False, "older": index.older, "copied": 0, "copied_bytes": 0, "lost": _lost(done.parent, index)}
-        disk = Disk(site.home.path)
-        reached = _reach(site, disk, directory, index)
-        blobs = {d: s for d, s in reached.blobs.items() if d in index.objects and disk.size(d) != s}
-        need = sum(blobs.values())
-        medium.check_space(site.home.path, need)
-        begin(need)
-        for digest in sorted(blobs):
-            _copy(disk, directory, digest, blobs[digest], progress)
-        _store(site, disk, index, reached, now)
-        for manifest in reached.manifests.values():
-            if catalog.kind_of(manifest) == "model":
-                site.library.fill_facts(manifest)
-        index.commit()
-        done.parent.mkdir(mode=0o700, exist_ok=True)
-        medium.replace_file(done, index.digest.encode() + b"\n")
-        with suppress(OSError):  # a medium that is write-protected brings no receipt home
-            (directory / medium.RECEIPT).write_text(_receipt(site, index, now))
-    return report | {"imported": True, "older": index.older, "copied": len(blobs), "copied_bytes": need, "lost": _lost(done.parent, index)}
+        try:
+            return _import(site, directory, state, now, progress, begin)
+        finally:
+            forget_scratch(state)
+
+
+def _import(site: Site, directory: Path, state: Path, now: float, progress: Callable[[int], None], begin: Callable[[int], None]) -> Report:
+    index = open_bundle(directory, state, site.home.pinned_root(state.parent.name), now)
+    done = state.parent / "imported" / str(index.sequence)
+    report: Report = {"sequence": index.sequence, "sender": index.sender, "names": len(index.names), "objects": len(index.objects)}
+    report |= {"older": index.older, "copied": 0, "copied_bytes": 0, "lost": _lost(done.parent, index)}
+    if (index.known or index.older) and done.exists() and done.read_text().strip() == index.digest:
+        return report | {"imported": False}
+    disk = Disk(site.home.path)
+    reached = _reach(site, disk, directory, index)
+    blobs = {d: s for d, s in reached.blobs.items() if d in index.objects and disk.size(d) != s}
+    need = sum(blobs.values())
+    medium.check_space(site.home.path, need)
+    begin(need)
+    copied = sum(_copy(disk, directory, digest, blobs[digest], progress) for digest in sorted(blobs))
+    _store(site, disk, index, reached, now)
+    for manifest in reached.manifests.values():
+        if catalog.kind_of(manifest) == "model":
+            site.library.fill_facts(manifest)
+    index.commit()
+    done.parent.mkdir(mode=0o700, exist_ok=True)
+    medium.replace_file(done, index.digest.encode() + b"\n")
+    with suppress(OSError):  # a medium that is write-protected brings no receipt home
+        (directory / medium.RECEIPT).write_text(_receipt(site, index, now))
+    return report | {"imported": True, "copied": len(blobs), "copied_bytes": copied}
 
 
 @contextmanager
@@ -174,8 +201,8 @@ def _read_verified(directory: Path, digest: str, size: int, limit: int) -> bytes
     return raw
 
 
-def _copy(disk: Disk, directory: Path, digest: str, size: int, progress: Callable[[int], None]) -> None:
-    """One blob into the store, hashed while it is copied; what an earlier run made durable is not read again from the medium."""
+def _copy(disk: Disk, directory: Path, digest: str, size: int, progress: Callable[[int], None]) -> int:
+    """One blob into the store, hashed while it is copied; what an earlier run made durable is not read again; the bytes read."""
     partial = disk.partial(digest, size)
     fd = _open(directory, digest)
     try:
@@ -193,6 +220,7 @@ def _copy(disk: Disk, directory: Path, digest: str, size: int, progress: Callabl
                 progress(n)
             partial.piece_done(lo, hi)
         partial.finish()
+        return sum(hi - lo for lo, hi in left)
     except Mismatch as error:
         partial.abort()
         raise _altered(digest) from error

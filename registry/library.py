@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 
 from artifact.errors import Conflict, Denied, Invalid, Mismatch, NotFound, RangeInvalid, Unsupported
 from artifact.grant import PROFILES, Decision, Principal
@@ -330,8 +331,10 @@ class StoredUpload(Upload):
         try:
             writer.sync()
             with self._library.catalog.writing() as conn:
-                if not c.advance_upload(conn, self._row, writer.offset, writer.state()):
+                state = writer.state()
+                if not c.advance_upload(conn, self._row, writer.offset, state):
                     raise Conflict("another request took this upload over", do="ask for its offset and continue there", reason="upload")
+            self._row = replace(self._row, offset=writer.offset, state=state, generation=self._row.generation + 1)
         finally:
             writer.close()
 

@@ -5,8 +5,6 @@ It is the only caller of the release key besides receipts. It must not sign what
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from artifact import trust
 from artifact.disk import Disk
 from artifact.errors import NotFound
@@ -15,10 +13,7 @@ from artifact.manifest import MAX_MANIFEST_BYTES, PROFILES_TYPE, Reference, pars
 from artifact.profile import Pin, references
 from artifact.store import Call, Descriptor
 from registry import catalog
-from registry.importer import add_small, judged, ref_of
-
-if TYPE_CHECKING:
-    from registry.wiring import Site
+from registry.importer import Site, add_small, judged, ref_of
 
 
 def promote(site: Site, wanted: Reference, now: float) -> dict[str, object]:

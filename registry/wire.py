@@ -55,7 +55,10 @@ class Cycle(RequestResponseCycle):
         self.message_event.set()
 
     async def receive(self) -> Any:
-        message: Any = await super().receive()
+        if self.disconnected and self.pieces and not self.response_complete:
+            message: Any = {"type": "http.request", "more_body": self.more_body}  # what arrived before the client left
+        else:
+            message = await super().receive()
         if message["type"] != "http.request":
             return message
         pieces, self.pieces, self.held = self.pieces, [], 0
@@ -69,19 +72,20 @@ class Cycle(RequestResponseCycle):
         if message["type"] != SENDFILE:
             await super().send(message)
             return
+        message["sent"] = 0  # what truly left, for those who count
         if self.disconnected:
             return
         if not self.response_started or self.response_complete or self.chunked_encoding or message["count"] != self.expected_content_length:
             raise RuntimeError("airlock.sendfile needs a started answer whose Content-Length is the count")
-        if await self._send_file(message["file"], message["offset"], message["count"]):
+        if await self._send_file(message, message["offset"], message["count"]):
             self.expected_content_length = 0
             await super().send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send_file(self, file: BinaryIO, at: int, left: int) -> bool:
+    async def _send_file(self, message: Any, at: int, left: int) -> bool:
         """Sends [at, at + left) in slices; False when the connection had to be broken, as the length was already promised."""
         while left:
             try:
-                sent = await self._slice(file, at, min(SLICE, left))
+                sent = await self._slice(message["file"], at, min(SLICE, left))
             except asyncio.CancelledError:
                 self.transport.abort()
                 raise
@@ -92,6 +96,7 @@ class Cycle(RequestResponseCycle):
                 self.transport.abort()
                 return False
             at, left = at + sent, left - sent
+            message["sent"] += sent
         return True
 
     async def _slice(self, file: BinaryIO, at: int, count: int) -> int:

@@ -10,16 +10,17 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from artifact.errors import AirlockError, Conflict, Invalid, NotFound
+from artifact.errors import AirlockError, Conflict, Invalid, NotFound, Unavailable
 from artifact.profile import Profile
 from runtime.settings import Facts, Settings, from_environment
 
@@ -72,7 +73,7 @@ def _remote(settings: Settings) -> RemoteRegistry:
         raise Invalid(
             "AIRLOCK_REGISTRY is not set", expected="the URL of this site's registry, such as http://registry:5000", do="set AIRLOCK_REGISTRY"
         )
-    return RemoteRegistry(settings.registry, settings.key, ca_file=settings.ca_file)
+    return RemoteRegistry(settings.registry, settings.key, ca_file=str(settings.ca_file) if settings.ca_file else None)
 
 
 def _released(source: RemoteRegistry | None, settings: Settings, trust: SiteTrust) -> Released:
@@ -135,22 +136,37 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     check_port(settings.host, settings.port)
     profile = _announce(choice)
     installation = vllm.find(settings)
+    from runtime.serve import ServeSettings, run
+
     claims = _lease(choice, profile, settings)
     log.info("Lease %s until %s", claims.get("jti"), entitlement.until(claims))
     made = _workspace(choice, profile, settings)
     folder = Path(tempfile.mkdtemp(prefix="airlock-"))
     try:
-        (settings.cache / "home").mkdir(parents=True, exist_ok=True)
+        # What the engine compiles and remembers is kept in the cache; where that is read-only it is made again at each start.
+        private = settings if os.access(settings.cache, os.W_OK) else replace(settings, cache=folder)
+        (private.cache / "home").mkdir(exist_ok=True)
         plan = vllm.launch(
             profile,
             made.path,
             folder / "engine.sock",
-            settings,
+            private,
             installation=installation,
             gpus=choice.selection.gpus,
             share=choice.selection.share,
         )
-        return _front(settings, plan, profile, made)
+        front = ServeSettings(
+            settings.host,
+            settings.port,
+            settings.names,
+            profile.id,
+            choice.released.digest,
+            made.digest,
+            model_ref=settings.ref,
+            simulated=choice.facts.simulated,
+            ready_s=settings.start_deadline_s,
+        )
+        return run(front, plan)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -302,9 +318,14 @@ def main(argv: list[str] | None = None) -> int:
             raise Invalid(f"--port {port}", expected="a port from 1 to 65535")
         settings = from_environment(os.environ, args.model, host=getattr(args, "host", ""), port=port)
         _logging(settings.log_level)
+        # As process 1 of a container nothing ends us by default; the front sets its own handlers later.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         return COMMANDS[args.command](settings, args)
     except AirlockError as error:
         return _failed(error, args.json)
+    except OSError as error:
+        what = f"{error.strerror or error}: {error.filename or 'a file of the cache'}"
+        return _failed(Unavailable(what, expected="a cache and a temporary directory that we may use", reason="cache"), args.json)
 
 
 def _failed(error: AirlockError, as_json: bool) -> int:

@@ -103,7 +103,7 @@ def check_key(remote: Api) -> bool:
 
 
 def _known(error: Unauthenticated) -> Unauthenticated:
-    if error.reason in KEY_REASONS and error.reason != "key_absent":
+    if error.reason in ("key_expired", "key_revoked"):
         return error
     # The registry tells nobody whether an unknown key exists: what it calls absent was sent by us, so here it is invalid.
     return Unauthenticated(
@@ -146,6 +146,8 @@ def obtain_lease(remote: Api, choice: Choice, trust: SiteTrust, folder: Path) ->
     try:
         answer = remote.api("POST", "/airlock/v1/leases", choice.as_json())
     except NotFound as error:
+        if error.reason in ("profile", "model"):  # the name is seen, what hangs on it is not there
+            raise
         raise invisible(f"{choice.model}:{choice.ref}") from error
     except Unauthenticated as error:
         raise _known(error) from error

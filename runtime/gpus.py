@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import select
+import signal
+import time
+from contextlib import suppress
 from typing import Any
 
 from artifact.errors import AirlockError, Invalid, Unavailable
@@ -43,36 +45,67 @@ def detect(deadline_s: float = 30.0, visible_cuda: str | None = None, visible_nv
 
 
 def _ask(deadline_s: float) -> dict[str, Any]:
-    # -P keeps the current directory out of the child's import path: a file pynvml.py lying there would run.
-    child = subprocess.Popen([sys.executable, "-P", "-m", "runtime.gpus"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
-    try:
-        out, trace = child.communicate(timeout=deadline_s)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        _, trace = child.communicate()
+    """What the child told; a forked one, since a container's interpreter is not always ours to execute again."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.close(reading)
+            _tell(writing, json.dumps(_query(writing)))
+            status = 0
+        finally:
+            os._exit(status)  # nothing of the parent's (handlers, buffers, temporary files) may run twice
+    os.close(writing)
+    lines, whole = _listen(reading, time.monotonic() + deadline_s)
+    last = next((line for line in reversed(lines) if line.startswith("nvml")), "nvmlInit")
+    if not whole:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    _reap(pid)
+    if not whole:
         raise Unavailable(
-            f"the GPU query did not answer within {deadline_s:g} s; the last call was {_last_call(trace)}",
+            f"the GPU query did not answer within {deadline_s:g} s; the last call was {last}",
             expected="an answer from the NVIDIA driver",
             do="look at dmesg for Xid messages; AIRLOCK_GPU_DEADLINE_S changes the limit",
             reason="gpu",
-        ) from None
+        )
     try:
-        answer: dict[str, Any] = json.loads(out)
+        answer: dict[str, Any] = json.loads(lines[-1] if lines else "")
     except ValueError:
-        raise Unavailable(
-            f"the GPU query ended with status {child.returncode} in {_last_call(trace)}",
-            expected="an answer from the NVIDIA driver",
-            do="run nvidia-smi on this host",
-            reason="gpu",
-        ) from None
+        what = f"the GPU query ended without an answer in {last}"
+        raise Unavailable(what, expected="an answer from the NVIDIA driver", do="run nvidia-smi on this host", reason="gpu") from None
     if "error" in answer:
         raise _failure(answer)
     return answer
 
 
-def _last_call(trace: bytes) -> str:
-    lines = [line for line in trace.decode("utf-8", "replace").splitlines() if line.startswith("nvml")]
-    return lines[-1] if lines else "nvmlInit"
+def _tell(fd: int, line: str) -> None:
+    raw = line.encode() + b"\n"
+    while raw:
+        raw = raw[os.write(fd, raw) :]
+
+
+def _listen(fd: int, until: float) -> tuple[list[str], bool]:
+    """The child's lines, and whether it came to its end before the deadline."""
+    raw = b""
+    with open(fd, "rb", buffering=0) as stream:
+        while True:
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([stream], [], [], left)[0]:
+                return raw.decode("utf-8", "replace").splitlines(), False
+            part = stream.read(65536)
+            if not part:
+                return raw.decode("utf-8", "replace").splitlines(), True
+            raw += part
+
+
+def _reap(pid: int) -> None:
+    """Collects the child; one that a driver call holds in the kernel cannot even be killed and is left behind, not waited for."""
+    for _ in range(100):
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return
+        time.sleep(0.01)
 
 
 def _failure(answer: dict[str, Any]) -> AirlockError:
@@ -119,7 +152,7 @@ def _find(gpus: tuple[Gpu, ...], entry: str, variable: str) -> Gpu:
     raise Invalid(f"{variable} names {entry[:60]!r}, which is no GPU of this node", expected=f"indices or UUIDs of: {have}", reason="gpu")
 
 
-def _query() -> dict[str, Any]:
+def _query(fd: int) -> dict[str, Any]:
     """Runs in the child: every fact, or the first failure with the call's name."""
     import pynvml as nvml
 
@@ -128,7 +161,7 @@ def _query() -> dict[str, Any]:
     def ask(name: str, *args: Any, label: str = "", absent: Any = None) -> Any:
         nonlocal call
         call = name + (f" of {label}" if label else "")
-        os.write(2, call.encode() + b"\n")  # unbuffered: what the parent reads after it killed us
+        _tell(fd, call)  # at once: what the parent reads if this call never returns
         try:
             return getattr(nvml, name)(*args)
         except nvml.NVMLError as error:
@@ -167,7 +200,3 @@ def _gpu(ask: Any, index: int) -> dict[str, Any]:
         "free": memory.free if memory else 0,
         "mig": bool(mig[0]),
     }
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_query()))

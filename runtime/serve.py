@@ -15,7 +15,7 @@ import signal
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +176,7 @@ class Front:
         app.cleanup_ctx.append(self._client)
         return app
 
-    async def _client(self, app: web.Application):  # type: ignore[no-untyped-def]
+    async def _client(self, app: web.Application) -> AsyncIterator[None]:
         connector = aiohttp.UnixConnector(str(self.keeper.launch.socket), limit=0)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar())
@@ -230,7 +230,7 @@ class Front:
         if self.max_model_len is None:
             await self._learn_length()
         first = self.settings.model_names[0]
-        data = [
+        data: list[Json] = [
             {
                 "id": name,
                 "object": "model",
@@ -383,8 +383,7 @@ async def _drain(front: Front, runner: web.AppRunner, keeper: Keeper, task: asyn
     while front.in_flight and not task.done() and asyncio.get_running_loop().time() < end:
         await asyncio.sleep(0.05)
     await keeper.stop(front.settings.stop_s)
-    with suppress(TimeoutError, asyncio.CancelledError):
-        await asyncio.wait_for(task, 5)
+    await asyncio.wait([task], timeout=5)
     # Streams that the engine's end cut still write their error frame.
     end = asyncio.get_running_loop().time() + 2
     while front.in_flight and asyncio.get_running_loop().time() < end:

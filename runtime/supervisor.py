@@ -55,6 +55,7 @@ class Exit:
 RULES: tuple[tuple[str, str, str, str], ...] = (
     (r"unrecognized arguments|error: argument", "bad_config", NEVER, "the engine does not know an argument"),
     (r"No package metadata was found for vllm", "bad_config", NEVER, "the engine environment lacks the metadata alias `vllm`: build it again"),
+    (r"Unable to find interface for: \[127", "no_loopback", NEVER, "the loopback interface is down (do: ip link set lo up)"),
     (r"estimated maximum model length is (\d+)", "does_not_fit", ONCE, "the context length does not fit into the memory left"),
     (r"No available memory for the cache blocks", "does_not_fit", NEVER, "the weights leave no memory for the KV cache"),
     (r"Free memory on device .* is less than desired GPU memory utilization", "gpu_busy", NEVER, "another process holds memory of the GPU"),

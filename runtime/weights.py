@@ -85,13 +85,19 @@ def check_cache(cache: Path) -> None:
     if not stat.S_ISDIR(found.st_mode):
         raise Unavailable(f"NIM_CACHE_PATH {cache} is no directory", expected="a directory", reason="cache")
     if not os.access(cache, os.R_OK | os.X_OK):
-        raise Unavailable(
-            f"NIM_CACHE_PATH {cache} cannot be read: owner {found.st_uid}:{found.st_gid}, mode {found.st_mode & 0o7777:04o}; "
-            f"we are {os.geteuid()}:{os.getegid()}",
-            expected="a directory that we may read and write",
-            do=f"chown {os.geteuid()} it on the host",
-            reason="cache",
-        )
+        raise _unusable(cache, "read")
+
+
+def _unusable(cache: Path, verb: str) -> Unavailable:
+    """Names path, owner, mode and our uid: what a person needs for the chown."""
+    found = cache.stat()
+    mode = f"owner {found.st_uid}:{found.st_gid}, mode {found.st_mode & 0o7777:04o}"
+    return Unavailable(
+        f"NIM_CACHE_PATH {cache} cannot be {verb}: {mode}; we are {os.geteuid()}:{os.getegid()}",
+        expected="a directory that we may read and write",
+        do=f"on the host: chown {os.geteuid()}:{os.getegid()} it; on NFS without root squash, or by its owner",
+        reason="cache",
+    )
 
 
 def released(source: Source | None, cache: Path, name: str, ref: str, keys: Mapping[str, str]) -> Released:
@@ -171,11 +177,11 @@ def _small(source: Source | None, disk: Disk, repo: str, digest: str, size: int)
         raise NotFound(
             f"{digest} of {repo} is not in the cache", expected="a cache that was filled completely", do="start while the registry answers"
         )
+    if size > MAX_MANIFEST_BYTES:
+        raise Invalid(f"{digest} of {repo} is too large", expected=f"at most {MAX_MANIFEST_BYTES} bytes")
     raw = bytearray()
-    for chunk in source.stream(repo, digest, 0, MAX_MANIFEST_BYTES):
+    for chunk in source.stream(repo, digest, 0, size):
         raw += chunk
-        if len(raw) > MAX_MANIFEST_BYTES:
-            raise Invalid(f"{digest} of {repo} is too large", expected=f"at most {MAX_MANIFEST_BYTES} bytes")
     if digest_of(bytes(raw)) != digest:
         raise Mismatch(
             f"the bytes of {digest} in {repo} have another digest", expected=digest, do="the registry or the path to it is damaged", reason="weights"
@@ -207,7 +213,11 @@ def materialise(source: Source | None, cache: Path, model: Pin, log: Log, *, wor
     _fetch(source, disk, model, lacking, log, workers, show)
     target = cache / "models" / model.name / model.digest.split(":", 1)[1][:12]
     if not _intact(target, files, disk):
-        _build(target, files, disk)
+        try:
+            _build(target, files, disk)
+        except Unavailable:
+            if not _intact(target, files, disk):  # unless another start on the same cache was faster
+                raise
         log(f"Model workspace {target} built from {len(files)} files")
     stamps.record({f.digest: disk.path(f.digest) for f in files})
     return ModelDir(target, model.digest, len(files), sum(f.size for f in files), sum(f.size for f in lacking), hashed, stamped)
@@ -240,7 +250,7 @@ def _present(disk: Disk, file: File, stamps: _Stamps) -> str:
     if size == file.size:
         fd = disk.open(file.digest)
         try:
-            if f"sha256:{hash_fd(fd, 0, size)}" == file.digest:
+            if hash_fd(fd, 0, size, file.digest.split(":", 1)[0]) == file.digest:
                 return "hashed"
         finally:
             os.close(fd)
@@ -260,6 +270,8 @@ def _fetch(source: Source | None, disk: Disk, model: Pin, files: list[File], log
             do="start while the registry answers: only what is missing is fetched",
             reason="weights",
         )
+    if not os.access(disk.root, os.W_OK):
+        raise _unusable(disk.root, "written, and files are missing in it")
     total = sum(f.size for f in files)
     log(f"Downloading {len(files)} file(s), {total} bytes, of {model.name}@{model.digest}")
     progress = copy.Progress(total, model.name, sys.stderr) if show else None

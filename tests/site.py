@@ -22,12 +22,16 @@ def make_site(path: Path) -> Site:
     return open_site(Settings.load(path / "data", environ={}), background=False)
 
 
-def make_key(site: Site, org: str, *models: str, actions: tuple[str, ...] = ("pull", "push", "run"), tier: str = "developer", expires: float = 0.0) -> str:
+def make_key(
+    site: Site, org: str, *models: str, actions: tuple[str, ...] = ("pull", "push", "run"), tier: str = "developer", expires: float = 0.0
+) -> str:
     now = time.time()
     with site.catalog.writing() as conn:
         org_id = ensure_org(conn, org, now)
         grant = Grant(models or (f"{org}/*",), actions)
-        return site.entitlements.add_key(conn, org_id, tier=tier, grant=grant, expires=expires, at=now if expires == 0 or expires > now else expires - 1)[1]
+        return site.entitlements.add_key(
+            conn, org_id, tier=tier, grant=grant, expires=expires, at=now if expires == 0 or expires > now else expires - 1
+        )[1]
 
 
 def call_of(site: Site, key: str, now: float | None = None) -> Call:

@@ -20,7 +20,7 @@ from artifact.errors import Conflict, NotFound, Unavailable
 from registry.app import create_app
 from registry.settings import Settings
 from registry.wire import WireProtocol
-from registry.wiring import open_site
+from registry.wiring import migrate, open_site
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 30
@@ -139,6 +139,6 @@ def main(argv: list[str]) -> int:
     if args.action == "serve":
         return _serve(settings, args.json)
     with _sole_server(settings.data):
-        open_site(settings).close()
+        migrate(settings)
     print(json.dumps({"migrated": str(settings.data)}) if args.json else f"the database in {settings.data} is at this version")
     return 0

@@ -30,7 +30,7 @@ class AdminDoor:
         try:
             await self._serve(x)
         except Gone:
-            return
+            await x.gone()
         except errors.AirlockError as error:
             if x.started:
                 raise

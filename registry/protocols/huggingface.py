@@ -101,7 +101,7 @@ class HubDoor:
         try:
             await self._serve(x)
         except Gone:
-            return
+            await x.gone()
         except errors.AirlockError as error:
             if x.started:
                 raise
@@ -141,7 +141,7 @@ class HubDoor:
 
     async def _model(self, x: Exchange, method: str, parts: list[str]) -> None:
         words = {"revision": 1, "tree": 1, "paths-info": 1, "refs": 0, "commits": 1, "auth-check": 0}
-        at = next((i for i in (1, 2) if len(parts) > i and parts[i] in words), len(parts))
+        at = next((i for i in range(1, len(parts)) if parts[i] in words), len(parts))
         repo_id, word, rest = "/".join(parts[:at]), parts[at] if at < len(parts) else "", parts[at + 1 :]
         if word and len(rest) < words[word]:
             raise errors.NotFound("the revision is missing", reason="revision")
@@ -271,7 +271,7 @@ class HubDoor:
         await x.json(200, answer | ({"pullRequests": []} if x.param("include_prs") else {}))
 
     async def _resolve(self, x: Exchange, method: str, parts: list[str]) -> None:
-        at = next((i for i in (1, 2) if len(parts) > i + 1 and parts[i] == "resolve"), 0)
+        at = next((i for i in range(1, len(parts) - 2) if parts[i] == "resolve"), 0)
         if not at or method != "GET":
             raise errors.NotFound("this registry has no such route", reason="repo")
         repo_id, ref, path = "/".join(parts[:at]), parts[at + 1], "/".join(parts[at + 2 :])

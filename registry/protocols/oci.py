@@ -61,9 +61,7 @@ class OciDoor:
             repo, kind, rest = self._route(x.path)
             await self._serve(x, repo, kind, rest)
         except Gone:
-            if not x.started and x.body_done:
-                return
-            raise
+            await x.gone()
         except errors.AirlockError as error:
             if x.started:
                 raise

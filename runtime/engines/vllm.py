@@ -76,7 +76,7 @@ def launch(
         argv += ["--enforce-eager"]
     elif (settings.kv_percent or share) != GPU_SHARE:
         argv += ["--gpu-memory-utilization", f"{settings.kv_percent or share:.3f}"]
-    return Launch(tuple(argv), _environment(settings, installation, gpus, cpu), "/health", socket)
+    return Launch(tuple(argv), _environment(settings, installation, gpus, cpu), "/health", socket, cwd=socket.parent)
 
 
 def dtype(profile: Profile) -> str:

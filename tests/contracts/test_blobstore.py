@@ -76,7 +76,9 @@ def test_absent_and_out_of_range(store: BlobStore) -> None:
         store.open(location)
 
 
-@pytest.mark.parametrize("location", ["", "../x", "sha256/../../etc/passwd", "/etc/passwd", "sha256/ab/" + "a" * 63, "sha256/ab/" + "A" * 64, "sha256/ab/x\0"])
+@pytest.mark.parametrize(
+    "location", ["", "../x", "sha256/../../etc/passwd", "/etc/passwd", "sha256/ab/" + "a" * 63, "sha256/ab/" + "A" * 64, "sha256/ab/x\0"]
+)
 def test_hostile_location(store: BlobStore, location: str) -> None:
     for use in (store.stat, store.open, store.delete):
         with pytest.raises(Invalid):

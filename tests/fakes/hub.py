@@ -229,6 +229,7 @@ class Handler(BaseHTTPRequestHandler):
             while self.sent < hi - lo or "endless" in flaws:
                 block = source.read(min(SLICE, hi - lo - self.sent)) if self.sent < hi - lo else bytes(SLICE)
                 if "stall" in flaws:
+                    source.seek(1 - len(block), 1)
                     block = block[:1]
                     time.sleep(1.0)
                 self.server.pace(len(block))

@@ -193,6 +193,26 @@ def test_references_signatures_and_indexes_come_along(tmp_path: Path) -> None:
     assert child in staged(home)
 
 
+def test_a_referred_image_from_elsewhere(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "mirror")
+    with registry(tmp_path / "one") as first, registry(tmp_path / "two") as second:
+        images, models = RemoteRegistry(first.url), RemoteRegistry(second.url)
+        image = push_image(images, "nim/engine", "1", 11, 20_000)
+        digest = push_model(models, "acme/tiny", "1", b"weights" * 1000, profiles=False)
+        wanted = [PROFILES["profiles"][0] | {"image": {"name": "nim/engine", "digest": image}}]
+        document = build_profiles("acme/tiny", digest, wanted, 7000)  # type: ignore[arg-type]
+        for blob in (EMPTY_BYTES, document):
+            push_blob(models, "acme/tiny/profiles", blob)
+        layer = Descriptor(PROFILES_TYPE, digest_of(document), len(document)).as_json()
+        models.push(NO_CALL, "acme/tiny/profiles", build_manifest(PROFILES_TYPE, [layer], {}), MANIFEST, refs=("1",))
+        model = {"source": f"oci://{second.host}/acme/tiny:1", "as": "acme/tiny", "plain_http": True}
+        alone = synced(plan_file(tmp_path, model), home, code=3)
+        assert alone["items"][0]["error"]["reason"] == "reference" and MirrorHome.open(home).names() == []
+        both = synced(plan_file(tmp_path, {"source": f"oci://{first.host}/nim/engine:1", "plain_http": True}, model), home)
+    assert both["failed"] == 0
+    assert ("nim/engine", f"digest-{image[7:]}") in {(n.name, n.ref) for n in MirrorHome.open(home).names()}
+
+
 INDEX = "application/vnd.oci.image.index.v1+json"
 
 

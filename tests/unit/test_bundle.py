@@ -107,7 +107,7 @@ def test_pack_refuses_a_gap_and_a_foreign_directory(mirror: MirrorHome, tmp_path
     named = stage_model(mirror, "acme/m", "1", {"w.safetensors": b"w"})
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("mine")
-    with pytest.raises(Invalid, match="letter.txt"):
+    with pytest.raises(Invalid, match="letter"):
         pack(mirror, tmp_path / "home", NOW)
     assert [p.name for p in (tmp_path / "home").iterdir()] == ["letter.txt"]
     mirror.disk.delete(digest_of(b"w"))
@@ -203,7 +203,7 @@ def test_promote_signs_once_and_a_later_import_keeps_both_signatures(mirror: Mir
     mirror.record([Named(profiles.name, theirs.sig_tag, tag, MANIFEST), Named(profiles.name, referrer, referrer, MANIFEST)])
     pack(mirror, tmp_path / "two", NOW)
     import_bundle(site, tmp_path / "two", NOW)
-    found = site.catalog.object("acme/m/profiles", located(site, "acme/m/profiles", theirs.sig_tag))
+    found = site.catalog.find("acme/m/profiles", located(site, "acme/m/profiles", theirs.sig_tag))
     assert found is not None and found.raw is not None and len(parse_manifest(bytes(found.raw)).layers) == 2
     assert site.catalog.repository("acme/m/profiles") is not None
     for keys in (site.home.site_trust().release_keys, {"v": trust.public_pem(vendor)}):

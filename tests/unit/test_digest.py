@@ -52,7 +52,10 @@ def test_the_state_is_the_documented_one() -> None:
 def test_another_process_continues() -> None:
     hasher = digest.new()
     hasher.update(b"a" * 1000)
-    script = f"from artifact import digest; h = digest.new(state=bytes.fromhex('{hasher.state().hex()}'), offset=1000); h.update(b'b' * 77); print(h.hexdigest())"
+    script = (
+        f"from artifact import digest; h = digest.new(state=bytes.fromhex('{hasher.state().hex()}'), offset=1000)\n"
+        "h.update(b'b' * 77); print(h.hexdigest())"
+    )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == hashlib.sha256(b"a" * 1000 + b"b" * 77).hexdigest()
 

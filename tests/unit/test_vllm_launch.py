@@ -14,14 +14,8 @@ from runtime.settings import Gpu, from_environment
 
 CPU = Profile("a" * 64, {"llm_engine": "vllm", "precision": "bf16", "tp": "1", "device": "cpu"}, Pin("acme/tiny", "sha256:" + "1" * 64))
 GPU = replace(CPU, tags={"llm_engine": "vllm", "precision": "fp16", "tp": "2"})
-ENV = {
-    "NGC_API_KEY": "nvapi-secret",
-    "HF_TOKEN": "hf_secret",
-    "PATH": "/bin",
-    "HTTPS_PROXY": "http://user:pw@proxy",
-    "OMP_NUM_THREADS": "2",
-    "NIM_CACHE_PATH": "/cache",
-}
+ENV = {"NGC_API_KEY": "nvapi-secret", "HF_TOKEN": "hf_secret", "PATH": "/bin", "HTTPS_PROXY": "http://user:pw@proxy", "OMP_NUM_THREADS": "2"}
+ENV |= {"NIM_CACHE_PATH": "/cache"}
 HERE = Installation(Path("/e/bin/vllm"), Path("/e/meta"))
 SETTINGS = from_environment(ENV, "acme/tiny:1")
 

@@ -1,0 +1,194 @@
+"""The Hugging Face Hub door over HTTP to a real process, on a model that was pushed as an OCI manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from urllib.parse import urlencode
+
+import pytest
+
+from artifact.errors import Invalid
+from artifact.manifest import COMMIT, FACTS_TYPE, SOURCE, build_model, canonical_json, digest_of, hub_name
+from artifact.store import Descriptor, File
+from mirror import plan
+from tests.contracts.doors import MANIFEST, Door
+
+pytestmark = pytest.mark.server
+COMMIT_ID = "0123456789abcdef0123456789abcdef01234567"
+FILES = {"config.json": b'{"a":1}', "model.safetensors": os.urandom(300_000), "sub/deep/x.txt": b"deep", "sub/y.txt": b"why", "README.md": b"# hi"}
+
+
+def push(door: Door, name: str, files: dict[str, bytes], ref: str = "main", commit: str = COMMIT_ID) -> str:
+    facts = canonical_json({"schema": 1, "tags": ["base_model:x/mistralai"], "card": {"pipeline_tag": "text-generation"}})
+    for data in [facts, b"{}", *files.values()]:
+        door.blob(name, data)
+    listed = [File(p, digest_of(d), len(d), p.endswith(".safetensors")) for p, d in files.items()]
+    raw = build_model(listed, Descriptor(FACTS_TYPE, digest_of(facts), len(facts)), {SOURCE: f"hf://{name}", COMMIT: commit})
+    done = door.ask("PUT", f"/v2/{name}/manifests/{ref}", raw, Content_Type=MANIFEST)
+    assert done.status == 201, done.body
+    return digest_of(raw)
+
+
+@pytest.fixture(scope="module")
+def model(door: Door) -> str:
+    push(door, "hf/acme/m", FILES)
+    return "acme/m"
+
+
+def sha1(raw: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest()
+
+
+def test_the_two_sides_of_the_gap_name_a_hub_model_alike() -> None:
+    for repo_id in ("Acme/M", "gpt2", "a/b.c", "a/_b", "a/b_", "_/x", "A/b__c", "a/b___c", "a/b-.c", "a/..", "a--b/c", "a/b.git", "a/b/c", ""):
+        found = []
+        for name in (plan.hub_name, hub_name):
+            try:
+                found.append(name(repo_id))
+            except Invalid:
+                found.append("")
+        assert found[0] == found[1], repo_id
+
+
+def test_whoami(door: Door) -> None:
+    me = door.ask("GET", "/api/whoami-v2").json()
+    assert me["name"] == "acme" and me["auth"]["accessToken"]["displayName"].startswith("key-")
+    refused = door.ask("GET", "/api/whoami-v2", who=None)
+    assert (refused.status, refused.headers["x-error-message"]) == (401, "Invalid credentials in Authorization header")
+
+
+@pytest.mark.parametrize("path", ["", "/revision/main", f"/revision/{COMMIT_ID}", "?revision=main", "/revision/main?expand=xetEnabled&expand=sha"])
+def test_model_info(door: Door, model: str, path: str) -> None:
+    found = door.ask("GET", f"/api/models/{model}{path}").json()
+    assert (found["sha"], found["gated"], found["pipeline_tag"]) == (COMMIT_ID, False, "text-generation")
+    assert found["tags"] == ["base_model:x/mistralai"] and found["siblings"] == [{"rfilename": p} for p in sorted(FILES)]
+
+
+def test_model_info_with_blobs(door: Door, model: str) -> None:
+    found = {s["rfilename"]: s for s in door.ask("GET", f"/api/models/{model}?blobs=true").json()["siblings"]}
+    weights = FILES["model.safetensors"]
+    assert found["config.json"] == {"rfilename": "config.json", "size": 7, "blobId": sha1(FILES["config.json"])}
+    assert found["model.safetensors"]["lfs"]["sha256"] == hashlib.sha256(weights).hexdigest()
+
+
+def test_tree(door: Door, model: str) -> None:
+    base = f"/api/models/{model}/tree/main"
+    whole = door.ask("GET", f"{base}?recursive=True&expand=false").json()
+    assert [(n["type"], n["path"]) for n in whole] == [
+        ("file", "README.md"),
+        ("file", "config.json"),
+        ("file", "model.safetensors"),
+        ("directory", "sub"),
+        ("directory", "sub/deep"),
+        ("file", "sub/deep/x.txt"),
+        ("file", "sub/y.txt"),
+    ]
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid {digest_of(FILES['model.safetensors'])}\nsize 300000\n".encode()
+    assert whole[2]["oid"] == sha1(pointer) and whole[2]["lfs"]["pointerSize"] == len(pointer)
+    assert [n["path"] for n in door.ask("GET", base).json()] == ["README.md", "config.json", "model.safetensors", "sub"]
+    assert [n["path"] for n in door.ask("GET", f"{base}/sub").json()] == ["sub/deep", "sub/y.txt"]
+    missing = door.ask("GET", f"{base}/none")
+    assert (missing.status, missing.headers["x-error-code"], missing.headers["x-repo-commit"]) == (404, "EntryNotFound", COMMIT_ID)
+
+
+def test_tree_by_pages(door: Door, model: str) -> None:
+    url, seen = f"/api/models/{model}/tree/main?recursive=true&limit=3", []
+    while url:
+        found = door.ask("GET", url)
+        seen += [n["path"] for n in found.json()]
+        link = re.match(rf'<{re.escape(door.url)}([^>]+)>; rel="next"$', found.headers.get("link", ""))
+        url = link.group(1) if link else ""
+    assert len(seen) == 7 and len(set(seen)) == 7
+
+
+def test_paths_info(door: Door, model: str) -> None:
+    url = f"/api/models/{model}/paths-info/main"
+    form = urlencode([("paths", "config.json"), ("paths", "nothing"), ("expand", "False")])
+    by_form = door.ask("POST", url, form, Content_Type="application/x-www-form-urlencoded").json()
+    by_json = door.ask("POST", url, json.dumps({"paths": ["config.json", "sub"]}), Content_Type="application/json").json()
+    assert [n["path"] for n in by_form] == ["config.json"] and [n["path"] for n in by_json] == ["config.json", "sub"]
+    assert door.ask("POST", url, "[" * 5000, Content_Type="application/json").status == 400
+
+
+def test_small_routes(door: Door, model: str) -> None:
+    refs = door.ask("GET", f"/api/models/{model}/refs?include_prs=1").json()
+    assert refs["branches"] == [{"name": "main", "ref": "refs/heads/main", "targetCommit": COMMIT_ID}]
+    assert refs["tags"] == refs["converts"] == refs["pullRequests"] == []
+    assert door.ask("GET", f"/api/models/{model}/commits/main").json()[0]["id"] == COMMIT_ID
+    assert door.ask("GET", f"/api/models/{model}/auth-check").status == 200
+    assert door.ask("GET", "/api/agent-harnesses", who=None).json() == {"standardEnvVars": [], "harnesses": {}}
+    assert door.ask("HEAD", "/api/telemetry/x/y", who=None).status == 200
+    assert door.ask("GET", "/api/datasets/acme/m").headers["x-error-code"] == "RepoNotFound"
+
+
+@pytest.mark.parametrize("path", sorted(FILES))
+@pytest.mark.parametrize("ref", ["main", COMMIT_ID])
+def test_resolve(door: Door, model: str, ref: str, path: str) -> None:
+    data = FILES[path]
+    etag = hashlib.sha256(data).hexdigest() if path.endswith(".safetensors") else sha1(data)
+    head, read = (door.ask(m, f"/{model}/resolve/{ref}/{path}", Accept_Encoding="gzip, deflate") for m in ("HEAD", "GET"))
+    assert (head.status, head.body, read.status, read.body) == (200, b"", 200, data)
+    for found in (head, read):
+        assert found.headers["x-repo-commit"] == COMMIT_ID and found.headers["etag"] == found.headers["x-linked-etag"] == f'"{etag}"'
+        assert found.headers["content-length"] == found.headers["x-linked-size"] == str(len(data))
+        assert found.headers["accept-ranges"] == "bytes" and "content-encoding" not in found.headers
+
+
+def test_resolve_ranges(door: Door, model: str) -> None:
+    url, data = f"/{model}/resolve/main/model.safetensors", FILES["model.safetensors"]
+    part = door.ask("GET", url, Range="bytes=100000-")
+    assert (part.status, part.headers["content-range"], part.body) == (206, "bytes 100000-299999/300000", data[100_000:])
+    head = door.ask("GET", url, Range="bytes=0-100")
+    assert head.body == data[:101]
+    refused = door.ask("GET", url, Range="bytes=300000-")
+    assert (refused.status, refused.headers["content-range"]) == (416, "bytes */300000")
+
+
+def test_refusals_have_the_code_that_clients_know(door: Door, model: str) -> None:
+    cases = [
+        (f"/{model}/resolve/main/none.json", "acme", 404, "EntryNotFound"),
+        (f"/{model}/resolve/main/../x", "acme", 404, "EntryNotFound"),
+        (f"/{model}/resolve/none/config.json", "acme", 404, "RevisionNotFound"),
+        (f"/api/models/{model}/revision/refs%2Fpr%2F1", "acme", 404, "RevisionNotFound"),
+        ("/api/models/acme/none", "acme", 404, "RepoNotFound"),
+        ("/api/models/a--b/c", "acme", 404, "RepoNotFound"),
+        ("/acme/none/resolve/main/config.json", "acme", 404, "RepoNotFound"),
+        (f"/{model}/resolve/main/config.json", "other", 403, "GatedRepo"),
+        (f"/{model}/resolve/main/config.json", None, 401, None),
+        (f"/{model}/resolve/main/config.json", "expired", 401, None),
+    ]
+    for path, who, status, code in cases:
+        found = door.ask("GET", path, who=who)
+        assert (found.status, found.headers.get("x-error-code")) == (status, code), path
+        if code == "EntryNotFound":
+            assert found.headers["x-repo-commit"] == COMMIT_ID
+    assert "expired on 20" in door.ask("GET", f"/{model}/resolve/main/config.json", who="expired").json()["error"]
+    assert "no grant of this key covers hf/acme/m" in door.ask("GET", f"/api/models/{model}", who="other").headers["x-error-message"]
+
+
+def test_names_in_other_case_and_the_exact_name_first(door: Door, model: str) -> None:
+    assert door.ask("GET", "/api/models/ACME/M").json()["sha"] == COMMIT_ID
+    assert door.ask("GET", "/hf/acme/m/resolve/main/config.json").body == FILES["config.json"]
+    own = "f" * 40
+    push(door, "acme/own", {"a.txt": b"own"}, ref="1", commit=own)
+    assert door.ask("GET", "/api/models/acme/own/revision/1").json()["sha"] == own
+    assert door.ask("GET", "/acme/own/resolve/main/a.txt").body == b"own"
+
+
+def test_admin_routes(door: Door, model: str) -> None:
+    assert door.ask("GET", "/healthz", who=None).json() == {"status": "ok"}
+    me = door.ask("GET", "/airlock/v1/whoami").json()
+    assert me["org"] == "acme" and set(me) == {"key_id", "org", "tier", "expires"}
+    refused = door.ask("GET", "/airlock/v1/whoami", who="expired")
+    assert refused.status == 401 and refused.json()["reason"] == "key_expired" and refused.json()["error"] == "unauthenticated"
+    names = [i["name"] for i in door.ask("GET", "/airlock/v1/catalog?limit=1000").json()["items"]]
+    assert "hf/acme/m" in names
+    shown = door.ask("GET", "/airlock/v1/catalog/hf/acme/m").json()
+    assert shown["refs"][0]["files"] == len(FILES)
+    assert door.ask("GET", "/airlock/v1/catalog/acme/own", who="other").status == 404
+    assert door.ask("POST", "/airlock/v1/leases", "{", Content_Type="application/json").json()["error"] == "invalid"
+    assert door.ask("POST", "/airlock/v1/leases", "{}", who=None).status == 401
+    assert door.ask("GET", "/airlock/v1/none").status == 404

@@ -1,0 +1,306 @@
+"""The runtime's own start as a user types it, against a stand-in registry over real HTTP, without an engine: refusals, cache, warm start, resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifact import profile, trust
+from artifact.manifest import EMPTY_BYTES, EMPTY_DIGEST, FACTS_TYPE, MANIFEST, PROFILES_TYPE, build_manifest, build_model, canonical_json, digest_of
+from artifact.store import Descriptor, File
+from tests.fakes.nvml import build
+from tests.fakes.site import Site
+
+pytestmark = pytest.mark.server
+
+KEY = "nvapi-" + "k" * 49
+SIZE = 40 * 1024 * 1024
+SIGN, LEASES = trust.generate_key(), trust.generate_key()
+SEED_LINE = "NGC authentication failed: invalid API key or no entitlement for this NIM"
+
+
+@dataclass
+class Node:
+    """A site with one released model, and a machine to start it on."""
+
+    site: Site
+    folder: Path
+    profiles: list[dict[str, Any]]
+    files: dict[str, bytes] = field(default_factory=dict)
+    profile_digest: str = ""
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+    def publish(self, promoted: bool = True) -> None:
+        """Puts model, profile manifest and release signature into the site's tables."""
+        files = [File(path, digest_of(raw), len(raw)) for path, raw in self.files.items()]
+        facts = canonical_json({"schema": 1})
+        model = build_model(files, Descriptor(FACTS_TYPE, digest_of(facts), len(facts)), {})
+        document = profile.build("acme/tiny", digest_of(model), self.profiles, sum(f.size for f in files))
+        layer = Descriptor(PROFILES_TYPE, digest_of(document), len(document))
+        manifest = build_manifest(PROFILES_TYPE, [layer.as_json()], {})
+        self.profile_digest = digest_of(manifest)
+        site = self.site
+        site.blobs |= {digest_of(raw): raw for raw in (*self.files.values(), facts, document)} | {EMPTY_DIGEST: EMPTY_BYTES}
+        for ref in ("1", digest_of(model)):
+            site.manifests["acme/tiny", ref] = (MANIFEST, model)
+        for ref in ("1", self.profile_digest):
+            site.manifests["acme/tiny/profiles", ref] = (MANIFEST, manifest)
+        if promoted:
+            made = trust.release_artifacts(SIGN, "acme/tiny/profiles:1", Descriptor(MANIFEST, self.profile_digest, len(manifest)))
+            site.blobs |= made.blobs
+            site.manifests["acme/tiny/profiles", made.sig_tag] = (MANIFEST, made.sig_manifest)
+        site.lease = lambda body: (200, {"lease": trust.sign_jws(LEASES, "lease+jwt", self.claims(body)), "now": int(time.time())})
+        self.model_digest = digest_of(model)
+
+    def claims(self, body: dict[str, Any]) -> dict[str, Any]:
+        now = int(time.time())
+        model = {"name": body["model"], "ref": body["ref"], "digest": self.model_digest}
+        out = {"iss": "site-1", "sub": "org:acme", "aud": body["host"], "jti": "j1", "iat": now, "nbf": now - 60, "exp": now + 86400, "model": model}
+        return out | {k: body[k] for k in ("profile_digest", "profile_id", "gpu_uuids")} | {"revocation_serial": 0}
+
+    def command(self, word: str, *more: str) -> list[str]:
+        return [sys.executable, "-m", "runtime", word, "--model", "acme/tiny:1", *more]
+
+    def run(self, word: str, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.command(word, *more), env=self.env | env, capture_output=True, text=True, timeout=60)
+
+    def blob(self, path: str) -> Path:
+        name = digest_of(self.files[path])[7:]
+        return self.cache / "blobs" / "sha256" / name[:2] / name
+
+    def model_dir(self) -> Path:
+        return self.cache / "models" / "acme" / "tiny" / self.model_digest[7:19]
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    site = Site(KEY)
+    made = Node(site, tmp_path, [{"tags": {"llm_engine": "vllm", "precision": "bf16", "tp": "1", "device": "cpu"}}])
+    made.profiles.append({"tags": {"llm_engine": "vllm", "precision": "bf16", "tp": "2"}})
+    made.files = {"config.json": b'{"model_type":"llama"}', "sub/vocab.txt": b"a\nb\n", "model.safetensors": random.Random(7).randbytes(300_000)}
+    made.publish()
+    pems = {k: [{"kid": trust.kid(p), "pem": p}] for k, p in (("release_keys", trust.public_pem(SIGN)), ("lease_keys", trust.public_pem(LEASES)))}
+    (tmp_path / "site-trust.json").write_text(json.dumps({"schema": 1, "instance": "site-1", "revocation_serial": 0, **pems}))
+    engine = tmp_path / "engine" / "bin" / "vllm"
+    engine.parent.mkdir(parents=True)
+    # Stands where an engine is: it ends with a class that is never tried again, so that `serve` returns after everything before the engine.
+    engine.write_text("#!/bin/sh\necho 'error: unrecognized arguments: --stand-in' >&2\nexit 2\n")
+    engine.chmod(0o755)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    made.env = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "HOME")} | {
+        "NGC_API_KEY": KEY,
+        "AIRLOCK_REGISTRY": site.url,
+        "AIRLOCK_TRUST": str(tmp_path / "site-trust.json"),
+        "NIM_CACHE_PATH": str(made.cache),
+        "AIRLOCK_ENGINE_VLLM": str(tmp_path / "engine"),
+        "AIRLOCK_HOST": "127.0.0.1",
+        "NIM_HTTP_API_PORT": str(port),
+    }
+    yield made
+    site.close()
+
+
+def blobs_asked(node: Node) -> list[str]:
+    return [line for line in node.site.log if "/v2/acme/tiny/blobs/" in line]
+
+
+def test_download_makes_a_verified_directory_and_is_warm_the_second_time(node: Node) -> None:
+    first = node.run("download-to-cache")
+    assert first.returncode == 0, first.stderr
+    target = node.model_dir()
+    assert first.stdout.split()[1:] == [node.model_digest, str(target)]
+    assert {str(p.relative_to(target)): p.read_bytes() for p in target.rglob("*") if p.is_file()} == node.files
+    assert all((target / name).stat().st_ino == node.blob(name).stat().st_ino for name in node.files)
+    assert "Selected profile: " in first.stderr and "(vllm-cpu-bf16-tp1)" in first.stderr
+    assert "it needs 2 GPU(s); this node has no NVIDIA library and so 0 GPUs" in first.stderr
+    asked = len(blobs_asked(node))
+    again = node.run("download-to-cache")
+    assert again.returncode == 0 and len(blobs_asked(node)) == asked
+    assert "(0 bytes fetched, 0 hashed again, 300026 known by stamp)" in again.stderr
+
+
+def test_a_changed_file_is_noticed_and_fetched_again(node: Node) -> None:
+    node.run("download-to-cache")
+    blob = node.blob("model.safetensors")
+    raw, before = bytearray(blob.read_bytes()), blob.stat()
+    raw[1000] ^= 1
+    blob.chmod(0o644)
+    blob.write_bytes(raw)
+    os.utime(blob, ns=(before.st_atime_ns, before.st_mtime_ns))  # the time stamp a forger can set
+    asked = len(blobs_asked(node))
+    assert node.run("download-to-cache").returncode == 0
+    assert len(blobs_asked(node)) == asked + 1
+    assert (node.model_dir() / "model.safetensors").read_bytes() == node.files["model.safetensors"]
+
+
+def test_strangers_in_the_model_directory_are_gone_after_a_start(node: Node) -> None:
+    node.run("download-to-cache")
+    target = node.model_dir()
+    (target / "modeling_evil.py").write_text("x")
+    (target / "config.json").unlink()
+    (target / "config.json").write_text('{"auto_map":{}}')
+    (target / "link").symlink_to("/etc")
+    assert node.run("download-to-cache").returncode == 0
+    assert {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()} == set(node.files)
+    assert (target / "config.json").read_bytes() == node.files["config.json"]
+
+
+def test_stamps_in_a_directory_that_others_can_write_count_nothing(node: Node) -> None:
+    node.run("download-to-cache")
+    (node.cache / "stamps").chmod(0o770)
+    assert "300026 hashed again, 0 known by stamp" in node.run("download-to-cache").stderr
+
+
+def test_serve_starts_warm_with_the_registry_down_and_only_with_its_lease(node: Node) -> None:
+    assert node.run("serve").returncode == 36  # through everything up to the engine, which is the stand-in's refusal
+    node.site.close()
+    warm = node.run("serve")
+    assert warm.returncode == 36, warm.stderr
+    assert "this start uses what the cache holds" in warm.stderr and "Lease j1 until" in warm.stderr
+    (lease,) = (node.cache / "leases").glob("*.json")
+    raw = lease.read_bytes()
+    lease.write_bytes(raw.replace(b"e", b"f", 1))
+    edited = node.run("serve")
+    assert edited.returncode == 28 and SEED_LINE in edited.stderr and "the stored lease is refused" in edited.stderr
+    lease.unlink()
+    deleted = node.run("serve")
+    assert deleted.returncode == 28 and "holds no lease" in deleted.stderr
+    lease.write_bytes(raw)
+    (node.cache / "leases" / "clock").write_text(str(int(time.time()) + 90_000))
+    expired = node.run("serve")
+    assert expired.returncode == 29 and "expired at" in expired.stderr
+
+
+def test_a_warm_start_verifies_the_cached_release_again(node: Node) -> None:
+    assert node.run("serve").returncode == 36
+    node.site.close()
+    (name,) = (node.cache / "refs").glob("*.json")
+    doc = json.loads(name.read_bytes())
+    name.write_text(json.dumps(doc | {"digest": node.model_digest}))
+    other = node.run("serve")
+    assert other.returncode == 32 and "no release signature" in other.stderr
+    name.write_text(json.dumps(doc))
+    node.blob("model.safetensors").unlink()
+    lacking = node.run("serve")
+    assert lacking.returncode == 39 and "model.safetensors" in lacking.stderr
+
+
+@pytest.mark.parametrize(
+    ("state", "key", "status", "words"),
+    [
+        ("ok", "", 20, "NGC_API_KEY is not set"),
+        ("ok", "nvapi-nonsense", 21, "does not know this API key"),
+        ("expired", KEY, 22, "expired on 2026-01-01T00:00:00Z"),
+        ("revoked", KEY, 23, "revoked on 2026-01-01"),
+        ("foreign", KEY, 24, "this key sees no model of that name (absent, or another organisation's)"),
+    ],
+)
+def test_a_refused_key_ends_before_anything_is_fetched(node: Node, state: str, key: str, status: int, words: str) -> None:
+    node.site.state = state
+    refused = node.run("serve", NGC_API_KEY=key)
+    assert refused.returncode == status, refused.stderr
+    assert SEED_LINE in refused.stderr and words in refused.stderr and "Traceback" not in refused.stderr
+    assert KEY not in refused.stderr and not blobs_asked(node) and not (node.cache / "blobs").exists()
+
+
+def test_an_unpromoted_model_starts_nothing(node: Node) -> None:
+    node.site.manifests = {k: v for k, v in node.site.manifests.items() if not k[1].endswith(".sig")}
+    refused = node.run("serve")
+    assert refused.returncode == 32 and "airlock promote acme/tiny:1" in refused.stderr and not blobs_asked(node)
+
+
+def test_a_lease_that_is_denied_ends_before_weights(node: Node) -> None:
+    node.site.lease = lambda body: (403, {"reason": "action_missing", "what": "the grant on acme/tiny does not include 'run'"})
+    refused = node.run("serve")
+    assert refused.returncode == 25 and "does not include 'run'" in refused.stderr and not blobs_asked(node)
+
+
+def test_a_taken_port_is_told_before_weights(node: Node) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(node.env["NIM_HTTP_API_PORT"])))
+        taken.listen()
+        refused = node.run("serve")
+    assert refused.returncode == 37 and "is not free: Address already in use" in refused.stderr and not blobs_asked(node)
+
+
+def test_no_fitting_profile_gives_the_known_line_and_every_reason(node: Node) -> None:
+    node.profiles = [
+        {"tags": {"llm_engine": "vllm", "precision": "bf16", "tp": "8"}},
+        {"tags": {"llm_engine": "tensorrt_llm", "tp": "1", "gpu": "H100"}},
+    ]
+    node.publish()
+    refused = node.run("serve")
+    assert refused.returncode == 30 and "No profile found for the detected hardware" in refused.stderr
+    assert "it needs 8 GPU(s)" in refused.stderr and "it needs 1 GPU(s)" in refused.stderr and not blobs_asked(node)
+
+
+def test_a_pin_that_is_a_typo_lists_the_valid_values(node: Node) -> None:
+    refused = node.run("serve", NIM_MODEL_PROFILE="vllm-cpu-bf16")
+    assert refused.returncode == 31 and "vllm-cpu-bf16-tp1" in refused.stderr
+
+
+def test_list_model_profiles_as_json(node: Node) -> None:
+    listed = node.run("list-model-profiles", "--json")
+    doc = json.loads(listed.stdout)
+    assert [p["description"] for p in doc["compatible"]] == ["vllm-cpu-bf16-tp1"] and doc["selected"] == doc["compatible"][0]["profile_id"]
+    assert doc["incompatible"][0]["reason"].startswith("it needs 2 GPU(s)")
+
+
+def test_one_h100_changes_the_explained_choice_and_a_broken_driver_ends_it(node: Node, tmp_path: Path) -> None:
+    node.profiles.append({"tags": {"llm_engine": "vllm", "precision": "fp8", "tp": "1", "gpu": "H100"}})
+    node.publish()
+    library = build(tmp_path)
+    if library is None:
+        pytest.fail("no C compiler for the NVML stand-in") if os.environ.get("CI") else pytest.skip("no C compiler")
+    config = tmp_path / "gpus.cfg"
+    config.write_text("gpu\ntotal=85520809984\nfree=84900000000\ndevice_id=0x233010DE\nmig=0\n")
+    env = {"LD_LIBRARY_PATH": str(library), "FAKE_NVML_CONFIG": str(config)}
+    started = node.run("serve", **env)
+    assert started.returncode == 36, started.stderr
+    assert "(vllm-h100-fp8-tp1): the only compatible profile of 3; on GPU 0 (1x NVIDIA H100 80GB HBM3)" in started.stderr
+    assert "it is for nodes without the NVIDIA library; this node has one and shows 1 GPU(s)" in started.stderr
+    assert "it needs 2 GPU(s) (tp x pp); 1 present" in started.stderr and "SIMULATED" in started.stderr
+    asked = len(node.site.log)
+    config.write_text("init_error=18\n")
+    broken = node.run("serve", **env)
+    assert broken.returncode == 34 and "NVML failed: " in broken.stderr and "error 18" in broken.stderr
+    assert not [line for line in node.site.log[asked:] if "POST" in line]
+
+
+def test_a_download_that_was_killed_goes_on_where_it_stopped(node: Node) -> None:
+    node.files["model.safetensors"] = random.Random(8).randbytes(SIZE)
+    node.publish()
+    node.site.cut_after = SIZE // 2  # half arrives, then every connection breaks: the client waits and retries, and is killed there
+    child = subprocess.Popen(node.command("download-to-cache"), env=node.env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    journals = node.cache / "partial"
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not (journals.is_dir() and any(b"part" in p.read_bytes() for p in journals.glob("*.journal"))):
+        time.sleep(0.05)
+    assert child.poll() is None
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not node.blob("model.safetensors").exists()
+    node.site.cut_after = -1
+    node.site.log.clear()
+    assert node.run("download-to-cache").returncode == 0
+    ranges = [line.rsplit("bytes=", 1)[1] for line in blobs_asked(node) if digest_of(node.files["model.safetensors"]) in line]
+    assert ranges and all(int(r.split("-")[0]) > 0 for r in ranges)
+    assert (node.model_dir() / "model.safetensors").read_bytes() == node.files["model.safetensors"]

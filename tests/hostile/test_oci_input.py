@@ -1,0 +1,241 @@
+"""Attack cases A01-A05, A09, A14 and A15 of the registry protocol, as raw bytes on a socket: refused in the protocol's own form, never a 500."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.contracts.doors import EMPTY, INDEX, MANIFEST, Door, new_site, serving, sha
+
+pytestmark = pytest.mark.server
+R = "acme/app"
+CONFIG = {"mediaType": EMPTY, "digest": sha(b"{}"), "size": 2}
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+    data = tmp_path_factory.mktemp("hostile") / "data"
+    keys = new_site(data)
+    with serving(data, keys) as found:
+        found.blob(R, b"{}")
+        yield found
+        lines = [json.loads(line) for line in found.log.read_text().splitlines() if line.startswith("{")]
+        assert not [line for line in lines if line["level"] == "error"], "an unexpected failure was logged"
+
+
+@dataclass
+class Raw:
+    """An answer as it came, and whether the server closed the connection."""
+
+    status: int
+    head: bytes
+    body: bytes
+    closed: bool
+
+    @property
+    def code(self) -> str:
+        return str(json.loads(self.body)["errors"][0]["code"])
+
+
+def send(door: Door, head: str, body: bytes = b"", who: str = "acme", chunked: bool = False) -> Raw:
+    """Sends one request byte for byte and reads one answer."""
+    lines = f"{head}\r\nHost: x\r\nAuthorization: Bearer {door.keys[who]}\r\n"
+    lines += "Transfer-Encoding: chunked\r\n\r\n" if chunked else f"Content-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", door.port), timeout=20) as sock:
+        sock.sendall(lines.encode("utf-8"))
+        if chunked:
+            for at in range(0, len(body), 65536):
+                part = body[at : at + 65536]
+                sock.sendall(b"%x\r\n" % len(part) + part + b"\r\n")
+            sock.sendall(b"0\r\n\r\n")
+        else:
+            sock.sendall(body)
+        got = b""
+        while b"\r\n\r\n" not in got:
+            piece = sock.recv(65536)
+            assert piece, got
+            got += piece
+        start, _, rest = got.partition(b"\r\n\r\n")
+        size = next((int(row.split(b":")[1]) for row in start.split(b"\r\n") if row.lower().startswith(b"content-length:")), 0)
+        while len(rest) < size:
+            rest += sock.recv(65536)
+        sock.settimeout(0.3)
+        try:
+            closed = sock.recv(1) == b""
+        except TimeoutError:
+            closed = False
+        except ConnectionResetError:
+            closed = True
+    return Raw(int(start.split()[1]), start, rest, closed)
+
+
+def put(door: Door, raw: bytes, ref: str = "evil", media_type: str = MANIFEST, chunked: bool = False) -> Raw:
+    return send(door, f"PUT /v2/{R}/manifests/{ref} HTTP/1.1\r\nContent-Type: {media_type}", raw, chunked=chunked)
+
+
+def refused(found: Raw, status: int, *codes: str) -> None:
+    assert found.status == status, found
+    assert found.code in codes, found
+    assert b"Traceback" not in found.body and b"/data" not in found.body
+
+
+@pytest.mark.parametrize("media_type", [MANIFEST, INDEX])
+@pytest.mark.parametrize("fields", [("manifests", "layers", "config"), ("manifests", "layers"), ("manifests", "config")])
+def test_a01_a_manifest_that_is_two_things(door: Door, media_type: str, fields: tuple[str, ...]) -> None:
+    values: dict[str, Any] = {"manifests": [], "layers": [], "config": CONFIG}
+    doc = {"schemaVersion": 2, "mediaType": media_type, **{f: values[f] for f in fields}}
+    refused(put(door, json.dumps(doc).encode(), media_type=media_type), 400, "MANIFEST_INVALID")
+    assert send(door, f"GET /v2/{R}/manifests/evil HTTP/1.1").status == 404
+
+
+def peak(door: Door) -> int:
+    text = Path(f"/proc/{door.process.pid}/status").read_text()
+    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("VmRSS")))
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a02_a_manifest_over_the_limit(door: Door, chunked: bool) -> None:
+    before = peak(door)
+    raw = b"{" + b" " * (4 * 1024 * 1024)
+    for _ in range(5):
+        found = put(door, raw, chunked=chunked)
+        refused(found, 413, "MANIFEST_INVALID")
+        assert found.closed
+    assert peak(door) - before < 40_000, "KiB"
+
+
+HOSTILE_JSON = {
+    "nested": b'{"schemaVersion":2,"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "unclosed": b"[" * 100_000,
+    "objects": b'{"a":' * 50_000,
+    "duplicate": b'{"schemaVersion":2,"mediaType":"%s","config":{"mediaType":"a/b","digest":"%s","digest":"%s","size":2},"layers":[]}'
+    % (MANIFEST.encode(), sha(b"{}").encode(), sha(b"").encode()),
+    "nan": b'{"schemaVersion":2,"x":NaN}',
+    "infinity": b'{"schemaVersion":2,"x":-Infinity}',
+    "bom": b"\xef\xbb\xbf{}",
+    "utf16": '{"schemaVersion":2}'.encode("utf-16"),
+    "bytes": b'{"a":"\xff\xfe"}',
+    "empty": b"",
+    "list": b"[]",
+    "null": b"null",
+    "digits": b'{"schemaVersion":2,"size":' + b"9" * 100_000 + b"}",
+    "types": json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "config": 7, "layers": {}}).encode(),
+    "sizes": json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "config": {**CONFIG, "size": -1}, "layers": []}).encode(),
+    "bool": json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "config": {**CONFIG, "size": True}, "layers": []}).encode(),
+    "huge": json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "config": {**CONFIG, "size": 10**30}, "layers": []}).encode(),
+    "subject": json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "config": CONFIG, "layers": [], "subject": "x"}).encode(),
+    "notes": json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "config": CONFIG, "layers": [], "annotations": {"a": 1}}).encode(),
+    "surrogate": b'{"schemaVersion":2,"mediaType":"%s","config":%s,"layers":[],"annotations":{"a":"\\ud800"},"artifactType":"\\ud800"}'
+    % (MANIFEST.encode(), json.dumps(CONFIG).encode()),
+}
+
+
+@pytest.mark.parametrize("name", sorted(HOSTILE_JSON))
+def test_a03_hostile_json(door: Door, name: str) -> None:
+    refused(put(door, HOSTILE_JSON[name]), 400, "MANIFEST_INVALID", "DIGEST_INVALID", "MANIFEST_BLOB_UNKNOWN")
+
+
+BAD_DIGESTS = [
+    "sha256:../../etc/passwd",
+    "sha256:..%2f..%2fetc%2fpasswd",
+    "sha256:" + "A" * 64,
+    "sha256:" + "a" * 63,
+    "sha256:" + "a" * 65,
+    "sha512:" + "a" * 64,
+    "md5:" + "a" * 32,
+    "sha256:" + "a" * 64 + "%00",
+    "sha256:" + "a" * 64 + "%0a",
+    "sha256%253A" + "a" * 64,
+    "a" * 64,
+    ":",
+    "",
+]
+
+
+@pytest.mark.parametrize("digest", BAD_DIGESTS)
+def test_a04_digests_outside_the_grammar(door: Door, digest: str) -> None:
+    for method in ("GET", "DELETE"):
+        refused(send(door, f"{method} /v2/{R}/blobs/{digest} HTTP/1.1"), 400, "DIGEST_INVALID", "NAME_INVALID")
+    assert send(door, f"HEAD /v2/{R}/blobs/{digest} HTTP/1.1").status == 400
+    if ":" in digest:
+        assert send(door, f"GET /v2/{R}/manifests/{digest} HTTP/1.1").status in (400, 404)
+    refused(send(door, f"GET /v2/{R}/referrers/{digest} HTTP/1.1"), 400, "DIGEST_INVALID", "NAME_INVALID", "UNSUPPORTED")
+    if digest:
+        refused(send(door, f"POST /v2/{R}/blobs/uploads/?digest={digest} HTTP/1.1", b"x"), 400, "DIGEST_INVALID")
+        refused(send(door, f"POST /v2/{R}/blobs/uploads/?mount={digest}&from={R} HTTP/1.1"), 400, "DIGEST_INVALID")
+
+
+def test_a05_an_upload_that_lies_about_its_digest(door: Door) -> None:
+    data, other = os.urandom(100_000), sha(os.urandom(10))
+    place = send(door, f"POST /v2/{R}/blobs/uploads/ HTTP/1.1")
+    where = next(row.split(b": ")[1].decode() for row in place.head.split(b"\r\n") if row.lower().startswith(b"location"))
+    assert send(door, f"PATCH {where} HTTP/1.1", data).status == 202
+    refused(send(door, f"PUT {where}?digest={other} HTTP/1.1"), 400, "DIGEST_INVALID")
+    for digest in (other, sha(data)):
+        assert send(door, f"GET /v2/{R}/blobs/{digest} HTTP/1.1").status == 404
+    refused(send(door, f"PUT {where}?digest={sha(data)} HTTP/1.1"), 404, "BLOB_UPLOAD_UNKNOWN")
+    store = door.data / "blobs"
+    assert not [p for p in store.rglob("*") if p.name.startswith((other[7:], sha(data)[7:]))]
+
+
+@pytest.mark.parametrize("path", ["_catalog", f"{R}/tags/list"])
+def test_a09_listings_are_bounded(door: Door, path: str) -> None:
+    found = door.image(R, "listed", [b"x"])
+    assert found
+    assert send(door, f"GET /v2/{path}?n=2000000000 HTTP/1.1").status == 200
+    assert send(door, f"GET /v2/{path}?n={'9' * 18} HTTP/1.1").status == 200
+    for query in ("n=-1", "n=x", "n=1e3", f"n={'9' * 40}", "n=%D9%A3", "last=%00", "last=a%0d%0ab", "last=%ff", "last=" + "a" * 2000):
+        assert send(door, f"GET /v2/{path}?{query} HTTP/1.1").status == 400, query
+    assert send(door, f"GET /v2/{path}?{'&'.join('a=b' for _ in range(300))} HTTP/1.1").status in (200, 400)
+
+
+BAD_NAMES = ["..", "a//b", "a/.git", "a" * 256, "a/../b", "%2e%2e%2f", "%252e%252e", "a%2f%2fb", "A/b", "a/b%00", "a/b%0a", "acm%D0%B5/app"]
+BAD_NAMES += ["a/", "/a", "-a/b", "a_-b", "api/x", "v2/x", "airlock/x", "a:b/c", "a@b", "a\\b", "%ff/a", "acme/app/", "./acme/app", "a b"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a14_names_outside_the_grammar(door: Door, name: str) -> None:
+    if " " not in name:
+        for tail in ("manifests/1", "tags/list", f"blobs/{sha(b'')}", f"referrers/{sha(b'')}"):
+            refused(send(door, f"GET /v2/{name}/{tail} HTTP/1.1"), 400, "NAME_INVALID")
+        refused(send(door, f"POST /v2/{name}/blobs/uploads/ HTTP/1.1"), 400, "NAME_INVALID")
+        refused(send(door, f"PUT /v2/{name}/manifests/1 HTTP/1.1", b"{}"), 400, "NAME_INVALID")
+    else:
+        with pytest.raises((AssertionError, KeyError, json.JSONDecodeError)):
+            refused(send(door, f"GET /v2/{name}/manifests/1 HTTP/1.1"), 200)
+
+
+def test_a15_the_stated_type_is_the_stored_type(door: Door) -> None:
+    raw = json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "config": CONFIG, "layers": []}).encode()
+    docker = "application/vnd.docker.distribution.manifest.v2+json"
+    for other in (INDEX, docker, "text/html", "application/octet-stream"):
+        refused(put(door, raw, "typed", other), 400, "MANIFEST_INVALID")
+    assert put(door, raw, "typed").status == 201
+    for accept in (INDEX, docker, "text/html", "*/*", ""):
+        found = send(door, f"GET /v2/{R}/manifests/typed HTTP/1.1\r\nAccept: {accept}")
+        assert found.status == 200 and b"content-type: " + MANIFEST.encode() + b"\r\n" in found.head + b"\r\n" and found.body == raw
+
+
+def test_garbage_on_the_wire(door: Door) -> None:
+    for garbage in (b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"GET /v2/ HTTP/1.1\r\nContent-Length: -5\r\n\r\n", b"\x00" * 100, b"GET /\xff\xfe HTTP/1.1\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", door.port), timeout=5) as sock:
+            sock.sendall(garbage)
+            sock.shutdown(socket.SHUT_WR)
+            sock.settimeout(3)
+            try:
+                got = sock.recv(65536)
+            except (TimeoutError, ConnectionResetError):
+                got = b""
+            assert got == b"" or got.startswith((b"HTTP/1.1 400", b"HTTP/1.1 401", b"HTTP/1.1 404")), got
+    both = "POST /v2/acme/app/blobs/uploads/ HTTP/1.1\r\nTransfer-Encoding: chunked"
+    assert send(door, both, b"5\r\nabcde\r\n0\r\n\r\n").status == 400  # two framings of one body: request smuggling
+    time.sleep(0.1)
+    assert send(door, "GET /v2/ HTTP/1.1").status == 200
