@@ -165,9 +165,9 @@ def _sign_next(tuf_dir: Path, sender: str, sequence: int, body: dict[str, object
     replace_file(metadata / f"{sequence}.{ROLE}.json", role_raw)
     replace_file(metadata / f"{sequence}.snapshot.json", snapshot_raw)
     replace_file(metadata / "timestamp.json", stamp.to_bytes(_COMPACT))
-    for old in (p for role in (ROLE, "snapshot") for p in metadata.glob(f"*.{role}.json")):
-        if int(old.name.split(".", 1)[0]) < sequence:
-            old.unlink()  # else the home would grow with the square of its bundles; the indexes stay, receipts speak of them
+    for file in (p for role in (ROLE, "snapshot") for p in metadata.glob(f"*.{role}.json")):
+        if int(file.name.split(".", 1)[0]) < sequence:
+            file.unlink()  # else the home would grow with the square of its bundles; the indexes stay, receipts speak of them
 
 
 def _meta(version: int, raw: bytes) -> MetaFile:

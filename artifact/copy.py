@@ -214,7 +214,7 @@ def _piece(open_range: Ranges, partial: Partial, lo: int, hi: int, progress: Pro
             if at < hi and not stop.is_set():
                 retry.failed(Unavailable(f"the source of {partial.digest} ended after {at} of {hi} bytes", do="try again: it resumes"))
         except (Unavailable, OSError) as error:
-            if isinstance(error, Unavailable) and "the disk is full" in error.what:
+            if isinstance(error, Unavailable) and error.reason == "disk_full":
                 raise
             retry.failed(error if isinstance(error, Unavailable) else Unavailable(f"the connection broke ({type(error).__name__})", do="try again"))
     if at == hi:

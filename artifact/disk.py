@@ -90,6 +90,8 @@ class Disk:
                     f"the stored bytes of {digest} are damaged", expected="the digest", do="remove the file and fetch again", digest=digest
                 )
             return raw
+        except OSError as error:
+            raise self.trouble(error, digest, 0, "reading") from error
         finally:
             os.close(fd)
 
@@ -100,15 +102,17 @@ class Disk:
             return digest
         folder = self._partials(digest, len(raw))
         temporary = folder / f"put.{os.getpid()}.{secrets.token_hex(8)}"
-        fd = os.open(temporary, _WRITE | os.O_EXCL, 0o600)
+        fd = -1
         try:
+            fd = os.open(temporary, _WRITE | os.O_EXCL, 0o600)
             _write_all(fd, raw, 0)
             self._publish(fd, temporary, digest)
         except OSError as error:
             raise self.trouble(error, digest, len(raw)) from error
         finally:
-            os.close(fd)
-            temporary.unlink(missing_ok=True)
+            if fd >= 0:
+                os.close(fd)
+                temporary.unlink(missing_ok=True)
         return digest
 
     def partial(self, digest: str, size: int) -> Partial:
@@ -129,9 +133,9 @@ class Disk:
         source = self.path(digest)
         if self.size(digest) is None:
             raise NotFound(f"{digest} is not in the store", digest=digest)
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{secrets.token_hex(8)}.linking")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(source, temporary, follow_symlinks=False)
             except OSError as error:
@@ -143,7 +147,8 @@ class Disk:
         except OSError as error:
             raise self.trouble(error, digest, self.size(digest) or 0) from error
         finally:
-            temporary.unlink(missing_ok=True)  # rename of two links to one inode leaves both
+            with contextlib.suppress(OSError):
+                temporary.unlink()  # still there after a failure, and after a rename onto another link to the same inode
 
     def walk(self) -> Iterator[tuple[str, int]]:
         """Digests with sizes, in byte order; names that are not digests (later generations, strangers) are passed over."""
@@ -159,13 +164,17 @@ class Disk:
         """Removes an object; absent is not an error."""
         self.path(digest).unlink(missing_ok=True)
 
-    def trouble(self, error: OSError, digest: str, need: int) -> AirlockError:
-        """The error a caller gets for a failed write: bytes needed and free when the disk is full."""
+    def trouble(self, error: OSError, digest: str, need: int, verb: str = "writing") -> AirlockError:
+        """The error a caller gets for a failed write or read: bytes needed and free when the disk is full."""
         if error.errno in _FULL:
             free = shutil.disk_usage(self.root).free
             what = f"the disk is full: {need} bytes needed for {digest}, {free} free"
-            return Unavailable(what, expected="free space on the store's disk", do="free space, then run again: it resumes", digest=digest)
-        return Unavailable(f"writing {digest} failed: {error.strerror or error}", expected="a writable store", do=f"check {self.root}", digest=digest)
+            return Unavailable(
+                what, expected="free space on the store's disk", do="free space, then run again: it resumes", reason="disk_full", digest=digest
+            )
+        return Unavailable(
+            f"{verb} {digest} failed: {error.strerror or error}", expected="a store that works", do=f"check {self.root}", digest=digest
+        )
 
     def _partials(self, digest: str, need: int) -> Path:
         folder = self.root / "partial"
@@ -222,7 +231,8 @@ class Partial:
 
     def missing_bytes(self) -> int:
         """How many bytes are still to be written."""
-        return sum(hi - lo for lo, hi in self.missing())
+        with self._lock:  # counted, not listed: a stranger may state any size
+            return self.size - sum(to - i * PIECE for i, to in self._durable.items())
 
     def write(self, offset: int, view: bytes | bytearray | memoryview) -> None:
         """Writes bytes at an offset; they count only after checkpoint or piece_done. Raises Invalid, Unavailable when the disk is full."""

@@ -182,6 +182,8 @@ def parse_json(raw: bytes, what: str, limit: int = MAX_MANIFEST_BYTES) -> dict[s
         raise Invalid(f"{what} is nested too deeply", expected="a depth of at most 512")
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        if b"\\u" in raw:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # an escaped lone surrogate is text that no file system or database takes
     except (ValueError, RecursionError) as error:
         raise Invalid(f"{what} is not valid JSON: {error}", expected="one UTF-8 JSON object without duplicate keys") from error
     if not isinstance(value, dict):
@@ -194,7 +196,7 @@ def parse_descriptor(value: object, what: str) -> Descriptor:
     if not isinstance(value, Mapping):
         raise Invalid(f"{what} is not a descriptor", expected="an object with mediaType, digest and size")
     media, digest, size = value.get("mediaType"), value.get("digest"), value.get("size")
-    if not isinstance(media, str) or not isinstance(digest, str) or type(size) is not int or size < 0:
+    if not isinstance(media, str) or not isinstance(digest, str) or type(size) is not int or not 0 <= size < 1 << 63:
         raise Invalid(f"{what} is not a descriptor", expected="mediaType and digest as strings, size as a whole number from 0")
     notes = value.get("annotations") or {}
     kind = value.get("artifactType") or ""

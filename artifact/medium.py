@@ -14,8 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from artifact import digest as digests
-from artifact.errors import Invalid, Mismatch, NotFound, Unavailable
-from artifact.manifest import MAX_MANIFEST_BYTES, PROFILES_TYPE, Manifest, check_digest, check_name, check_ref, parse_json, parse_manifest
+from artifact.errors import Invalid, Mismatch, NotFound, TooLarge, Unavailable
+from artifact.manifest import (
+    MAX_MANIFEST_BYTES,
+    PROFILES_TYPE,
+    Manifest,
+    canonical_json,
+    check_digest,
+    check_name,
+    check_ref,
+    parse_json,
+    parse_manifest,
+)
 from artifact.profile import references
 
 ROLE = "bundles"
@@ -24,6 +34,7 @@ CHUNK = 1024 * 1024
 KINDS = ("model", "image", "profiles")
 RECEIPT = "receipt.json"
 MAX_DEPTH = 16
+MAX_FACT_BYTES = 16 * 1024
 ALLOWED = re.compile(
     r"(?:metadata/(?:timestamp|[1-9][0-9]{0,8}\.(?:root|snapshot|targets|bundles))\.json|targets/bundles/[0-9a-f]{64}\.[1-9][0-9]{0,8}\.json"
     r"|blobs/sha256/(?P<two>[0-9a-f]{2})/(?P=two)[0-9a-f]{62}|receipt\.json)\Z"
@@ -118,6 +129,8 @@ def load_index(raw: bytes) -> BundleIndex:
             raise Invalid("an object of the index is no digest and size, or stands there twice", expected="each digest once, with its size in bytes")
         object_path(Path(), text)
         sizes[text] = size
+    if any(len(canonical_json(u)) > MAX_FACT_BYTES for u in upstream):
+        raise TooLarge("the upstream facts of a name are too long", expected=f"at most {MAX_FACT_BYTES} bytes each")
     moved = tuple(_name(item) for item in names)
     if len({(n.name, n.ref) for n in moved}) != len(moved):
         raise Invalid("the bundle's index gives one name twice", expected="each name and ref once")
@@ -129,7 +142,7 @@ def _name(item: object) -> BundleName:
     fields = ("name", "ref", "digest", "media_type", "display", "kind")
     values = [item.get(k, "") for k in fields] if isinstance(item, Mapping) else []
     texts = [v for v in values if isinstance(v, str)]
-    if len(texts) != len(fields) or texts[5] not in KINDS:
+    if len(texts) != len(fields) or texts[5] not in KINDS or len(texts[4]) > 300 or not texts[4].isprintable():
         raise Invalid("a name of the index is incomplete", expected="name, ref, digest, media_type, display and kind " + "|".join(KINDS))
     return BundleName(check_name(texts[0]), check_ref(texts[1]), check_digest(texts[2]), *texts[3:])
 

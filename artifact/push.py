@@ -110,7 +110,8 @@ def push_blob(
 ) -> int:
     """Pushes a file as a blob unless the registry has it, continuing an upload that an earlier process began; returns the bytes sent.
 
-    `stop` ends it between two buffers. Raises Mismatch when the file is not what `digest` says, Unavailable after idle retries, and what the registry refuses for good.
+    `stop` ends it between two buffers.
+    Raises Mismatch when the file is not what `digest` says, Unavailable after idle retries, and what the registry refuses for good.
     """
     check_digest(digest)
     if remote.blob_size(repo, digest) is not None:

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO
-from urllib.parse import quote, urlencode, urljoin, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from urllib3.exceptions import HTTPError
 from urllib3.response import BaseHTTPResponse
@@ -39,7 +39,7 @@ from artifact.manifest import (
     parse_manifest,
 )
 from artifact.store import Call, Content, Descriptor, Page, Registry, Upload
-from artifact.transport import CHUNK, ERROR_BYTES, Transport, check_range, clean, origin
+from artifact.transport import CHUNK, ERROR_BYTES, Transport, check_range, clean, joined, origin
 
 NOBODY_CALL = Call(Principal())
 NO_CALL = NOBODY_CALL
@@ -81,7 +81,7 @@ class RemoteRegistry(Transport, Registry):
             return None
         length = response.headers.get("Content-Length", "")
         response.release_conn()
-        return int(length) if length.isdigit() else 0
+        return int(length) if re.fullmatch(r"[0-9]{1,19}", length) else 0
 
     def stream(self, repo: str, digest: str, lo: int, hi: int) -> Iterator[bytes]:
         """Bytes [lo, hi) of a blob as they arrive; raises Unsupported with reason range_ignored, Unavailable when they break off."""
@@ -181,7 +181,7 @@ class RemoteRegistry(Transport, Registry):
     def _location(self, response: BaseHTTPResponse, default: str = "") -> str:
         """The upload's location as a path with query on our own origin."""
         self.take(response, ERROR_BYTES)
-        target = urljoin(self.base_url + "/", response.headers.get("Location") or default)
+        target = joined(self.base_url + "/", response.headers.get("Location") or default)
         if origin(target) != self.origin:
             what = f"the registry places its uploads on {origin(target)[1]}"
             raise Unsupported(what, expected=self.base_url, do="use the URL by which the registry calls itself", reason="location")
@@ -283,5 +283,5 @@ def _check(repo: str, ref: str) -> None:
 
 def stored(headers: Mapping[str, str]) -> int:
     """How many bytes an upload holds, from `Range: 0-<last byte>`; `0-0` and nothing at all mean none (distribution-spec, chunked push)."""
-    match = re.fullmatch(r"(?:bytes=)?0-(\d{1,19})", headers.get("Range", "").strip())
+    match = re.fullmatch(r"(?:bytes=)?0-([0-9]{1,19})", headers.get("Range", "").strip())
     return int(match[1]) + 1 if match and match[1] != "0" else 0

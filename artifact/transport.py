@@ -49,7 +49,7 @@ _STATUS: dict[int, type[AirlockError]] = {
     416: RangeInvalid,
 }
 _PARAM = re.compile(r'([a-zA-Z_]+)="((?:[^"\\]|\\.)*)"')
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)\Z")
+_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)\Z")
 Origin = tuple[str, str, int]
 
 
@@ -63,6 +63,14 @@ def origin(url: str) -> Origin:
     if not parts.hostname:
         raise Invalid("a URL without a host", expected="http://HOST[:PORT] or https://HOST[:PORT]", reason="url")
     return parts.scheme, parts.hostname, port
+
+
+def joined(base: str, target: str) -> str:
+    """A URL from another place as seen from `base`; raises Invalid."""
+    try:
+        return urljoin(base, target)
+    except ValueError as error:
+        raise Invalid("the server names a place that is no URL", expected="http://HOST[:PORT]/…", reason="url") from error
 
 
 def clean(text: object) -> str:
@@ -79,6 +87,10 @@ class Transport:
         if parts.username or parts.query or parts.fragment:
             raise Invalid("the registry's URL holds a user name or a query", expected="http[s]://HOST[:PORT]", reason="url")
         self.base_url = base_url.rstrip("/")
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise Unauthenticated(
+                "the API key holds characters that no key has", expected="one printable word", do="set the key again", reason="key_invalid"
+            )
         self._key, self._username = key, username
         self._basic = "Basic " + base64.b64encode(f"{username}:{key}".encode()).decode() if key else ""
         self._tokens: dict[str, tuple[str, float]] = {}
@@ -144,7 +156,7 @@ class Transport:
             if response.status not in (301, 302, 303, 307, 308) or not target or not follow or method not in ("GET", "HEAD"):
                 return response
             self._drop(response)
-            there = urljoin(url, target)
+            there = joined(url, target)
             here_origin, there_origin = origin(url), origin(there)
             if here_origin[0] == "https" and there_origin[0] == "http":
                 raise Unsupported("a redirect from https to http", expected="https all the way", reason="redirect")
@@ -231,7 +243,7 @@ class Transport:
             response.release_conn()
         status = response.status
         kind = _STATUS.get(status, Unavailable if status >= 500 or status in (408, 429) else Invalid)
-        where = f"{method} {self.origin[1]}{urlsplit(url).path} answered {status}"
+        where = f"{method} {urlsplit(url).netloc}{urlsplit(url).path} answered {status}"
         code, reason, words, expected, do = _told(raw)
         if code == "DIGEST_INVALID":
             kind = Mismatch
@@ -239,6 +251,8 @@ class Transport:
             kind = Unsupported
         key = self._key
         what = f"{words} ({where})" if words else where
+        if do and do in words:
+            do = ""  # the door has put it into the one text that its protocol has
         if key and len(key) > 7:
             what, expected, do = (t.replace(key, "[key]") for t in (what, expected, do))
         return kind(what, expected=expected, do=do, reason=reason or code.lower(), status=status)

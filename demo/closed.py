@@ -12,7 +12,7 @@ from demo.stage import PYTHON, UID, Stage, StepFailed, demand, tree_bytes
 from demo.world import AIRLOCK, ENGINE, LLAMA, TEXTS, World
 
 TOLERANCE = 1e-3
-START_S = 240
+START_S = 420
 
 
 def air_gap(stage: Stage, w: World) -> None:
@@ -48,6 +48,8 @@ def receive(stage: Stage, w: World) -> None:
         demand(victim.name in done.err and "Traceback" not in done.err, f"the refusal does not name the object: {done.err[-400:]}")
         row.note = done.err.strip().splitlines()[-1][:100]
         shutil.rmtree(damaged)
+    with stage.step("key create: the organisation acme and its first key"):
+        w.key = make_key(stage, w, "acme", ("acme/*", "hf/**", "127.0.0.1_*/**"), "90d")
     with stage.step("bundle import: trust, then every byte once, then all names") as row:
         stage.run([AIRLOCK, "bundle", "import", str(w.medium), "--data", str(data), "--json"], closed=True)
         row.size = tree_bytes(data / "blobs")
@@ -56,8 +58,7 @@ def receive(stage: Stage, w: World) -> None:
     with stage.step("promote: the site's release key signs both profiles"):
         for name in (f"{LLAMA}:1", f"{w.minilm_name}:{w.minilm_ref}"):
             stage.run([AIRLOCK, "promote", name, "--data", str(data)], closed=True)
-    with stage.step("closed registry: a key, serve, catalog"):
-        w.key = make_key(stage, w, "acme", ("acme/*", "hf/**", "127.0.0.1_*/**"), "90d")
+    with stage.step("closed registry: serve, catalog"):
         serve_registry(stage, w)
         env = {"AIRLOCK_KEY": w.key}
         listed = stage.run([AIRLOCK, "catalog", "list", "--registry", w.site, "--json"], env=env, closed=True).out

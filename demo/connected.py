@@ -110,7 +110,11 @@ def carry(stage: Stage, w: World) -> None:
         report = stage.run(argv, env=env).json()
         moved = content_requests(w) - before
         demand(moved == 0, f"the second sync fetched {moved} files from the Hub again")
-        row.note = f"report: {report.get('bytes', report.get('transferred', 0))} bytes"
+        items = report["items"]
+        demand(isinstance(items, list) and len(items) == 3, f"the report has other items: {items}")
+        told = sum(int(item["transferred"]) for item in items) if isinstance(items, list) else -1
+        demand(told == 0, f"the second sync says that it transferred {told} bytes")
+        row.note = "3 items, 0 bytes; no file asked of the Hub"
     with stage.step("bundle pack: a signed bundle on the medium") as row:
         stage.run([AIRLOCK, "bundle", "pack", "--to", str(w.medium), "--home", str(home), "--json"])
         row.size = tree_bytes(w.medium)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from artifact import bundle, medium
 from artifact.errors import Invalid, NotFound
+from mirror import receipts
 from mirror.home import MirrorHome, Named
 
 KINDS = {"model": "model", "profiles": "profiles"}
@@ -52,16 +53,24 @@ def _upstream(named: Named) -> dict[str, object]:
 
 
 def pack(
-    home: MirrorHome, directory: Path, now: float, progress: Callable[[int], None] = lambda n: None, begin: Callable[[int], None] = lambda n: None
+    home: MirrorHome,
+    directory: Path,
+    now: float,
+    progress: Callable[[int], None] = lambda n: None,
+    begin: Callable[[int], None] = lambda n: None,
+    receipt: Path | None = None,
 ) -> dict[str, object]:
     """Writes the next bundle and reports its sequence, objects and bytes; `changed` false means that nothing was new and nothing was written.
 
-    `begin` is told the bytes to copy, `progress` each number copied. Raises NotFound, Invalid, Unavailable, Mismatch.
+    `begin` is told the bytes to copy, `progress` each number copied. With a receipt, what its receiver holds stays at home.
+    Raises NotFound, Invalid, Unavailable, Mismatch, Denied.
     """
     with home.lock("pack"):
         wanted = plan(home)
+        held = receipts.held(receipts.read(receipt, home, now), home) if receipt else set()
+        objects = {digest: size for digest, size in wanted.objects.items() if digest not in held}
         done = bundle.write_bundle(
-            directory, home.path / "tuf", home.id, wanted.names, wanted.objects, wanted.upstream, home.disk.path, now, progress, begin
+            directory, home.path / "tuf", home.id, wanted.names, objects, wanted.upstream, home.disk.path, now, progress, begin
         )
     return {
         "sequence": done.sequence,

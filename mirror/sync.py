@@ -31,7 +31,7 @@ from artifact.remote import RemoteRegistry
 from artifact.store import Descriptor, File
 from mirror.home import MirrorHome, Named
 from mirror.plan import Item, Plan, load_yaml, read_limited
-from mirror.sources import huggingface, oci
+from mirror.sources import content, huggingface, oci
 
 LICENSES = "org.opencontainers.image.licenses"
 MAX_FACTS = 4 * 1024 * 1024
@@ -151,6 +151,7 @@ class _HubJob:
         """Fetches, builds the manifests and says which names they are to have."""
         item, shot = self._item, self._snapshot
         files = self._source.fetch(shot, self._disk, progress)
+        content.check_model(files, self._disk)
         raw = huggingface.build(shot, files, self._disk)
         digest = self._disk.put(raw)
         upstream = {
@@ -236,6 +237,7 @@ class _OciJob:
         """Copies one graph; the root is named `ref`, signatures and referrers keep the tags that they have upstream."""
         graph = copy.copy_graph(self._source, repo, digest, self._disk, progress)
         root = oci.check_whole(self._disk, digest)
+        content.check_model(files_of(root) if oci.kind_of(root) == "model" else (), self._disk)
         upstream = self._upstream(repo, root)
         named = [Named(name, ref, digest, root.media_type, name, oci.kind_of(root), upstream)]
         for extra, found in graph.extra:

@@ -122,7 +122,7 @@ class Audit:
 
     @staticmethod
     def _insert(conn: Connection, kind: str, at: float, row: dict[str, object]) -> None:
-        conn.execute(insert(t.audit_pending).values({"class": kind, "ts": at, "body": json.dumps(row, sort_keys=True, ensure_ascii=False)}))
+        conn.execute(insert(t.audit_pending).values({"class": kind, "ts": at, "body": json.dumps(row, sort_keys=True)}))
 
     def flush(self) -> int:
         """Stores what the counters gained since the last flush and returns how many did; raises Unavailable (the counts are kept)."""
@@ -166,6 +166,6 @@ class Audit:
 def _store_counter(conn: Connection, key: str, kind: str, since: float, last: float, n: int, body: dict[str, object]) -> None:
     c = t.audit_count
     same = (c.c["class"] == kind, c.c.key == key, c.c.since == since)
-    text = json.dumps(body, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(body, sort_keys=True)
     if not conn.execute(update(c).where(*same).values(n=n, last=last, body=text)).rowcount:
         conn.execute(insert(c).values({"class": kind, "key": key, "since": since, "last": last, "n": n, "body": text}))

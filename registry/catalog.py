@@ -58,6 +58,7 @@ from registry.statements import UploadRow as UploadRow
 
 IMAGE_CONFIGS = ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
 CHUNK = 2000
+KINDS = ("", "artifact", "image", "profiles", "model")  # a repository is of the strongest kind that it holds: signatures come in any order
 
 
 def ignore_duplicates(conn: Connection, table: Table) -> Insert:
@@ -90,6 +91,8 @@ class Catalog:
         return t.writing(self.engine)
 
     def _one(self, statement: Select[Any], **values: object) -> Any:
+        if not all(_storable(value) for value in values.values()):
+            return None
         with self.reading() as conn:
             return conn.execute(statement, values).first()
 
@@ -203,6 +206,11 @@ class Catalog:
         return UploadRow(*row) if row else None
 
 
+def _storable(value: object) -> bool:
+    """Whether a value can be in the database at all: text with a lone surrogate or a NUL is in none, and drivers fail on it."""
+    return not isinstance(value, str) or not any(ch == "\0" or 0xD800 <= ord(ch) <= 0xDFFF for ch in value)
+
+
 def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
     for i in range(0, len(values), CHUNK):
         yield values[i : i + CHUNK]
@@ -263,11 +271,20 @@ def kind_of(manifest: Manifest) -> str:
 
 
 def _missing_children(conn: Connection, repo_id: int, manifest: Manifest) -> list[str]:
+    """Children that the repository does not hold; raises Invalid where the manifest states another size than the blob has."""
     blobs = sorted({d.digest for d in manifest.blobs()})
+    sizes: dict[str, int] = {}
     children = sorted({d.digest for d in manifest.manifests})
     have: set[str] = set()
     for part in _chunks(blobs):
-        have.update(conn.execute(select(t.repo_blob.c.digest).where(t.repo_blob.c.repo_id == repo_id, t.repo_blob.c.digest.in_(part))).scalars())
+        held = select(t.blob.c.digest, t.blob.c.size).join(t.repo_blob, t.repo_blob.c.digest == t.blob.c.digest)
+        sizes.update((row.digest, row.size) for row in conn.execute(held.where(t.repo_blob.c.repo_id == repo_id, t.repo_blob.c.digest.in_(part))))
+    have.update(sizes)
+    for child in manifest.blobs():
+        if sizes.get(child.digest, child.size) != child.size:
+            raise Invalid(
+                f"the manifest states {child.size} bytes for {child.digest}", expected=f"{sizes[child.digest]}, which it has", reason="manifest"
+            )
     link = t.repo_manifest
     for part in _chunks(children):
         found = select(M.c.digest).join(link, link.c.manifest_id == M.c.id).where(link.c.repo_id == repo_id, M.c.digest.in_(part))
@@ -323,8 +340,7 @@ def add_manifest(
     conn.execute(ignore_duplicates(conn, t.repo_manifest).values(repo_id=repo_id, manifest_id=manifest_id))
     if kind == "model":
         _add_revision(conn, repo_id, manifest_id, manifest, files, at)
-    weaker = ("",) if kind == "artifact" else ("", "artifact")
-    conn.execute(update(R).where(R.c.id == repo_id, R.c.kind.in_(weaker)).values(kind=kind))
+    conn.execute(update(R).where(R.c.id == repo_id, R.c.kind.in_(KINDS[: KINDS.index(kind)])).values(kind=kind))
     for name_ in refs:
         set_ref(conn, repo_id, name_, manifest_id, kind=ref_kind, at=at)
     return Descriptor(manifest.media_type, manifest.digest, len(manifest.raw), manifest.artifact_type, dict(manifest.annotations))

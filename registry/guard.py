@@ -287,12 +287,12 @@ class Guard(Registry, Files):
 
 def _text(body: dict[str, object], key: str) -> str:
     value = body.get(key)
-    if not isinstance(value, str) or not 0 < len(value) <= 255 or any(ord(ch) < 32 for ch in value):
+    if not isinstance(value, str) or not 0 < len(value) <= 255 or any(ord(ch) < 32 or 0xD800 <= ord(ch) <= 0xDFFF for ch in value):
         raise Invalid(f"{key} is missing or not text", expected="1 to 255 characters", reason="body")
     return value
 
 
 def _gpus(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or len(value) > MAX_GPUS or not all(isinstance(v, str) and 0 < len(v) <= 100 for v in value):
+    if not isinstance(value, list) or len(value) > MAX_GPUS or not all(isinstance(v, str) and 0 < len(v) <= 100 and v.isprintable() for v in value):
         raise Invalid("gpu_uuids is not a list of GPU ids", expected=f"at most {MAX_GPUS} texts, none on a CPU node", reason="body")
     return tuple(dict.fromkeys(value))

@@ -78,7 +78,7 @@ def _import(site: Site, directory: Path, state: Path, now: float, progress: Call
     done = state.parent / "imported" / str(index.sequence)
     report: Report = {"sequence": index.sequence, "sender": index.sender, "names": len(index.names), "objects": len(index.objects)}
     report |= {"older": index.older, "copied": 0, "copied_bytes": 0, "lost": _lost(done.parent, index)}
-    if (index.known or index.older) and done.exists() and done.read_text().strip() == index.digest:
+    if (index.known or index.older) and done.exists() and done.read_text().strip() == index.digest and _held(site, index):
         return report | {"imported": False}
     disk = Disk(site.home.path)
     reached = _reach(site, disk, directory, index)
@@ -97,6 +97,11 @@ def _import(site: Site, directory: Path, state: Path, now: float, progress: Call
     with suppress(OSError):  # a medium that is write-protected brings no receipt home
         (directory / medium.RECEIPT).write_text(_receipt(site, index, now))
     return report | {"imported": True, "copied": len(blobs), "copied_bytes": copied}
+
+
+def _held(site: Site, index: medium.BundleIndex) -> bool:
+    """Whether the database knows what the record says was imported: it may have been restored from an older backup."""
+    return all((found := site.catalog.find(n.name, n.digest)) is not None and found.digest for n in index.names)
 
 
 @contextmanager

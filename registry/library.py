@@ -144,7 +144,11 @@ class Library(Registry, Files):
         """Learns the git object ids of a model's plain files of at most 10 MiB, reading each once; returns how many were new."""
         wanted = {f.digest for f in files_of(manifest) if not f.lfs and f.size <= GIT_FACT_BYTES}
         unknown = self.catalog.unknown_facts(wanted) if wanted else []
-        facts = [(digest, git_oid(self._whole(location))) for digest, location in unknown if self.blobs.stat(location) is not None]
+        facts: list[tuple[str, str]] = []
+        for digest, location in unknown:
+            size = self.blobs.stat(location)
+            if size is not None and size <= GIT_FACT_BYTES:  # the manifest's own word is not trusted with our memory
+                facts.append((digest, git_oid(self._whole(location))))
         if facts:
             with self.catalog.writing() as conn:
                 for digest, oid in facts:
@@ -282,7 +286,11 @@ class StoredUpload(Upload):
             fresh = self._library.catalog.upload(row.id)
             if fresh is None:
                 raise NotFound("there is no such upload", do="start it again", reason="upload")
-            writer = self._library.blobs.writer(row.id, None, algorithm=row.algorithm, offset=row.offset, state=row.state)
+            try:
+                writer = self._library.blobs.writer(row.id, None, algorithm=row.algorithm, offset=row.offset, state=row.state)
+            except Mismatch as error:
+                self._forget()
+                raise NotFound("the bytes of this upload are gone", do="start it again", reason="upload") from error
             current = self._library.catalog.upload(row.id)  # read under the writer's lock: nobody can move it any more
             if current is None or (current.offset, current.generation) != (row.offset, row.generation):
                 if current is None:
@@ -343,8 +351,8 @@ class StoredUpload(Upload):
         if self._writer is None:
             try:
                 self._writer = self._open()
-            except Mismatch:
-                self._writer = None  # the staged bytes are gone already
+            except NotFound:
+                self._writer = None  # gone already
         if self._writer is not None:
             self._writer.discard()
         self._forget()

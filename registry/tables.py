@@ -28,7 +28,7 @@ from sqlalchemy import (
     create_engine,
     event,
 )
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError, IntegrityError, ProgrammingError
 
 from artifact.errors import Unavailable
 
@@ -276,8 +276,8 @@ def reading(engine: Engine) -> Iterator[Connection]:
     try:
         with engine.connect() as connection:
             yield connection
-    except OperationalError as error:
-        raise _unavailable(error) from error
+    except DatabaseError as error:
+        raise _unavailable(error) from error.orig
 
 
 @contextmanager
@@ -286,10 +286,12 @@ def writing(engine: Engine) -> Iterator[Connection]:
     try:
         with engine.connect().execution_options(writes=True) as connection, connection.begin():
             yield connection
-    except OperationalError as error:
-        raise _unavailable(error) from error
+    except DatabaseError as error:
+        raise _unavailable(error) from error.orig
 
 
-def _unavailable(error: OperationalError) -> Unavailable:
+def _unavailable(error: DatabaseError) -> Exception:
+    if isinstance(error, IntegrityError | ProgrammingError):
+        return error  # a defect of ours, not a database that does not answer
     cause = str(error.orig)[:200] if error.orig else "no answer"
     return Unavailable(f"the database did not take the statement: {cause}", do="retry; see free space and locks of the data directory")

@@ -51,12 +51,12 @@ def choose(settings: Settings, pin: str) -> Choice:
 
     entitlement.require_key(settings)
     remote = _remote(settings)
-    answers = entitlement.check_key(remote)
+    trouble = entitlement.check_key(remote)
     trust = entitlement.read_trust(settings)
-    if not answers:
-        log.warning("the registry %s does not answer; this start uses what the cache holds", settings.registry)
+    if trouble:
+        log.warning("the registry does not answer (%s); this start uses what the cache holds", trouble.what)
     weights.check_cache(settings.cache)
-    source = remote if answers else None
+    source = None if trouble else remote
     released = _released(source, settings, trust)
     facts = gpus.detect(settings.gpu_deadline_s, settings.visible_cuda, settings.visible_nvidia)
     for line in _system(facts):

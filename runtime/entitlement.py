@@ -91,15 +91,15 @@ def require_key(settings: Settings) -> None:
         raise Unauthenticated("NGC_API_KEY holds characters that no key has", expected="nvapi-…", do="copy the key again", reason="key_invalid")
 
 
-def check_key(remote: Api) -> bool:
-    """True when the registry knows the key as alive, False when it does not answer; raises Unauthenticated for every other case."""
+def check_key(remote: Api) -> Unavailable | None:
+    """None when the registry knows the key as alive, the trouble when it does not answer; raises Unauthenticated for every other case."""
     try:
         remote.api("GET", "/airlock/v1/whoami")
-    except Unavailable:
-        return False
+    except Unavailable as error:
+        return error
     except Unauthenticated as error:
         raise _known(error) from error
-    return True
+    return None
 
 
 def _known(error: Unauthenticated) -> Unauthenticated:

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -180,7 +181,10 @@ class Engine:
         self._asked = False
         self._cause = ""
         self._was_ready = False
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._output = -1
+        self._exited: asyncio.Future[int] | None = None
+        self._closed: asyncio.Future[None] | None = None
 
     async def start(self) -> None:
         """Starts the process in its own group with exactly the given environment; raises Invalid or Unavailable before or at the start."""
@@ -189,38 +193,71 @@ class Engine:
             raise Invalid(f"the socket path {path} is too long", expected=f"at most {SOCKET_LIMIT} bytes", do="set TMPDIR to a shorter directory")
         with suppress(FileNotFoundError):
             path.unlink()
+        output, given = os.pipe()
+        os.set_blocking(output, False)
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                *self.launch.argv,
+            process = subprocess.Popen(  # noqa: S603 - the adapter's argument vector, no shell
+                self.launch.argv,
                 env=dict(self.launch.env),
                 cwd=self.launch.cwd,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                stdout=given,
+                stderr=subprocess.STDOUT,
                 process_group=0,
                 preexec_fn=_tie_to_parent(os.getpid()),  # the only way to reach prctl between fork and exec
             )
         except OSError as e:
+            os.close(output)
             do = "see that the engine environment is complete and readable for this user"
             raise Unavailable(f"the engine {self.launch.argv[0]} does not start: {e.strerror}", do=do, reason="engine_failed") from e
-        self.pid = self._process.pid
+        finally:
+            os.close(given)
+        # asyncio's own Process.wait() returns only when the output pipe is closed, which a surviving child holds open: it would hide the exit.
+        loop = asyncio.get_running_loop()
+        self.pid, self._process, self._output = process.pid, process, output
+        self._exited, self._closed = loop.create_future(), loop.create_future()
+        handle = os.pidfd_open(process.pid)
+        loop.add_reader(handle, self._on_exit, handle)
+        loop.add_reader(output, self._on_output)
+
+    def _on_exit(self, handle: int) -> None:
+        asyncio.get_running_loop().remove_reader(handle)
+        os.close(handle)
+        if self._process is not None and self._exited is not None:
+            self._exited.set_result(self._process.wait())
+
+    def _on_output(self) -> None:
+        try:
+            data = os.read(self._output, 65536)
+        except BlockingIOError:
+            return
+        if data:
+            self.log.feed(data)
+            return
+        self._close_output()
+
+    def _close_output(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._output)
+        os.close(self._output)
+        if self._closed is not None:
+            self._closed.set_result(None)
 
     async def watch(self, on_ready: Callable[[], None] = lambda: None) -> Exit:
         """Follows a started engine to its end: readiness, health, deadline, exit; leaves no process of its group behind."""
-        process = self._process
-        if process is None:
+        exited, closed = self._exited, self._closed
+        if exited is None or closed is None:
             raise Unavailable("the engine was not started", reason="engine_failed")
-        reader = asyncio.create_task(self._read(process))
         health = asyncio.create_task(self._poll(on_ready))
         try:
-            rc = await process.wait()
+            rc = await asyncio.shield(exited)
         finally:
             self.ready = False
             health.cancel()
             self._kill_group()
         # Children are dead now, so the pipe ends; one that left the group must not hold us up.
-        await asyncio.wait([reader, health], timeout=2)
-        reader.cancel()
+        await asyncio.wait([closed, health], timeout=2)
+        if not closed.done():
+            self._close_output()
         self.log.close()
         return self._verdict(rc)
 
@@ -228,15 +265,13 @@ class Engine:
         """SIGTERM, wait, SIGKILL to the whole group; returns when the process is gone."""
         self._asked = True
         self.ready = False
-        process = self._process
-        if process is None or process.returncode is not None:
+        exited = self._exited
+        if self._process is None or exited is None or exited.done():
             return
-        self._signal(signal.SIGTERM)
-        try:
-            await asyncio.wait_for(process.wait(), grace_s)
-        except TimeoutError:
-            self._kill_group()
-            await process.wait()
+        self._process.send_signal(signal.SIGTERM)
+        await asyncio.wait([exited], timeout=grace_s)
+        self._kill_group()
+        await asyncio.shield(exited)
 
     def _verdict(self, rc: int) -> Exit:
         if self._cause and not self._asked:
@@ -245,11 +280,6 @@ class Engine:
             # Our own SIGKILL is not an out-of-memory kill: the reason for which we sent it is the cause.
             return dataclasses.replace(found, kind=kind, detail=detail, retry=BACKOFF if kind == "engine_died" else NEVER, rc=rc)
         return classify(rc, self.log.text(), asked=self._asked, was_ready=self._was_ready)
-
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None
-        while data := await process.stdout.read(65536):
-            self.log.feed(data)
 
     async def _poll(self, on_ready: Callable[[], None]) -> None:
         """Asks the health path until the process ends; bounds are told at DEAD_POLLS and SILENT_POLLS."""
@@ -285,11 +315,6 @@ class Engine:
             self._cause = cause
         self.ready = False
         self._kill_group()
-
-    def _signal(self, number: signal.Signals) -> None:
-        if self._process is not None and self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                self._process.send_signal(number)
 
     def _kill_group(self) -> None:
         if self.pid:

@@ -290,6 +290,8 @@ def _ranges(source: Source, repo: str, digest: str) -> Callable[[int, int], Iter
 
 def _intact(target: Path, files: tuple[File, ...], disk: Disk) -> bool:
     """Whether a model directory holds exactly the files, each the very inode of its verified blob."""
+    if target.is_symlink():
+        return False
     found: set[str] = set()
     for folder, folders, names in os.walk(target):
         if any(Path(folder, name).is_symlink() for name in folders):

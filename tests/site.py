@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +20,18 @@ from registry.settings import Settings
 from registry.wiring import Site, open_site
 
 
+@functools.cache
+def _template() -> tempfile.TemporaryDirectory[str]:
+    """An empty site, made and migrated once a process; tests work on copies, removed with the last reference."""
+    folder = tempfile.TemporaryDirectory(prefix="airlock-site-")
+    data = Path(folder.name) / "data"
+    Home.open(data, create=True)
+    open_site(Settings.load(data, environ={}), background=False).close()
+    return folder
+
+
 def make_site(path: Path) -> Site:
-    Home.open(path / "data", create=True)
+    shutil.copytree(Path(_template().name) / "data", path / "data")
     return open_site(Settings.load(path / "data", environ={}), background=False)
 
 

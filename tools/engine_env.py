@@ -77,25 +77,31 @@ def interpreter() -> Path:
 
 
 def install(python: Path, lock: Path) -> None:
-    """Installs exactly the lock; PyTorch's own index is asked only where the configured ones do not hold the CPU build of torch."""
-    argv = [str(python), "-m", "pip", "install", "--no-deps", "--no-input", "--disable-pip-version-check", "-r", str(lock)]
+    """Installs exactly the lock; PyTorch's own index is asked for torch alone, and only where the configured ones do not hold the CPU build."""
+    pip = [str(python), "-m", "pip", "install", "--no-deps", "--no-input", "--disable-pip-version-check"]
+    rc, output = run(*pip, "-r", str(lock))
     index = os.environ.get("PYTORCH_INDEX", "").strip()
+    torch = re.search(r"^torch==\S+$", lock.read_text(encoding="ascii"), re.MULTILINE)
+    if rc and index and torch and UNRESOLVED.search(output):
+        print(f"the configured indexes have no {torch.group()}; asking {index} for it", flush=True)
+        rc, output = run(*pip, torch.group(), "--extra-index-url", index)
+        if not rc:
+            rc, output = run(*pip, "-r", str(lock))
+    if rc:
+        hint = "" if index else "\nwhere torch with +cpu was not found: set PYTORCH_INDEX to PyTorch's CPU index (make engine does)"
+        raise Refused(f"pip failed with {rc}:\n{output[-2000:].strip()}{hint}")
+
+
+def run(*argv: str) -> tuple[int, str]:
+    """A command's status and output; what goes wrong is shown as it comes."""
     output: list[str] = []
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             output.append(line)
-            if line.startswith(("ERROR", "Installing")):
-                print(line, end="", flush=True)
-    if process.returncode == 0:
-        return
-    if not (index and UNRESOLVED.search("".join(output))):
-        hint = "" if index else "; where torch with +cpu was not found: set PYTORCH_INDEX to PyTorch's CPU index (make engine does)"
-        raise Refused(f"pip failed with {process.returncode}:\n{''.join(output[-15:])}{hint}")
-    print(f"the configured indexes have no CPU build of torch; asking {index} as well", flush=True)
-    done = subprocess.run([*argv, "--extra-index-url", index], check=False)
-    if done.returncode:
-        raise Refused(f"pip failed with {done.returncode} also with PYTORCH_INDEX={index}")
+            if line.startswith("ERROR"):
+                print(line[:300].rstrip(), flush=True)
+    return process.returncode, "".join(output)
 
 
 def add_alias(to: Path, lock_text: str) -> None:

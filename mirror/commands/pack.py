@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
     home_default = os.environ.get("AIRLOCK_MIRROR")
     parser.add_argument("--to", type=Path, required=True, help="a directory on the medium that holds nothing but the bundle")
     parser.add_argument("--home", type=Path, default=home_default, required=not home_default, help="the mirror's home (env AIRLOCK_MIRROR)")
+    parser.add_argument("--receipt", type=Path, help="receipt.json of a receiver: what it holds is left out")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(argv)
     home = MirrorHome.open(Path(given.home))
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> int:
             time.time(),
             lambda n: bars[0].add(n),
             lambda total: bars.append(Progress(total, "pack", sys.stderr)),
+            given.receipt,
         )
     finally:
         for bar in bars:

@@ -157,14 +157,9 @@ class HubSource:
         with ThreadPoolExecutor(4) as pool:
             digests = dict(zip((f.path for f in plain), pool.map(lambda f: self._plain(snapshot, f, disk, oids, progress), plain), strict=True))
         for file in snapshot.files:
-            if file.digest and disk.size(file.digest) != file.size:
+            if file.digest:
                 self._lfs(snapshot, file, disk, progress)
         return tuple(File(f.path, f.digest or digests[f.path], f.size, bool(f.digest), f.git_oid) for f in snapshot.files)
-
-    def missing(self, snapshot: Snapshot, disk: Disk) -> int:
-        """How many bytes of the chosen files are not in the store."""
-        oids = _Oids(disk)
-        return sum(f.size for f in snapshot.files if (disk.size(f.digest) != f.size if f.digest else not oids.find(f)))
 
     def _lfs(self, snapshot: Snapshot, file: RemoteFile, disk: Disk, progress: copy.Progress | None) -> None:
         path = _resolve_path(snapshot, file)
@@ -177,8 +172,10 @@ class HubSource:
     def _plain(self, snapshot: Snapshot, file: RemoteFile, disk: Disk, oids: _Oids, progress: copy.Progress | None) -> str:
         known = oids.find(file)
         if known:
+            if progress:
+                progress.add(file.size)
             return known
-        raw = self.fetcher.whole(_resolve_path(snapshot, file), file.size)
+        raw = self._whole(_resolve_path(snapshot, file), file.size)
         found = git_oid(raw)
         if found != file.git_oid:
             raise Mismatch(
@@ -191,6 +188,14 @@ class HubSource:
         if progress:
             progress.add(len(raw))
         return digest
+
+    def _whole(self, path: str, size: int) -> bytes:
+        for pause in (0.5, 1.0, 2.0):
+            try:
+                return self.fetcher.whole(path, size)
+            except Unavailable:
+                time.sleep(pause)  # a small file is asked for again from its start
+        return self.fetcher.whole(path, size)
 
     def _ask(self, what: str, question: Callable[[], _T]) -> _T:
         set_client_factory(

@@ -20,6 +20,8 @@ from urllib3.exceptions import HTTPError
 from artifact.errors import AirlockError, Denied, Invalid, Mismatch, NotFound, Unauthenticated, Unavailable, Unsupported
 
 MAX_HOPS = 5
+MAX_WAITS = 4
+LONGEST_WAIT_S = 300  # the Hub's window for its rate limits
 CHUNK = 1024 * 1024
 SLOWEST = 1024  # bytes a second, on average, after the first minute
 
@@ -123,6 +125,16 @@ class Fetcher:
             raise Mismatch(f"{path[:200]} came compressed, though identity was asked for", expected="the file's bytes as they are", reason="encoding")
 
     def _follow(self, url: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+        for _ in range(MAX_WAITS):
+            response = self._hops(url, headers)
+            pause = response.headers.get("Retry-After", "")
+            if response.status not in (429, 503) or not pause.isascii() or not pause.isdigit():
+                return response
+            response.close()
+            time.sleep(min(int(pause[:6]), LONGEST_WAIT_S))
+        return self._hops(url, headers)
+
+    def _hops(self, url: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
         for _ in range(MAX_HOPS + 1):
             where = origin(url)
             own = where == self._origin

@@ -61,6 +61,7 @@ def launch(
     if len(os.fsencode(socket)) > SOCKET_LIMIT:
         raise Invalid(f"the socket path {socket} is too long", expected=f"at most {SOCKET_LIMIT} bytes", do="set TMPDIR to a shorter directory")
     argv = [str(installation.program), "serve", str(model_dir), "--served-model-name", *settings.names, "--uds", str(socket)]
+    argv += ["--disable-uvicorn-access-log"]  # the health polls alone would be two lines a second
     if task == "embed":
         argv += ["--runner", "pooling", "--convert", "embed"]
     argv += ["--dtype", dtype(profile)]

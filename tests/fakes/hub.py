@@ -16,6 +16,7 @@ import argparse
 import fnmatch
 import gzip
 import hashlib
+import itertools
 import json
 import re
 import secrets
@@ -124,6 +125,7 @@ class Hub(ThreadingHTTPServer):
         self.pace_lock = threading.Lock()
         self.streams = threading.Semaphore(options.streams or 1000)
         self.due = time.monotonic()
+        self.asked = itertools.count(1)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that hung up is not worth a traceback."""
@@ -330,6 +332,8 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, repo: Repo, revision: str, path: str, user: str) -> None:
         self.at(repo, revision)
         self.gate(repo, user)
+        if self.server.options.busy and next(self.server.asked) % self.server.options.busy == 0:
+            raise Refused(429, "", "Too many requests", Retry_After="1", RateLimit='"resolvers";r=0;t=1')
         if path not in repo.paths:
             raise Refused(404, "EntryNotFound", "Entry not found", X_Repo_Commit=repo.commit)
         node, file = repo.node(path), repo.folder / path
@@ -373,6 +377,7 @@ def main() -> None:
     options.add_argument("--url-ttl", type=int, default=3600, help="seconds that such a URL lives")
     options.add_argument("--throttle", type=int, default=0, help="bytes a second, all connections together")
     options.add_argument("--streams", type=int, default=0, help="bodies sent at once")
+    options.add_argument("--busy", type=int, default=0, help="answer every n-th request for a file with 429 and Retry-After")
     chosen = options.parse_args()
     hub, cdn = Hub(chosen.port, Handler, chosen), Hub(0, Cdn, chosen)
     hub.cdn_port, cdn.hub = cdn.server_port, hub  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A real vLLM on the CPU behind the front: a Llama trained here answers with a sentence nobody could guess, and real embeddings equal the reference."""
+"""A real vLLM on the CPU behind the front: a Llama trained here answers with a sentence nobody could guess; embeddings equal the reference."""
 
 from __future__ import annotations
 

@@ -101,7 +101,9 @@ def test_the_digest_is_a_function_of_the_content(tmp_path: Path) -> None:
         home = make_home(tmp_path / machine / "mirror")
         with hub(tmp_path / "repos", tmp_path / f"log-{machine}", *(("--redirect",) if machine == "two" else ())) as running:
             spelled = "hf://Acme/Tiny-Llama" if machine == "one" else "hf://acme/tiny-llama@main"
-            report = synced(plan_file(tmp_path / machine, {"source": spelled, "endpoint": running.endpoint}), home, token="")
+            report = synced(plan_file(tmp_path / machine, {"source": spelled, "endpoint": running.endpoint}), home)
+            # HF_TOKEN is set, but the plan names no key: none that lies about on this machine is sent
+            assert not [e for e in running.requests() if e["authorization"]]
         digests |= {n["digest"] for n in report["items"][0]["names"]}
         assert report["items"][0]["upstream"]["key_id"] == ""
     assert len(digests) == 1
@@ -179,6 +181,12 @@ def test_references_signatures_and_indexes_come_along(tmp_path: Path) -> None:
         index = json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": [{"mediaType": MANIFEST, "digest": child, "size": size}]}).encode()
         root = remote.push(NO_CALL, "library/app", index, INDEX, refs=("multi",)).digest
         signature = push_image(remote, "library/app", f"{root.replace(':', '-')}.sig", 5, 1000)
+        report_raw = build_manifest("application/x-report", [], {}, Descriptor(INDEX, root, len(index)))
+        push_blob(remote, "library/app", EMPTY_BYTES)
+        referrer = remote.push(NO_CALL, "library/app", report_raw, MANIFEST).digest
+        listed = {"mediaType": MANIFEST, "digest": referrer, "size": len(report_raw), "artifactType": "application/x-report"}
+        fallback = json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": [listed]}).encode()
+        remote.push(NO_CALL, "library/app", fallback, INDEX, refs=(root.replace(":", "-"),))
         plan = plan_file(
             tmp_path,
             {"source": f"oci://{running.host}/acme/tiny/profiles:1", "as": "team/only/profiles", "plain_http": True},
@@ -190,7 +198,16 @@ def test_references_signatures_and_indexes_come_along(tmp_path: Path) -> None:
     host = running.host.replace(":", "_")
     assert names[("acme/tiny", f"digest-{model[7:]}")] == model
     assert names[(f"{host}/library/app", "multi")] == root and names[(f"{host}/library/app", f"{root.replace(':', '-')}.sig")] == signature
+    assert names[(f"{host}/library/app", f"digest-{referrer[7:]}")] == referrer
     assert child in staged(home)
+
+
+def test_a_busy_hub_is_waited_for(tmp_path: Path) -> None:
+    make_repo(tmp_path / "repos", "acme/busy")
+    home = make_home(tmp_path / "mirror")
+    with hub(tmp_path / "repos", tmp_path / "log", "--busy", "3") as running:
+        assert synced(plan_file(tmp_path, {"source": "hf://acme/busy", "endpoint": running.endpoint}), home)["failed"] == 0
+        assert [e for e in running.requests() if e["status"] == 429]
 
 
 def test_a_referred_image_from_elsewhere(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Root
 
 from artifact import bundle, medium
-from artifact.errors import AirlockError, Conflict, Invalid, Mismatch, NotFound, Unavailable
+from artifact.errors import AirlockError, Conflict, Invalid, Mismatch, NotFound, TooLarge, Unavailable
 from artifact.manifest import digest_of
 from mirror.home import MirrorHome
 from mirror.pack import pack, plan
@@ -121,18 +121,21 @@ def test_a_sparse_giant_is_refused_by_its_size_unread(disk: Path, site: Site) ->
     assert time.monotonic() - begun < 5
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "x", ".hidden", "..x", "C:\\x", "Metadata/x", "targets/x.json", "deep/" * 40 + "x", "blobs/sha512/x",
-        "metadata/2.root.json.bak", "metadata/02.root.json", "metadata/9.snapshot.json", "metadata/2.root.json",
-        "blobs/sha256/zz/" + "0" * 64, "blobs/sha256/00/" + "1" * 64, "blobs/sha256/00/" + "0" * 64, f"blobs/sha256/00/{'0' * 64}.partial",
-    ],
-)  # fmt: skip
-def test_a_file_that_no_list_names_is_refused(disk: Path, site: Site, name: str) -> None:
-    (disk / name).parent.mkdir(parents=True, exist_ok=True)
-    (disk / name).write_bytes(b"x")
-    refused(site, disk, AirlockError, "")
+STRANGERS = [
+    "x", ".hidden", "..x", "C:\\x", "Metadata/x", "targets/x.json", "deep/" * 40 + "x", "blobs/sha512/x",
+    "metadata/2.root.json.bak", "metadata/02.root.json", "metadata/9.snapshot.json", "metadata/2.root.json",
+    "blobs/sha256/zz/" + "0" * 64, "blobs/sha256/00/" + "1" * 64, "blobs/sha256/00/" + "0" * 64, f"blobs/sha256/00/{'0' * 64}.partial",
+]  # fmt: skip
+
+
+def test_a_file_that_no_list_names_is_refused(disk: Path, site: Site, tmp_path: Path) -> None:
+    for i, name in enumerate(STRANGERS):
+        copy = tmp_path / f"with-stranger-{i}"
+        shutil.copytree(disk, copy)
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(b"x")
+        refused(site, copy, AirlockError, "")
+    assert import_bundle(site, disk, NOW)["imported"]
 
 
 @pytest.mark.parametrize("kind", ["file link", "folder link", "link out", "fifo", "folder as file", "dangling"])
@@ -337,6 +340,9 @@ def test_a_signed_but_hostile_index_is_refused(site: Site, mirror: MirrorHome, t
         *((name(digest=d), None) for d in ("sha256:00", "../../etc/passwd", "sha512:" + "0" * 128)),
         (name(kind="config"), None),
         (name(media_type="text/html"), None),
+        (name(display="x" * 301), None),
+        (name(display="a\x1b[2Jb"), None),
+        (lambda body: body.update(upstream=[{"source": "x" * 20_000}]), None),
         (lambda body: body.update(sequence=99), None),
         (lambda body: body.update(sender="0" * 16), None),
         (lambda body: body.update(schema=2), None),
@@ -351,7 +357,7 @@ def test_a_signed_but_hostile_index_is_refused(site: Site, mirror: MirrorHome, t
     ]
     for change, extra in cases:
         error = refused(site, forge(mirror, tmp_path / "forged", change, extra), AirlockError, "")
-        assert isinstance(error, Invalid | Mismatch | NotFound), error
+        assert isinstance(error, Invalid | Mismatch | NotFound | TooLarge), error
     assert import_bundle(site, forge(mirror, tmp_path / "forged", lambda body: None), NOW)["imported"]
 
 
@@ -370,6 +376,18 @@ def test_no_space_is_told_with_both_numbers_before_a_byte(
     with pytest.raises(Unavailable, match="bytes free"):
         pack(mirror, tmp_path / "small", NOW)
     assert not medium_files(tmp_path / "small")
+
+
+def test_a_database_from_an_older_backup_is_filled_again(disk: Path, site: Site, tmp_path: Path) -> None:
+    shutil.copy(tmp_path / "site/registry.db", tmp_path / "backup.db")
+    import_bundle(site, disk, NOW)
+    site.close()
+    for path in (tmp_path / "site").glob("registry.db*"):
+        path.unlink()
+    shutil.copy(tmp_path / "backup.db", tmp_path / "site/registry.db")
+    with open_site(Settings(tmp_path / "site")) as again:
+        report = import_bundle(again, disk, NOW)
+        assert report["imported"] and report["copied_bytes"] == 0 and located(again, "acme/m", "1")
 
 
 def test_one_import_at_a_time(disk: Path, site: Site) -> None:

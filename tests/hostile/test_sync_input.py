@@ -284,6 +284,40 @@ def test_a23_oci_blobs_redirected_lose_the_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.server
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("model.safetensors.index.json", '{"weight_map": {"a": "model.safetensors", "b": "../../x"}}'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "/etc/shadow"}}'),
+        ("sub/model.safetensors.index.json", '{"weight_map": {"a": ["x"], "b": "a\\\\b"}}'),
+        ("model.safetensors.index.json", "[" * 100_000),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "a/../../b", "template": ""}]}'),
+        ("tokenizer_config.json", '{"chat_template": {"../x": ""}}'),
+    ],
+)
+def test_a29_paths_inside_json(tmp_path: Path, name: str, text: str) -> None:
+    folder = make_repo(tmp_path / "repos", "acme/evil")
+    (folder / name).write_text(text)
+    with hub(tmp_path / "repos", tmp_path / "log") as running:
+        refused(tmp_path, {"source": "hf://acme/evil", "endpoint": running.endpoint}, "invalid")
+        (folder / name).write_text('{"weight_map": {"a": "model.safetensors"}, "chat_template": [{"name": "default", "template": ""}]}')
+        _, result = run(tmp_path, {"source": "hf://acme/evil", "endpoint": running.endpoint})
+    assert result["status"] == "synced", result
+
+
+@pytest.mark.server
+def test_a29_a_link_in_the_repository_is_only_its_text(tmp_path: Path) -> None:
+    """A symlink of a Hub repository arrives as a small file that holds its target: it is stored as bytes and never made a link again."""
+    folder = make_repo(tmp_path / "repos", "acme/link")
+    (folder / "weights").write_text("/etc/shadow")
+    with hub(tmp_path / "repos", tmp_path / "log") as running:
+        home, result = run(tmp_path, {"source": "hf://acme/link", "endpoint": running.endpoint})
+    assert result["status"] == "synced"
+    assert home.disk.read(digest_of(b"/etc/shadow"), 100) == b"/etc/shadow"
+    assert not [p for p in (tmp_path / "mirror").rglob("*") if p.is_symlink()]
+
+
+@pytest.mark.server
 def test_a_profile_cannot_move_another_name(tmp_path: Path) -> None:
     with registry(tmp_path / "upstream") as running:
         remote = RemoteRegistry(running.url)

@@ -219,6 +219,26 @@ def test_promote_signs_once_and_a_later_import_keeps_both_signatures(mirror: Mir
         promote(site, Reference("acme/other", "1"), NOW)
 
 
+def test_a_receipt_leaves_out_what_its_receiver_holds(mirror: MirrorHome, site: Site, tmp_path: Path) -> None:
+    stage_model(mirror, "acme/m", "1", {"w.safetensors": b"weights" * 1000, "config.json": b"{}"})
+    pack(mirror, tmp_path / "one", NOW)
+    import_bundle(site, tmp_path / "one", NOW)
+    receipt = tmp_path / "one" / "receipt.json"
+    newer = stage_model(mirror, "acme/m", "2", {"w.safetensors": b"weights" * 1000, "config.json": b'{"v": 2}'}, commit="b" * 40)
+    packed = pack(mirror, tmp_path / "two", NOW, receipt=receipt)
+    assert packed["objects"] == 4 and not medium.object_path(tmp_path / "two", digest_of(b"weights" * 1000)).exists()
+    assert import_bundle(site, tmp_path / "two", NOW)["imported"] and located(site, "acme/m", "2") == newer.digest
+    other = MirrorHome.init(tmp_path / "other")
+    stage_model(other, "acme/m", "1", {"w.safetensors": b"w"})
+    with pytest.raises(Invalid, match="another sender"):
+        pack(other, tmp_path / "three", NOW, receipt=receipt)
+    document = json.loads(receipt.read_text())
+    document["receipt"] = document["receipt"][:-4] + "AAAA"
+    receipt.write_text(json.dumps(document))
+    with pytest.raises(Mismatch):
+        pack(mirror, tmp_path / "three", NOW, receipt=receipt)
+
+
 def test_timestamp_is_renewed_before_it_ends(mirror: MirrorHome, tmp_path: Path) -> None:
     stage_model(mirror, "acme/m", "1", {"w.safetensors": b"w"})
     pack(mirror, tmp_path / "disk", NOW)

@@ -17,7 +17,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import select
 
 from artifact import manifest as m
-from artifact.errors import Conflict, Denied, Invalid, Mismatch, NotFound, RangeInvalid, TooLarge, Unsupported
+from artifact.errors import Conflict, Denied, Invalid, Mismatch, NotFound, RangeInvalid, TooLarge, Unavailable, Unsupported
 from artifact.store import Call, Content, Descriptor, File
 from registry import catalog as c
 from registry import tables as t
@@ -186,6 +186,13 @@ def test_stated_digest_and_type_must_fit(site: Site) -> None:
     for bad in (b"", b"[]", b"{", b'{"schemaVersion":1}', b"\xff", b'{"a":1,"a":2}'):
         with pytest.raises(Invalid):
             site.guard.push(call, "acme/one", bad, m.MANIFEST)
+    head = b'{"schemaVersion":2,"config":{"mediaType":"x","digest":"' + m.EMPTY_DIGEST.encode()
+    for bad in (head + b'","size":2},"layers":[],"artifactType":"\\ud800"}', head + b'","size":' + b"9" * 30 + b'},"layers":[]}'):
+        with pytest.raises(Invalid):
+            site.guard.push(call, "acme/one", bad, m.MANIFEST)
+    with pytest.raises(Invalid) as caught:
+        site.guard.push(call, "acme/one", raw.replace(b'"size":5', b'"size":6'), m.MANIFEST)
+    assert "states 6 bytes" in str(caught.value)
     with pytest.raises(TooLarge):
         site.guard.push(call, "acme/one", b"{" + b" " * m.MAX_MANIFEST_BYTES, m.MANIFEST)
     with pytest.raises(Unsupported):
@@ -207,6 +214,14 @@ def test_one_name_at_the_hub_door(site: Site) -> None:
         c.ensure_repository(conn, "hf/acme/x", visibility="public")
         with pytest.raises(Conflict):
             c.ensure_repository(conn, "acme/x")
+
+
+def test_a_signature_that_comes_first_does_not_name_the_kind(site: Site) -> None:
+    call = call_of(site, make_key(site, "acme"))
+    site.guard.push(call, "acme/tiny/profiles", image(site, call, "acme/tiny/profiles", b"sig", kind=c.IMAGE_CONFIGS[0]), m.MANIFEST, refs=["sig"])
+    push_model(site, call, "acme/tiny", "1")
+    site.guard.push(call, "acme/tiny", image(site, call, "acme/tiny", b"sbom"), m.MANIFEST)
+    assert [r.kind for r in site.catalog.repositories("", "", 10, "acme")] == ["model", "profiles"]
 
 
 def test_referrers(site: Site) -> None:
@@ -297,6 +312,38 @@ def test_take_over_of_an_upload(site: Site) -> None:
     third = site.guard.resume(call, "acme/one", first.id)
     third.write(b"def")
     assert third.commit(m.digest_of(b"abcdef"), 6).size == 6
+
+
+def test_an_upload_of_which_the_bytes_are_gone_is_unknown(site: Site) -> None:
+    call = call_of(site, make_key(site, "acme"))
+    upload = site.guard.upload(call, "acme/one")
+    upload.write(b"abc")
+    upload.suspend()
+    site.blobs.discard(upload.id)
+    again = site.guard.resume(call, "acme/one", upload.id)
+    with pytest.raises(NotFound) as caught:
+        again.commit(m.digest_of(b"abc"))
+    assert caught.value.reason == "upload" and rows(site, t.upload) == 0
+
+
+def test_text_that_no_database_holds(site: Site) -> None:
+    call = call_of(site, make_key(site, "acme"))
+    push_model(site, call, "acme/tiny", "1")
+    for bad in ("\ud800", "a\0b"):
+        for use in (lambda b=bad: site.guard.resolve(call, "acme/tiny", b), lambda b=bad: site.guard.resolve(call, b, "1")):
+            with pytest.raises(NotFound):
+                use()
+        with pytest.raises(NotFound):
+            site.guard.file(call, "acme/tiny", "1", bad)
+
+
+def test_a_damaged_database_is_unavailable(site: Site) -> None:
+    site.close()
+    (site.settings.data / "registry.db").write_bytes(b"not a database, but long enough to be read as one" * 100)
+    for path in site.settings.data.glob("registry.db-*"):
+        path.unlink()
+    with pytest.raises(Unavailable):
+        open_site(site.settings)
 
 
 def test_failed_and_cancelled_uploads_leave_nothing(site: Site) -> None:

@@ -103,6 +103,12 @@ def test_a_flipped_byte_keeps_nothing(host: BlobHost, tmp_path: Path, size: int)
     assert get(host, digest, size, disk).stat().st_size == size
 
 
+def test_a_size_beyond_every_disk_is_refused_at_once(host: BlobHost, tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="no room"):
+        get(host, "sha256:" + "0" * 64, 1 << 62, Disk(tmp_path))
+    assert host.log == []
+
+
 def test_what_is_refused_for_good_is_not_retried(host: BlobHost, tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         get(host, "sha256:" + "0" * 64, 3 * SMALL, Disk(tmp_path))
@@ -117,6 +123,7 @@ def test_a_dead_server_is_given_up(host: BlobHost, tmp_path: Path, monkeypatch: 
         get(host, digest, 3 * SMALL, Disk(tmp_path))
 
 
+@pytest.mark.server
 def test_kill_minus_nine_fetches_no_durable_byte_again(host: BlobHost, tmp_path: Path) -> None:
     size = 40 * SMALL
     data = os.urandom(size)
@@ -219,6 +226,7 @@ def test_push_goes_on_after_cuts_and_a_dropped_upload(host: BlobHost, tmp_path: 
     assert first[2] == SMALL + SMALL // 2
 
 
+@pytest.mark.server
 def test_push_is_resumed_by_another_process(host: BlobHost, tmp_path: Path) -> None:
     path, size = tmp_path / "f", 30 * SMALL
     path.write_bytes(os.urandom(size))
@@ -284,6 +292,7 @@ def model(tmp_path: Path) -> Path:
     return top
 
 
+@pytest.mark.server
 def test_model_push_to_the_fake(host: BlobHost, tmp_path: Path) -> None:
     argv = [str(model(tmp_path)), "acme/tiny:1", "--registry", host.url, "--profiles", str(tmp_path / "p.yaml"), "--json"]
     first, second = push_command(argv, tmp_path), push_command(argv, tmp_path)
@@ -300,6 +309,7 @@ def test_model_push_to_the_fake(host: BlobHost, tmp_path: Path) -> None:
     assert document["profiles"][0]["weights_bytes"] == 100_000
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     ("prepare", "code", "words"),
     [
@@ -321,6 +331,7 @@ def test_model_push_refuses(host: BlobHost, tmp_path: Path, prepare, code: int, 
     assert host.blobs == {}
 
 
+@pytest.mark.server
 def test_model_push_help_and_mistakes(host: BlobHost, tmp_path: Path) -> None:
     assert "example:" in push_command(["--help"], tmp_path).stdout
     top = str(model(tmp_path))

@@ -239,7 +239,8 @@ def test_lists_are_paged_over_what_is_hidden(site: Site) -> None:
         for i in range(60):
             name, org = (f"beta/m{i:02}", "beta") if i % 3 else (f"hf/x/m{i:02}", "")
             c.ensure_repository(conn, name, kind="model", org=org, visibility="org" if org else "public")
-    call, seen, after = call_of(site, make_key(site, "acme")), [], ""
+    seen: list[object] = []
+    call, after = call_of(site, make_key(site, "acme")), ""
     while True:
         page = site.guard.list(call, "", after, 7)
         seen += page.items

@@ -258,6 +258,34 @@ def test_an_upload_and_a_manifest(host: BlobHost) -> None:
     assert remote.resolve(NOBODY_CALL, "a/b", "1").digest == pushed.digest
 
 
+@pytest.mark.parametrize("key", ["nvapi-é", "nvapi-a\r\nX: y", "a b", "\x00"])
+def test_keys_that_are_none_are_not_sent_and_not_shown(key: str) -> None:
+    with pytest.raises(Unauthenticated) as caught:
+        RemoteRegistry("http://127.0.0.1:1", key)
+    assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["http://[", "http://h:x/", "file:///etc/passwd", "https://127.0.0.2/", "//evil/x"])
+def test_a_hostile_location(place: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            for status in (202, 307):
+                peer, _ = server.accept()
+                with peer:
+                    peer.recv(65_536)
+                    peer.sendall(f"HTTP/1.1 {status} X\r\nLocation: {place}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        remote = RemoteRegistry(f"http://127.0.0.1:{server.getsockname()[1]}", KEY, timeout_s=2)
+        with pytest.raises((Invalid, Unsupported)):
+            remote.upload(NOBODY_CALL, "a/b")
+        with pytest.raises((Invalid, Unsupported, Unavailable)):
+            joined(remote.stream("a/b", "sha256:" + "0" * 64, 0, 1))
+        thread.join()
+
+
 def test_small_parsers() -> None:
     assert [stored({"Range": r}) for r in ("0-0", "", "0-9", "bytes=0-9", "5-9", "x")] == [0, 0, 10, 10, 0, 0]
     assert origin("https://h") == ("https", "h", 443)

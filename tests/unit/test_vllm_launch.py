@@ -24,7 +24,7 @@ def test_cpu_generate() -> None:
     plan = launch(replace(CPU, options={"max_model_len": "512"}), Path("/cache/m"), Path("/tmp/x/s"), SETTINGS, installation=HERE)
     assert plan.argv == (
         *("/e/bin/vllm", "serve", "/cache/m", "--served-model-name", "acme/tiny", "--uds", "/tmp/x/s"),
-        *("--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager"),
+        *("--disable-uvicorn-access-log", "--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager"),
     )
     assert plan.health_path == "/health" and plan.socket == Path("/tmp/x/s")
     for name, value in {
