@@ -40,7 +40,7 @@ test: system setup engine
 	$(BIN)/python -m pytest -m 'not full'
 
 test-fast: setup
-	$(BIN)/python -m pytest -m 'not server and not engine and not full'
+	$(BIN)/python -m pytest -n 2 -m 'not server and not engine and not full'
 
 test-full: system setup engine
 	$(BIN)/python -m pytest

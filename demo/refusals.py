@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 
 from demo.closed import make_key, runtime_env
-from demo.stage import PYTHON, UID, Stage, demand
+from demo.stage import UID, Stage, demand
 from demo.world import AIRLOCK, GPU_ONLY, LLAMA, World
 
 SEED_LINE = "NGC authentication failed: invalid API key or no entitlement for this NIM"
@@ -60,23 +59,13 @@ def hardware(stage: Stage, w: World) -> None:
         row.note = NO_PROFILE
 
 
-HOLD = (
-    "import socket, sys, time; s = socket.socket(); s.bind(('127.0.0.1', int(sys.argv[1]))); s.listen(); print('held', flush=True); time.sleep(600)"
-)
-
-
 def port(stage: Stage, w: World) -> None:
-    """The API's port is taken: said before the engine starts."""
+    """The API's port is taken (here by the registry): said before weights are fetched or the engine starts."""
     with stage.step("refused: the API port is taken (exit 37)") as row:
-        holder = subprocess.Popen([*stage.inside, str(PYTHON), "-c", HOLD, str(w.api_port)], stdout=subprocess.PIPE)
-        stage.running.append(holder)
-        assert holder.stdout
-        demand(holder.stdout.readline().strip() == b"held", "the port could not be taken")
-        env = {**runtime_env(w, w.key), "AIRLOCK_HOST": "127.0.0.1"}
+        env = {**runtime_env(w, w.key), "NIM_HTTP_API_PORT": str(w.closed_port)}
         done = stage.run([AIRLOCK, "runtime", "serve", "--model", f"{LLAMA}:1"], env=env, closed=True, uid=UID, expect=37, timeout=60)
-        stage.stop(holder)
-        demand(str(w.api_port) in done.text and "Traceback" not in done.text, f"the port is not named: {done.text[-600:]}")
-        row.note = next(line for line in done.err.splitlines() if str(w.api_port) in line)[:100]
+        demand(f"port {w.closed_port}" in done.text and "Traceback" not in done.text, f"the port is not named: {done.text[-600:]}")
+        row.note = next(line for line in done.err.splitlines() if f"port {w.closed_port}" in line)[:100]
 
 
 def all_of(stage: Stage, w: World) -> None:

@@ -23,7 +23,6 @@ from artifact.manifest import (
     build_manifest,
     content_kind,
     files_of,
-    is_digest,
     parse_json,
     parse_manifest,
 )
@@ -209,8 +208,8 @@ class _OciJob:
         if self._profiles and self._profiles[1].digest != root.digest:
             named += self._graph(self._profiles[0], self._profiles[1].digest, f"{item.name}/profiles", item.ref, progress)
         for pin in self._pins:
-            # A reference is a digest, so its name gets a ref that says only that: it can move no ref of that name.
-            ref = digest_ref(pin.digest)
+            # A reference is a digest, so its ref is that digest: it can move no ref of that name.
+            ref = pin.digest
             if pin.digest == root.digest:
                 named.append(Named(pin.name, ref, pin.digest, root.media_type, pin.name, oci.kind_of(root), self._upstream(pin.name, root)))
             else:
@@ -241,7 +240,7 @@ class _OciJob:
         upstream = self._upstream(repo, root)
         named = [Named(name, ref, digest, root.media_type, name, oci.kind_of(root), upstream)]
         for extra, found in graph.extra:
-            named.append(Named(name, digest_ref(extra) if is_digest(extra) else extra, found.digest, found.media_type, name, "image", upstream))
+            named.append(Named(name, extra, found.digest, found.media_type, name, "image", upstream))
         return named
 
     def _upstream(self, repo: str, root: Manifest) -> dict[str, object]:
@@ -249,11 +248,6 @@ class _OciJob:
         key_id = huggingface.fingerprint(self._key) if self._key else ""
         found = _license(root, self._disk)
         return {"source": f"oci://{host}/{repo}@{root.digest}", "key_id": key_id, "license": found, "gated": False, "fetched": int(time.time())}
-
-
-def digest_ref(digest: str) -> str:
-    """The ref of a manifest that is known by digest only; not `sha256-<hex>`, which clients read as the list of its referrers."""
-    return "digest-" + digest.partition(":")[2][:64]
 
 
 def _license(root: Manifest, disk: Disk) -> str:

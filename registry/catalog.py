@@ -197,6 +197,11 @@ class Catalog:
                 out.extend((r.digest, r.location) for r in conn.execute(found))
         return out
 
+    def expired_uploads(self, now: float, limit: int = 1000) -> list[str]:
+        """Ids of uploads that nobody continued in time."""
+        with self.reading() as conn:
+            return list(conn.execute(select(t.upload.c.id).where(t.upload.c.expires < now).limit(limit)).scalars())
+
     def upload(self, upload_id: str) -> UploadRow | None:
         """A stored upload."""
         u = t.upload.c
@@ -225,6 +230,16 @@ def ensure_org(conn: Connection, name: str, at: float) -> int:
 def org_exists(conn: Connection, name: str) -> bool:
     """Whether an organisation of that name exists."""
     return conn.execute(select(t.org.c.id).where(t.org.c.name == name)).first() is not None
+
+
+def owning_org(conn: Connection, name: str, *, make_at: float | None = None) -> str:
+    """The organisation that owns a name: its first segment, unless that says an origin (hf, ngc, a registry's host); made where `make_at` is given."""
+    first, _, rest = name.partition("/")
+    if not rest or first in ("hf", "ngc") or "." in first or first.startswith("localhost"):
+        return ""
+    if make_at is not None:
+        conn.execute(ignore_duplicates(conn, t.org).values(name=first, created=make_at))
+    return first if org_exists(conn, first) else ""
 
 
 def ensure_repository(
@@ -434,11 +449,11 @@ def add_upload(conn: Connection, row: UploadRow, *, digest: str, size: int | Non
     conn.execute(insert(t.upload).values(**values, created=at, expires=at + ttl_s))
 
 
-def advance_upload(conn: Connection, row: UploadRow, offset: int, state: bytes) -> bool:
+def advance_upload(conn: Connection, row: UploadRow, offset: int, state: bytes, expires: float) -> bool:
     """Stores that bytes [0, offset) are durable; False where another request advanced the upload since `row` was read."""
     u = t.upload
     moved = update(u).where(u.c.id == row.id, u.c.generation == row.generation, u.c.offset == row.offset)
-    return conn.execute(moved.values(offset=offset, state=state, generation=row.generation + 1)).rowcount == 1
+    return conn.execute(moved.values(offset=offset, state=state, generation=row.generation + 1, expires=expires)).rowcount == 1
 
 
 def drop_upload(conn: Connection, upload_id: str) -> None:

@@ -366,6 +366,13 @@ def all_items(page_of: Callable[[str], Page], most: int) -> list[Any]:
     return items[:most]
 
 
+async def _bare(send: Send, status: int, value: Mapping[str, str]) -> None:
+    body = json.dumps(value).encode()
+    head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
 class Front:
     """The outermost layer: request id, one access log line as JSON, and a bare 500 for what nobody expected."""
 
@@ -391,14 +398,17 @@ class Front:
 
         try:
             await self.app(scope, receive, counted)
+        except asyncio.CancelledError:  # the drain time is over: what was poured in is suspended by now
+            if seen["status"]:
+                raise
+            await _bare(
+                counted, 503, {"error": "unavailable", "what": "the server is stopping", "do": "try again later; an upload goes on where it is"}
+            )
         except Exception:  # the top of the program: logged with the request id, never shown
             ERRORS.exception("request %s failed", note["request_id"])
             if seen["status"]:
                 raise
-            body = json.dumps({"error": "internal", "what": "the server failed", "do": f"quote request id {note['request_id']}"}).encode()
-            head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
-            await counted({"type": "http.response.start", "status": 500, "headers": head})
-            await counted({"type": "http.response.body", "body": body, "more_body": False})
+            await _bare(counted, 500, {"error": "internal", "what": "the server failed", "do": f"quote request id {note['request_id']}"})
         finally:
             took = round(time.monotonic() - began, 6)
             ACCESS.info(json.dumps({**note, "method": scope["method"], "path": scope["path"][:1024], "range": wanted, **seen, "seconds": took}))

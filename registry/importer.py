@@ -275,9 +275,8 @@ def _store(site: Site, disk: Disk, index: medium.BundleIndex, reached: medium.Cl
 
 
 def _repository(conn: Connection, name: str, display: str, now: float) -> int:
-    """The repository of an imported name: of the organisation that its first segment names, else of the site and visible to every valid key."""
-    first = check_name(name).split("/", 1)[0]
-    org = first if catalog.org_exists(conn, first) else ""
+    """The repository of an imported name: of the organisation that its first segment says, else of the site and visible to every valid key."""
+    org = catalog.owning_org(conn, check_name(name), make_at=now)
     return catalog.ensure_repository(conn, name, display=display, org=org, visibility="org" if org else "public", at=now)
 
 

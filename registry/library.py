@@ -113,6 +113,19 @@ class Library(Registry, Files):
             raise NotFound("there is no such upload", do="start it again", reason="upload")
         return StoredUpload(self, call, row)
 
+    def sweep_uploads(self, now: float) -> int:
+        """Forgets uploads that nobody continued in time, with their bytes; one that is being written stays; returns how many went."""
+        gone = 0
+        for upload_id in self.catalog.expired_uploads(now):
+            try:
+                self.blobs.writer(upload_id).discard()
+            except Conflict:
+                continue
+            with self.catalog.writing() as conn:
+                c.drop_upload(conn, upload_id)
+            gone += 1
+        return gone
+
     def put(self, call: Call, repo: str, raw: bytes) -> Descriptor:
         """Stores one small blob at once; raises Unavailable."""
         upload = self.upload(call, repo)
@@ -167,8 +180,7 @@ class Library(Registry, Files):
 
     def _ensure(self, conn: c.Connection, call: Call, repo: str) -> int:
         """The repository's id, made by its first push: the first segment's organisation owns it, none owns an origin's name."""
-        owner = repo.split("/", 1)[0]
-        org = owner if "/" in repo and c.org_exists(conn, owner) else ""
+        org = c.owning_org(conn, repo)
         return c.ensure_repository(conn, repo, org=org, visibility="org" if org else "public", at=call.now)
 
     def mount(self, call: Call, repo: str, digest: str, source: str) -> Descriptor | None:
@@ -340,7 +352,7 @@ class StoredUpload(Upload):
             writer.sync()
             with self._library.catalog.writing() as conn:
                 state = writer.state()
-                if not c.advance_upload(conn, self._row, writer.offset, state):
+                if not c.advance_upload(conn, self._row, writer.offset, state, self._call.now + self._library.upload_ttl_s):
                     raise Conflict("another request took this upload over", do="ask for its offset and continue there", reason="upload")
             self._row = replace(self._row, offset=writer.offset, state=state, generation=self._row.generation + 1)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -85,5 +86,6 @@ def open_site(settings: Settings, *, background: bool = True) -> Site:
     library = Library(catalog, blobs, audit, settings.upload_ttl_s)
     guard = Guard(library, entitlements, audit, home, settings.lease_life_s, settings.lease_grace_s)
     if background:
+        library.sweep_uploads(time.time())
         audit.start(lambda error: LOG.error("audit counters could not be stored: %s", type(error).__name__))
     return Site(settings, home, engine, catalog, entitlements, audit, blobs, library, guard)

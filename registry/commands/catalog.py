@@ -36,7 +36,8 @@ def _rows(shown: dict[str, Any]) -> list[dict[str, str]]:
         judged = beside.get(name, "") or (own[name] if shown.get("kind") == "profiles" else "")
         signed = judged.replace(":", "-") + ".sig" in (beside or own)
         row = {"name": str(shown["name"]), "kind": str(shown.get("kind", "")), "ref": name, "digest": str(ref["digest"])}
-        row |= {"size": _size(int(ref.get("bytes") or ref.get("size") or 0)), "files": str(ref.get("files") or "-")}
+        row |= {"files": str(ref.get("files") or "-")}
+        row["size"] = _size(int(ref.get("bytes") or 0)) if ref.get("files") else "-"  # a manifest's own size would say nothing about an image
         rows.append(row | {"profiles": "yes" if name in beside else "-", "promoted": "yes" if judged and signed else "-"})
     return rows or [{"name": str(shown["name"]), "kind": str(shown.get("kind", ""))}]
 

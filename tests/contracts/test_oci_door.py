@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.contracts.doors import EMPTY, INDEX, MANIFEST, Door, serving, sha
+from tests.contracts.doors import EMPTY, INDEX, MANIFEST, Door, new_site, serving, sha
 
 pytestmark = pytest.mark.server
 R = "acme/app"
@@ -105,7 +105,8 @@ def test_cancel(door: Door) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "lo", "hi"), [("500-1499", 500, 1500), ("500-", 500, 2048), ("-500", 1548, 2048), ("2000-5000", 2000, 2048), ("500-0", 0, 0), ("5000-10000", 0, 0)]
+    ("asked", "lo", "hi"),
+    [("500-1499", 500, 1500), ("500-", 500, 2048), ("-500", 1548, 2048), ("2000-5000", 2000, 2048), ("500-0", 0, 0), ("5000-10000", 0, 0)],
 )
 def test_blob_ranges(door: Door, asked: str, lo: int, hi: int) -> None:
     data = bytes(range(256)) * 8
@@ -194,7 +195,7 @@ def test_tags_by_pages(door: Door) -> None:
         seen.append(found.json()["tags"])
         link = re.match(r'<([^>]+)>; rel="next"$', found.headers.get("link", ""))
         path = link.group(1) if link else ""
-    assert [len(s) for s in seen] == [10, 10, 5] and sum(seen, []) == [f"t{i:02}" for i in range(25)]
+    assert [len(s) for s in seen] == [10, 10, 5] and [t for page in seen for t in page] == [f"t{i:02}" for i in range(25)]
     none = door.ask("GET", f"/v2/{repo}/tags/list?n=0")
     assert none.json()["tags"] == [] and "link" not in none.headers
     assert door.ask("GET", f"/v2/{repo}/tags/list?last=t22").json()["tags"] == ["t23", "t24"]
@@ -264,6 +265,25 @@ def stored(door: Door, place: str) -> int:
             return int(found.headers["range"].split("-")[1]) + 1
         time.sleep(0.1)
     return 0
+
+
+def test_a_stopping_server_suspends_what_is_being_sent(tmp_path: Path) -> None:
+    data = os.urandom(3_000_000)
+    keys = new_site(tmp_path / "data")
+    with serving(tmp_path / "data", keys, AIRLOCK_DRAIN_TIMEOUT_S="1") as found:
+        place = start(found)
+        with socket.create_connection(("127.0.0.1", found.port), timeout=20) as sock:
+            head = f"PATCH {place} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {keys['acme']}\r\nContent-Length: {len(data)}\r\n\r\n"
+            sock.sendall(head.encode() + data[:2_000_000])
+            time.sleep(0.5)
+            found.process.terminate()
+            assert sock.recv(12) == b"HTTP/1.1 503"
+        assert found.process.wait(20) == 0
+    with serving(tmp_path / "data", keys) as again:
+        at = stored(again, place)
+        assert 1_000_000 < at <= 2_000_000
+        assert again.ask("PUT", f"{place}?digest={sha(data)}", data[at:], Content_Range=f"{at}-{len(data) - 1}").status == 201
+    assert "Traceback" not in found.log.read_text()
 
 
 def test_a_cut_upload_goes_on_where_it_stopped_also_in_another_process(door: Door, tmp_path: Path) -> None:

@@ -130,16 +130,28 @@ def layout(folder: Path) -> tuple[str, bytes]:
 def test_skopeo_both_ways(door: Door, tmp_path: Path) -> None:
     digest, raw = layout(tmp_path / "from")
     user = f"$oauthtoken:{door.keys['acme']}"
-    pushed = skopeo("copy", "--preserve-digests", "--dest-tls-verify=false", f"--dest-creds={user}", f"oci:{tmp_path}/from:1", place(door, "acme/image:1"))
+    pushed = skopeo(
+        "copy", "--preserve-digests", "--dest-tls-verify=false", f"--dest-creds={user}", f"oci:{tmp_path}/from:1", place(door, "acme/image:1")
+    )
     assert pushed.returncode == 0, pushed.stderr
     assert door.ask("GET", "/v2/acme/image/manifests/1").body == raw
-    pulled = skopeo("copy", "--preserve-digests", "--src-tls-verify=false", f"--src-creds={user}", place(door, "acme/image:1"), f"oci:{tmp_path}/to:1")
+    pulled = skopeo(
+        "copy", "--preserve-digests", "--src-tls-verify=false", f"--src-creds={user}", place(door, "acme/image:1"), f"oci:{tmp_path}/to:1"
+    )
     assert pulled.returncode == 0, pulled.stderr
     assert (tmp_path / "to" / "blobs" / "sha256" / digest[7:]).read_bytes() == raw
     assert {p.name for p in (tmp_path / "to/blobs/sha256").iterdir()} == {p.name for p in (tmp_path / "from/blobs/sha256").iterdir()}
     shown = skopeo("inspect", "--tls-verify=false", f"--creds={user}", place(door, "acme/image:1"))
     assert shown.returncode == 0 and digest in shown.stdout, shown.stderr
-    moved = skopeo("copy", "--src-tls-verify=false", "--dest-tls-verify=false", f"--src-creds={user}", f"--dest-creds={user}", place(door, "acme/image:1"), place(door, "acme/copied:2"))
+    moved = skopeo(
+        "copy",
+        "--src-tls-verify=false",
+        "--dest-tls-verify=false",
+        f"--src-creds={user}",
+        f"--dest-creds={user}",
+        place(door, "acme/image:1"),
+        place(door, "acme/copied:2"),
+    )
     assert moved.returncode == 0 and door.ask("GET", "/v2/acme/copied/manifests/2").body == raw, moved.stderr
 
 
@@ -186,7 +198,9 @@ def test_oras_push_and_pull(door: Door, tmp_path: Path) -> None:
     assert pushed.returncode == 0, pushed.stderr
     pulled = oras(door, "pull", "acme/artifact:1", "acme", target)
     assert pulled.returncode == 0, pulled.stderr
-    assert {n: (target / n).read_bytes() for n in ("weights.bin", "notes.txt")} == {n: (source / n).read_bytes() for n in ("weights.bin", "notes.txt")}
+    assert {n: (target / n).read_bytes() for n in ("weights.bin", "notes.txt")} == {
+        n: (source / n).read_bytes() for n in ("weights.bin", "notes.txt")
+    }
 
 
 def test_oras_pull_gives_the_model_directory(door: Door, tmp_path: Path) -> None:

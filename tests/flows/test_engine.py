@@ -132,7 +132,7 @@ def _check_death(client: openai.OpenAI, process: subprocess.Popen[bytes]) -> Non
 
 
 def test_real_embeddings_equal_the_reference(engine_env: Path, tmp_path: Path, minilm: Path) -> None:
-    texts = ["eat food", "eat bread", "A registry behind an air gap serves models without any network."]
+    texts = ["That is a happy person", "That is a happy dog", "A registry behind an air gap serves models without any network."]
     reference = json.loads(_run_there(engine_env, "minilm_reference.py", str(minilm), *texts))["embeddings"]
     flags = ("--runner", "pooling", "--convert", "embed", "--dtype", "float32")
     with _served(engine_env, tmp_path, minilm, *flags) as (client, _):
@@ -140,7 +140,8 @@ def test_real_embeddings_equal_the_reference(engine_env: Path, tmp_path: Path, m
         vectors = [d.embedding for d in answer.data]
         assert max(abs(a - b) for v, r in zip(vectors, reference, strict=True) for a, b in zip(v, r, strict=True)) < 1e-3
         assert all(abs(math.hypot(*v) - 1) < 1e-3 for v in vectors)
-        assert abs(sum(a * b for a, b in zip(vectors[0], vectors[1], strict=True)) - 0.7553) < 2e-3
+        # The figure that this model's public page shows for this pair: the reference is not merely wrong in the same way.
+        assert abs(sum(a * b for a, b in zip(vectors[0], vectors[1], strict=True)) - 0.695) < 2e-3
         packed = client.embeddings.create(model="acme/tiny", input=texts).data  # the SDK asks for base64 by itself
         assert max(abs(a - b) for d, v in zip(packed, vectors, strict=True) for a, b in zip(d.embedding, v, strict=True)) < 1e-6
 

@@ -227,7 +227,13 @@ def test_a15_the_stated_type_is_the_stored_type(door: Door) -> None:
 
 
 def test_garbage_on_the_wire(door: Door) -> None:
-    for garbage in (b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"GET /v2/ HTTP/1.1\r\nContent-Length: -5\r\n\r\n", b"\x00" * 100, b"GET /\xff\xfe HTTP/1.1\r\n\r\n"):
+    for garbage in (
+        b"\x16\x03\x01\x02\x00",
+        b"GET\r\n\r\n",
+        b"GET /v2/ HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+        b"\x00" * 100,
+        b"GET /\xff\xfe HTTP/1.1\r\n\r\n",
+    ):
         with socket.create_connection(("127.0.0.1", door.port), timeout=5) as sock:
             sock.sendall(garbage)
             sock.shutdown(socket.SHUT_WR)

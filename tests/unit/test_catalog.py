@@ -367,6 +367,19 @@ def test_failed_and_cancelled_uploads_leave_nothing(site: Site) -> None:
     assert list((site.settings.data / "partial").iterdir()) == []
 
 
+def test_uploads_that_nobody_continues_are_swept(site: Site) -> None:
+    call = call_of(site, make_key(site, "acme"))
+    kept, left = site.guard.upload(call, "acme/one"), site.guard.upload(call, "acme/one")
+    for upload in (kept, left):
+        upload.write(b"abc")
+    left.suspend()
+    assert site.library.sweep_uploads(call.now + 6 * 86400) == 0
+    assert site.library.sweep_uploads(call.now + 8 * 86400) == 1  # the other one is being written
+    assert rows(site, t.upload) == 1
+    assert kept.commit(m.digest_of(b"abc")).size == 3
+    assert list((site.settings.data / "partial").iterdir()) == []
+
+
 def test_two_pushes_of_one_digest_are_one_object(site: Site) -> None:
     raw = os.urandom(200_000)
     calls = [call_of(site, make_key(site, org)) for org in ("acme", "beta")]

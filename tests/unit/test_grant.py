@@ -149,7 +149,7 @@ def denials(p: Principal, s: Subject) -> list[tuple[Principal, Subject]]:
     return out
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(principals, subjects, actions)
 def test_adding_a_denial_never_widens(p: Principal, s: Subject, action: str) -> None:
     before = decide(p, s, action, NOW)
@@ -159,7 +159,7 @@ def test_adding_a_denial_never_widens(p: Principal, s: Subject, action: str) -> 
         assert visible(p, s) or not visible(less, stricter), (less, stricter)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(principals, subjects, names, actions)
 def test_renaming_never_widens_beyond_the_patterns(p: Principal, s: Subject, name: str, action: str) -> None:
     after = decide(p, replace(s, name=name), action, NOW)
@@ -177,7 +177,7 @@ def test_a_profile_manifest_is_decided_as_its_model(p: Principal, name: str, org
     assert (model.allow, model.reason, model.visible) == (beside.allow, beside.reason, beside.visible)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(principals, subjects, actions)
 def test_a_yes_is_complete(p: Principal, s: Subject, action: str) -> None:
     found = decide(p, s, action, NOW)
@@ -190,7 +190,7 @@ def test_a_yes_is_complete(p: Principal, s: Subject, action: str) -> None:
         assert not found.allow, "another organisation's content"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(patterns, names)
 def test_a_pattern_without_stars_is_equality(pattern: str, name: str) -> None:
     if "*" not in pattern:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import threading
@@ -14,7 +15,7 @@ import pytest
 from sqlalchemy import event, select
 
 from artifact import manifest as m
-from artifact.errors import Denied, Invalid, NotFound, Unauthenticated, Unavailable
+from artifact.errors import AirlockError, Denied, Invalid, NotFound, Unauthenticated, Unavailable
 from artifact.grant import Principal
 from artifact.store import Call, Files, Registry
 from artifact.trust import verify_jws
@@ -277,6 +278,20 @@ def test_statements_of_each_read(site: Site, pushed: Pushed) -> None:
     assert cost(lambda call: site.guard.files(call, "acme/tiny", "1")) == 3
     assert cost(lambda call: site.guard.refs(call, "acme/tiny")) == 3
     assert cost(site.guard.whoami) == 1
+
+
+def test_no_statement_scans_a_table(site: Site, pushed: Pushed) -> None:
+    call, seen = call_of(site, make_key(site, "acme")), {}
+    event.listen(site.engine, "before_cursor_execute", lambda _c, _cur, text, values, *_: seen.setdefault(text, values))
+    for verb in verbs(site, pushed).values():
+        with contextlib.suppress(AirlockError):
+            verb(call)
+    site.guard.list(call)
+    with site.engine.connect() as conn:
+        reads = {text: values for text, values in seen.items() if text.startswith(("SELECT", "UPDATE", "DELETE"))}
+        plans = {text: conn.exec_driver_sql("EXPLAIN QUERY PLAN " + text, values).all() for text, values in reads.items()}
+    assert len(plans) >= 12
+    assert [text for text, plan in plans.items() if any("SCAN" in step[3] and "CONSTANT" not in step[3] for step in plan)] == []
 
 
 def test_rows_of_reads_are_written_once_and_then_counted(site: Site, pushed: Pushed) -> None:
