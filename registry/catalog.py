@@ -233,7 +233,7 @@ def org_exists(conn: Connection, name: str) -> bool:
 
 
 def owning_org(conn: Connection, name: str, *, make_at: float | None = None) -> str:
-    """The organisation that owns a name: its first segment, unless that says an origin (hf, ngc, a registry's host); made where `make_at` is given."""
+    """The organisation that owns a name: its first segment, unless that is an origin (hf, ngc, a registry's host); made where `make_at` is given."""
     first, _, rest = name.partition("/")
     if not rest or first in ("hf", "ngc") or "." in first or first.startswith("localhost"):
         return ""

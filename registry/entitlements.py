@@ -85,7 +85,7 @@ def well_formed(key: str) -> bool:
 
 def check_org(name: str) -> str:
     """An organisation's name itself: one segment of a repository name without dots, and no origin's; raises Invalid."""
-    if "/" in name or "." in name or name in ORIGINS or len(name) > 100:
+    if "/" in name or "." in name or name in ORIGINS or name.startswith("localhost") or len(name) > 100:
         raise Invalid(
             f"{name[:100]!r} cannot be an organisation", expected="one lower-case segment without / and ., not " + ", ".join(ORIGINS), reason="org"
         )
@@ -173,11 +173,11 @@ class Entitlements:
             "exp": exp,
         }
         conn.execute(insert(t.lease).values(values))
-        g = t.lease_gpu
-        taken = (g.c.host == wish.host, g.c.gpu_uuid.in_(wish.gpus))
-        conn.execute(update(t.lease).where(t.lease.c.jti.in_(select(g.c.jti).where(*taken))).values(replaced_by=jti))
-        conn.execute(delete(g).where(*taken))
         if wish.gpus:
+            g = t.lease_gpu
+            taken = (g.c.host == wish.host, g.c.gpu_uuid.in_(wish.gpus))
+            conn.execute(update(t.lease).where(t.lease.c.jti.in_(select(g.c.jti).where(*taken))).values(replaced_by=jti))
+            conn.execute(delete(g).where(*taken))
             conn.execute(insert(g), [{"host": wish.host, "gpu_uuid": gpu, "jti": jti} for gpu in wish.gpus])
         return int(serial)
 

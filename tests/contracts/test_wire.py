@@ -20,6 +20,7 @@ from artifact.store import Content
 from registry import wire
 from registry.exchange import Exchange, Front, Gone, Pools
 
+pytestmark = pytest.mark.server
 SIZE = 20 * 1024 * 1024 + 17
 
 
@@ -258,9 +259,8 @@ def test_a_file_that_is_cut_while_it_is_sent_breaks_the_connection(site: Site) -
     assert got < SIZE
 
 
+@pytest.mark.parametrize("site", ["sendfile"], indirect=True)  # only our own protocol has the stall time
 def test_a_stalled_client_is_given_up(site: Site) -> None:
-    if site.kind == "pread":
-        pytest.skip("only our own protocol has the stall time")
     with site.connect(rcvbuf=65536) as sock:
         ask(sock)
         assert settled(lambda: site.open_files() == 1)
@@ -297,9 +297,8 @@ def test_bodies_arrive_whole_and_in_pieces(site: Site) -> None:
     assert site.bodies == [(len(data), site.kind == "sendfile")] * 2
 
 
+@pytest.mark.parametrize("site", ["sendfile"], indirect=True)  # the bound is our own protocol's
 def test_a_request_head_has_a_bound(site: Site) -> None:
-    if site.kind == "pread":
-        pytest.skip("the bound is our own protocol's")
     with site.connect() as sock:
         try:
             sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: " + b"x" * 1_000_000)
