@@ -17,7 +17,7 @@ export PYTORCH_INDEX
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements/dev.lock pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	test -f $@ || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/dev.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@

@@ -21,7 +21,8 @@ def _commands() -> dict[str, EntryPoint]:
 
 def _usage(commands: dict[str, EntryPoint]) -> str:
     words = "\n".join(f"  airlock {name.replace('.', ' ')}" for name in sorted(commands))
-    return f"usage: airlock COMMAND [...]\n\ncommands:\n{words}\n\nexample: airlock catalog list --json\nEach command has --help; exit codes: docs/operations.md."
+    end = "example: airlock catalog list --json\nEach command has --help; exit codes: docs/operations.md."
+    return f"usage: airlock COMMAND [...]\n\ncommands:\n{words}\n\n{end}"
 
 
 def _find(commands: dict[str, EntryPoint], argv: list[str]) -> tuple[EntryPoint, list[str]] | None:

@@ -29,13 +29,14 @@ def folder() -> Path:
 
 
 def interrupted(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends the demo as Ctrl-C does, so that every process ends with it."""
+    """SIGTERM ends the demo as Ctrl-C does (which a shell may have set to be ignored), so that every process ends with it."""
     raise KeyboardInterrupt
 
 
 def main() -> int:
     """Plays the acts; 0 only if every assertion held."""
     signal.signal(signal.SIGTERM, interrupted)
+    signal.signal(signal.SIGINT, interrupted)
     begun = time.monotonic()
     with Stage(folder()) as stage:
         w = World(stage)
