@@ -28,9 +28,10 @@ from artifact.manifest import (
 )
 from artifact.remote import RemoteRegistry
 from artifact.store import Descriptor, File
+from mirror import content
 from mirror.home import MirrorHome, Named
 from mirror.plan import Item, Plan, load_yaml, read_limited
-from mirror.sources import content, huggingface, oci
+from mirror.sources import huggingface, oci
 
 LICENSES = "org.opencontainers.image.licenses"
 MAX_FACTS = 4 * 1024 * 1024

@@ -27,7 +27,7 @@ from artifact.errors import AirlockError, Denied, Invalid, Mismatch, TooLarge, U
 from artifact.manifest import COMMIT, EMPTY_BYTES, FACTS_TYPE, MAX_FILES, SOURCE, build_model, canonical_json, check_path, is_commit, is_digest
 from artifact.store import Descriptor, File
 from mirror.plan import Item, load_yaml
-from mirror.sources.web import Fetcher, origin, refusal
+from mirror.web import Fetcher, origin, refusal
 
 _T = TypeVar("_T")
 MAX_METADATA = 64 * 1024 * 1024

@@ -16,11 +16,11 @@ from artifact.errors import AirlockError, Denied, Invalid, Mismatch, NotFound, U
 from artifact.manifest import EMPTY_BYTES, MANIFEST, PROFILES_TYPE, build_manifest, canonical_json, digest_of
 from artifact.remote import NO_CALL, RemoteRegistry
 from artifact.store import Descriptor
+from mirror import web
 from mirror.home import MirrorHome
 from mirror.plan import parse
-from mirror.sources import web
-from mirror.sources.web import Fetcher
 from mirror.sync import sync
+from mirror.web import Fetcher
 from tests.fakes.registry import registry
 from tests.flows.test_fake_hub import TOKEN, hub, make_repo
 from tests.flows.test_sync import push_blob, push_image, push_model
