@@ -330,7 +330,7 @@ def open_bundle(directory: Path, state_dir: Path, root: bytes, now: float) -> Bu
             do="run airlock bundle pack again",
             reason="unfinished",
         )
-    if (directory / "metadata" / "1.root.json").read_bytes() != root:
+    if present["metadata/1.root.json"] != len(root) or (directory / "metadata" / "1.root.json").read_bytes() != root:
         raise Mismatch("metadata/1.root.json is not the root that is pinned here", expected="a bundle of the pinned sender", reason="bundle_trust")
     indexes = [p for p in present if p.startswith("targets/")]
     if len(indexes) != 1:

@@ -22,7 +22,7 @@ from artifact.bundle import forget_scratch, open_bundle
 from artifact.disk import Disk
 from artifact.errors import Conflict, Mismatch, NotFound
 from artifact.grant import Principal
-from artifact.manifest import Manifest, check_name, digest_of, is_digest, parse_manifest
+from artifact.manifest import MAX_MANIFEST_BYTES, Manifest, check_name, digest_of, is_digest, parse_manifest
 from artifact.store import Call
 from registry import catalog
 from registry import tables as t
@@ -126,7 +126,8 @@ def _sender(site: Site, directory: Path) -> str:
     if len(senders) == 1:
         return next(iter(senders))
     with suppress(OSError):
-        claimed = digest_of((directory / "metadata" / "1.root.json").read_bytes())[7:]
+        with (directory / "metadata" / "1.root.json").open("rb") as file:
+            claimed = digest_of(file.read(MAX_MANIFEST_BYTES))[7:]
         for sender, digest in senders.items():
             if digest == claimed:
                 return sender

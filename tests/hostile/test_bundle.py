@@ -408,13 +408,20 @@ def test_an_altered_pin_is_noticed(disk: Path, site: Site, mirror: MirrorHome) -
 # ---- kill -9 ----
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, 0 when its writer has just renamed it away."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def kill_when(argv: list[str], folder: Path, at: int) -> None:
     """Starts a command and kills it once an unfinished file below `folder` has `at` bytes; it must be alive and the file partial then."""
     process = subprocess.Popen([AIRLOCK, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        sizes = [p.stat().st_size for p in folder.rglob("*") if p.is_file() and ("partial" in p.name or p.parent.name == "partial") and p.exists()]
-        if any(s >= at for s in sizes):
+        if any(size_of(p) >= at for p in folder.rglob("*") if p.parent.name == "partial" or "partial" in p.name):
             break
         assert process.poll() is None, "it ended before the offset was reached"
     assert process.poll() is None
