@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 
-from artifact.errors import AirlockError
+from artifact.errors import AirlockError, Unavailable
 
 GROUP = "airlock.commands"
 USAGE = 2
@@ -51,6 +51,10 @@ def run(command: Callable[[list[str]], int], argv: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (OSError, UnicodeError) as error:
+        what = error.strerror or str(error) if isinstance(error, OSError) else "an argument or a file name is not valid UTF-8"
+        where = error.filename if isinstance(error, OSError) else None
+        return report(Unavailable(f"{where}: {what}" if where else what, do="check the path, its permissions and the free space"), "--json" in argv)
 
 
 def main() -> int:

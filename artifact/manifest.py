@@ -317,11 +317,14 @@ def build_manifest(artifact_type: str, layers: list[dict[str, object]], annotati
 
 
 def files_of(manifest: Manifest) -> tuple[File, ...]:
-    """The files of a model manifest, from its titled layers; raises Invalid for a hostile path or a case clash."""
+    """The files of a model manifest, from its titled layers; raises Invalid for a hostile path, two paths of one layer or a case clash."""
     out: list[File] = []
     seen: set[str] = set()
     for layer in manifest.layers:
-        path = layer.annotations.get(FILEPATH) or layer.annotations.get(TITLE)
+        given, title = layer.annotations.get(FILEPATH), layer.annotations.get(TITLE)
+        if given is not None and title is not None and given != title:  # two readers would see two different trees
+            raise Invalid(f"a layer is titled {title[:100]!r} and has the path {given[:100]!r}", expected="one and the same", reason="path")
+        path = given or title
         if path is None:
             continue
         if check_path(path).casefold() in seen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from artifact.manifest import PROFILES_TYPE, canonical_json, check_digest, check
 
 SCHEMA = 1
 ENGINES = ("tensorrt_llm", "vllm", "sglang")
+_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,14 @@ def build(model: str, digest: str, wanted: list[dict[str, object]], weights_byte
         if tags.get("llm_engine") not in ENGINES:
             raise Invalid(f"profile {i} names engine {tags.get('llm_engine')!r}", expected="llm_engine: " + ", ".join(ENGINES))
         body: dict[str, object] = {"tags": tags, "model": {"name": check_name(model), "digest": check_digest(digest)}, "weights_bytes": weights_bytes}
-        options = _texts(item.get("options") or {}, f"options of profile {i}")
+        options = _options(item.get("options"), i)
         if options:
             body["options"] = options
         if item.get("image") is not None:
             pin = _pin(item["image"], f"image of profile {i}")
             body["image"] = {"name": pin.name, "digest": pin.digest}
-        out.append({"id": str(item.get("id") or digest_of(canonical_json(body))[7:]), **body})
+        given = _texts({"id": item["id"]}, f"id of profile {i}")["id"] if item.get("id") else ""
+        out.append({"id": given or digest_of(canonical_json(body))[7:], **body})
     raw = canonical_json({"schema": SCHEMA, "model": model, "profiles": out})
     parse(raw)
     return raw
@@ -87,22 +90,38 @@ def parse(raw: bytes) -> ProfileSet:
 
 
 def _profile(item: object, i: int) -> Profile:
-    if not isinstance(item, Mapping) or not isinstance(item.get("id"), str) or not item["id"]:
-        raise Invalid(f"profile {i} has no id", expected="an object with id, tags and model")
+    if not isinstance(item, Mapping) or not isinstance(item.get("id"), str) or not _ID.match(item["id"]):
+        raise Invalid(f"profile {i} has no id that is accepted", expected="an object with id (1 to 128 of letters, digits, . _ -), tags and model")
     weights = item.get("weights_bytes", 0)
     if type(weights) is not int or weights < 0:
         raise Invalid(f"weights_bytes of profile {i} is not a size", expected="whole bytes")
     image = _pin(item["image"], f"image of profile {i}") if item.get("image") is not None else None
-    options = _texts(item.get("options") or {}, f"options of profile {i}")
+    options = _options(item.get("options"), i)
     return Profile(
         item["id"], _texts(item.get("tags"), f"tags of profile {i}"), _pin(item.get("model"), f"model of profile {i}"), image, options, weights
     )
 
 
+def _options(value: object, i: int) -> dict[str, str]:
+    """Options end up near a command line: none may look like one of its switches."""
+    options = _texts(value or {}, f"options of profile {i}")
+    for name, text in options.items():
+        if text.startswith("-"):
+            raise Invalid(f"option {name[:40]!r} of profile {i} is {text[:40]!r}", expected="a value that does not begin with -")
+    length = options.get("max_model_len", "1")
+    if not length.isascii() or not length.isdigit():
+        raise Invalid(f"option max_model_len of profile {i} is {length[:40]!r}", expected="a whole number of tokens")
+    return options
+
+
 def _texts(value: object, what: str) -> dict[str, str]:
-    if not isinstance(value, Mapping) or not all(isinstance(k, str) and isinstance(v, str | int | bool) for k, v in value.items()):
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) and _is_text(v) for k, v in value.items()):
         raise Invalid(f"the {what} are not text", expected="a mapping of words to words or whole numbers")
     return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in value.items()}
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, int) and abs(value) < 1 << 63)
 
 
 def _pin(value: object, what: str) -> Pin:

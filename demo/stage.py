@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+KEY = re.compile(r"nvapi-[0-9A-Za-z]{20,}")  # what a log must not keep
 PYTHON = Path(sys.executable)
 BIN = PYTHON.parent
 UID = 1000
@@ -184,10 +186,10 @@ class Stage:
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise StepFailed(f"{shlex.join(argv)} did not end in {timeout:.0f} s") from error
+            raise StepFailed(f"{KEY.sub('nvapi-…', shlex.join(argv))} did not end in {timeout:.0f} s") from error
         name = "-".join(Path(a).name for a in argv[:3] if not a.startswith("-"))[:40]
         (self.folder / "logs" / f"{self.count:02d}-{name}.log").write_text(
-            f"exit {done.returncode}\n--- out\n{done.stdout}\n--- err\n{done.stderr}\n"
+            KEY.sub("nvapi-…", f"exit {done.returncode}\n--- out\n{done.stdout}\n--- err\n{done.stderr}\n")
         )
         if expect is not None and done.returncode != expect:
             raise StepFailed(

@@ -102,6 +102,13 @@ def read_limited(path: Path, what: str) -> str:
 
 def oci_name(host: str, repository: str) -> str:
     """The canonical name of an image of another registry: its host as first segment, `host_port` where there is a port; raises Invalid."""
+    if "." not in host and not host.startswith("localhost"):
+        raise Invalid(
+            f"the registry's host {host!r} has no dot, so its first segment would read as an organisation",
+            expected="a full host name",
+            do="say `as: <name>` in the plan",
+            reason="plan",
+        )
     return check_name(f"{host.lower().replace(':', '_')}/{repository}")
 
 

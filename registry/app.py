@@ -20,7 +20,7 @@ class Doors(BaseRoute):
 
     def __init__(self, site: Site, settings: Settings) -> None:
         self.guard, self.pools = site.guard, Pools()
-        self.oci, self.admin = OciDoor(), AdminDoor()
+        self.oci, self.admin = OciDoor(), AdminDoor(site.check)
         self.hub = HubDoor(lambda x: (settings.public_url or f"http://{x.headers.get('host', '')}").rstrip("/"))
 
     def matches(self, scope: Scope) -> tuple[Match, Any]:

@@ -391,7 +391,9 @@ def _add_revision(conn: Connection, repo_id: int, manifest_id: int, manifest: Ma
         "title": notes.get(TITLE, notes.get(SOURCE, "")),
         "at": at,
     }
-    conn.execute(replace_duplicates(conn, V, ("repo_id", "commit"), ("manifest_id", "at")).values(values))
+    # Without a time (an older bundle) the revision comes in as the oldest and an existing one stays: `main` never goes back.
+    write = replace_duplicates(conn, V, ("repo_id", "commit"), ("manifest_id", "at")) if at else ignore_duplicates(conn, V)
+    conn.execute(write.values(values))
 
 
 def set_ref(conn: Connection, repo_id: int, name: str, manifest_id: int, *, kind: str = "tag", at: float = 0.0) -> None:

@@ -294,8 +294,9 @@ class Exchange:
             await self._start(status, headers)
             lo, hi = content.lo, content.hi
             if hi > lo and SENDFILE in self.scope.get("extensions", {}):
-                await self._send({"type": SENDFILE, "file": file, "offset": lo, "count": hi - lo})
-                self._sent = hi - lo
+                message: Message = {"type": SENDFILE, "file": file, "offset": lo, "count": hi - lo}
+                await self._send(message)
+                self._sent = message.get("sent", hi - lo)
                 return
             await self._flow(hi - lo, lambda at: os.pread(file.fileno(), min(BATCH, hi - lo - at), lo + at))
         finally:
@@ -346,7 +347,9 @@ def _open(content: Content) -> BinaryIO:
     try:
         file = cast(BinaryIO, content.path.open("rb", buffering=0))
     except OSError as error:
-        raise Unavailable(f"{content.digest} cannot be read", do="run `airlock verify`, restore the object", digest=content.digest) from error
+        raise Unavailable(
+            f"{content.digest} cannot be read", do="restore it from the backup, or import its bundle again", digest=content.digest
+        ) from error
     if os.fstat(file.fileno()).st_size < content.hi:
         file.close()
         raise Unavailable(f"{content.digest} is shorter than its size", do="restore the object", digest=content.digest)
@@ -397,6 +400,11 @@ class Front:
             seen["bytes"] += message.get("sent", message["count"]) if message["type"] == SENDFILE else len(message.get("body", b""))
 
         try:
+            if not scope["path"].startswith("/") or not scope.get("raw_path", b"/").startswith(
+                b"/"
+            ):  # `GET *` is a request line, but names nothing here
+                await _bare(counted, 400, {"error": "invalid", "what": "the request target is not a path", "do": "ask for a path that begins with /"})
+                return
             await self.app(scope, receive, counted)
         except asyncio.CancelledError:  # the drain time is over: what was poured in is suspended by now
             if seen["status"]:

@@ -76,8 +76,10 @@ class Guard(Registry, Files):
     def _allow_push(self, call: Call, name: str) -> Call:
         """The call allowed to push; a new name needs an organisation of its first segment, or the action admin."""
         found = self._library.catalog.repository(check_name(name))
-        if found is not None:
+        if found is not None and found.subject.org:
             return self._allow(call, name, found, "push")
+        if found is not None:  # the site's own names, mirrored ones among them, are the administrator's
+            return self._allow(call, name, found, "admin")
         owner = name.split("/", 1)[0]
         own = owner == call.principal.org and "/" in name
         org = owner if own or ("/" in name and self._library.catalog.org_exists(owner)) else ""

@@ -20,6 +20,8 @@ from artifact.manifest import parse_json
 
 SITE = "site.json"
 ROOT = "1.root.json"
+DATABASE = "registry.db"
+PEPPER_BYTES = 32
 MAX_ROOT_BYTES = 512_000
 
 
@@ -30,6 +32,7 @@ class Home:
     path: Path
     instance: str
     created: str
+    database: bool = False  # whether registry.db was made once: from then on its absence is a loss, never a reason to make another
 
     @classmethod
     def open(cls, data: Path, create: bool = False) -> Home:
@@ -49,11 +52,50 @@ class Home:
         instance, created = doc.get("instance"), doc.get("created")
         if doc.get("schema") != 1 or not isinstance(instance, str) or not isinstance(created, str):
             raise Invalid(f"{site} is of another version", expected="schema 1", do="update Airlock, or restore the file from the backup")
-        return cls(data, instance, created)
+        return cls(data, instance, created, doc.get("database") is True)
+
+    @property
+    def database_path(self) -> Path:
+        """Where registry.db lies."""
+        return self.path / DATABASE
+
+    def check_database(self) -> None:
+        """Returns where registry.db is there, or was never made yet; raises Unavailable."""
+        if not self.database:
+            return
+        try:
+            size = self.database_path.stat().st_size
+        except FileNotFoundError:
+            size = 0
+        except OSError as error:
+            raise Unavailable(f"{DATABASE} cannot be read: {error.strerror}", do=f"let this user read and write {self.path}") from error
+        if not size:
+            raise Unavailable(
+                f"{DATABASE} is missing",
+                expected="the database with this site's keys, grants and audit",
+                do="restore the backup of the data directory",
+            )
+
+    def record_database(self) -> None:
+        """Notes in site.json that registry.db was made; raises Unavailable."""
+        if self.database:
+            return
+        site: dict[str, object] = {"schema": 1, "instance": self.instance, "created": self.created, "database": True}
+        temporary = self.path / f".{SITE}.{os.getpid()}.{secrets.token_hex(4)}.partial"
+        try:
+            _write_new(temporary, _line(site), 0o600)
+            temporary.replace(self.path / SITE)
+        except OSError as error:
+            raise Unavailable(f"{SITE} cannot be written: {error.strerror}", do=f"let this user write {self.path}, free space") from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def pepper(self) -> bytes:
         """The secret under which API keys are stored as HMAC; raises Unavailable."""
-        return self._secret("pepper")
+        raw = self._secret("pepper")
+        if len(raw) != PEPPER_BYTES:
+            raise Unavailable(f"the secret pepper has {len(raw)} bytes", expected=f"{PEPPER_BYTES}", do="restore secrets/ from the backup")
+        return raw
 
     def release_key(self) -> bytes:
         """PEM of the key that signs what is released here; raises Unavailable."""
@@ -131,11 +173,24 @@ def _create(data: Path) -> None:
     data.chmod(0o700)
     (data / "secrets").mkdir(mode=0o700, exist_ok=True)
     (data / "trust").mkdir(mode=0o700, exist_ok=True)
-    _write_new(data / "secrets" / "pepper", secrets.token_bytes(32), 0o600)
+    _write_new(data / "secrets" / "pepper", secrets.token_bytes(PEPPER_BYTES), 0o600)
     _write_new(data / "secrets" / "release.pem", trust.generate_key(), 0o600)
     _write_new(data / "secrets" / "lease.pem", trust.generate_key(), 0o600)
-    site = {"schema": 1, "instance": str(uuid.uuid4()), "created": datetime.now(UTC).isoformat(timespec="seconds")}
-    _write_new(data / SITE, json.dumps(site).encode() + b"\n", 0o600)  # last: a directory with it is whole
+    site: dict[str, object] = {"schema": 1, "instance": str(uuid.uuid4()), "created": datetime.now(UTC).isoformat(timespec="seconds")}
+    _write_new(data / SITE, _line(site), 0o600)  # last: a directory with it is whole
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write on the file system of a folder; 0 where it does not say."""
+    try:
+        info = os.statvfs(folder)
+    except OSError:
+        return 0
+    return info.f_bavail * info.f_frsize
+
+
+def _line(doc: dict[str, object]) -> bytes:
+    return json.dumps(doc).encode() + b"\n"
 
 
 def _write_new(path: Path, raw: bytes, mode: int) -> None:

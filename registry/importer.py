@@ -256,7 +256,7 @@ def _store(site: Site, disk: Disk, index: medium.BundleIndex, reached: medium.Cl
                 repos[name] = _repository(conn, name, named.display if named else "", now)
             for blob in sorted({d.digest for d in manifest.blobs()}):
                 catalog.link_blob(conn, repos[name], blob)
-            catalog.add_manifest(conn, repos[name], manifest, at=now, name=name)
+            catalog.add_manifest(conn, repos[name], manifest, at=0.0 if index.older else now, name=name)
         moved = 0
         for named in () if index.older else index.names:
             if not is_digest(named.ref):  # a digest as ref: the manifest travels without a tag (a referrer)

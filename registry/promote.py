@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from artifact import trust
 from artifact.disk import Disk
-from artifact.errors import NotFound
+from artifact.errors import Invalid, NotFound
 from artifact.grant import PROFILES, Principal
 from artifact.manifest import MAX_MANIFEST_BYTES, PROFILES_TYPE, Reference, parse_manifest
-from artifact.profile import Pin, references
+from artifact.profile import Pin, parse, references
 from artifact.store import Call, Descriptor
 from registry import catalog
 from registry.importer import Site, add_small, judged, ref_of
 
 
 def promote(site: Site, wanted: Reference, now: float) -> dict[str, object]:
-    """Signs `<name>/profiles:<ref>`, reports digest and key; again changes nothing; raises NotFound where what it names is absent."""
+    """Signs `<name>/profiles:<ref>`, reports digest and key; again changes nothing; raises NotFound where what it names is absent, Invalid."""
     name = wanted.name if wanted.name.endswith(PROFILES) else wanted.name + PROFILES
     model = name.removesuffix(PROFILES)
     found = site.catalog.locate(name, wanted.ref)
@@ -34,7 +34,9 @@ def promote(site: Site, wanted: Reference, now: float) -> dict[str, object]:
         manifest = ref_of(conn, found.repo.id, wanted.ref)
         if manifest is None:
             raise NotFound(f"{name} has no {wanted.ref}", expected=f"{name}:{wanted.ref}", reason="profiles")
-        pins = [pin for layer in manifest.layers if layer.media_type == PROFILES_TYPE for pin in references(_document(disk, layer), PROFILES_TYPE)]
+        documents = [_document(disk, layer) for layer in manifest.layers if layer.media_type == PROFILES_TYPE]
+        pins = [pin for raw in documents for pin in references(raw, PROFILES_TYPE)]
+        _check_own(site, model, wanted.ref, documents)
         _check_models(site, name, wanted.ref, pins)
         old = ref_of(conn, found.repo.id, trust.sig_tag(manifest.digest))
         subject = Descriptor(manifest.media_type, manifest.digest, len(manifest.raw))
@@ -60,6 +62,27 @@ def promote(site: Site, wanted: Reference, now: float) -> dict[str, object]:
 
 def _document(disk: Disk, layer: Descriptor) -> bytes:
     return disk.read(layer.digest, MAX_MANIFEST_BYTES)
+
+
+def _check_own(site: Site, model: str, ref: str, documents: list[bytes]) -> None:
+    """Refuses a document that speaks of another model: signed, it would let runtimes start that one under this name."""
+    for found in map(parse, documents):
+        if found.model != model:
+            raise Invalid(
+                f"the profiles of {model}:{ref} are those of {found.model}",
+                expected=model,
+                do="push the profiles under their own name",
+                reason="profiles",
+            )
+        for profile in found.profiles:
+            pin = profile.model
+            if pin.name != model and site.catalog.find(pin.name, pin.digest) is None:
+                raise Invalid(
+                    f"profile {profile.id} of {model}:{ref} is of {pin.name}@{pin.digest}, which this store does not hold",
+                    expected=f"{model}, or another model of this store",
+                    do="import the bundle that brings it, or push the profiles again",
+                    reason="profiles",
+                )
 
 
 def _check_models(site: Site, name: str, ref: str, pins: list[Pin]) -> None:

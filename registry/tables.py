@@ -8,6 +8,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
@@ -31,6 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DatabaseError, IntegrityError, ProgrammingError
 
 from artifact.errors import Unavailable
+from registry.home import free_bytes
 
 BUSY_TIMEOUT_S = 30
 POOL = 40  # at least as large as the limiter of the threads that serve requests
@@ -277,7 +279,7 @@ def reading(engine: Engine) -> Iterator[Connection]:
         with engine.connect() as connection:
             yield connection
     except DatabaseError as error:
-        raise _unavailable(error) from error.orig
+        raise _unavailable(engine, error) from error.orig
 
 
 @contextmanager
@@ -287,11 +289,21 @@ def writing(engine: Engine) -> Iterator[Connection]:
         with engine.connect().execution_options(writes=True) as connection, connection.begin():
             yield connection
     except DatabaseError as error:
-        raise _unavailable(error) from error.orig
+        raise _unavailable(engine, error) from error.orig
 
 
-def _unavailable(error: DatabaseError) -> Exception:
+def _unavailable(engine: Engine, error: DatabaseError) -> Exception:
     if isinstance(error, IntegrityError | ProgrammingError):
         return error  # a defect of ours, not a database that does not answer
     cause = str(error.orig)[:200] if error.orig else "no answer"
+    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF  # the primary code; the upper bits only say where
+    if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+        free = free_bytes(Path(engine.url.database or ".").parent)
+        return Unavailable(
+            f"the database cannot be written: {cause}; its disk has {free} bytes free",
+            do="free space, then the same command again",
+            reason="disk_full",
+        )
+    if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        return Unavailable(f"the database is damaged: {cause}", do="restore it from the backup", reason="damaged")
     return Unavailable(f"the database did not take the statement: {cause}", do="retry; see free space and locks of the data directory")

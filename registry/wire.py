@@ -23,6 +23,7 @@ BODY = "airlock.body"
 SLICE = 8 * 1024 * 1024
 HIGH_WATER = 256 * 1024
 MAX_HEAD_BYTES = 64 * 1024
+MAX_FIELDS = 200
 STALL_S = 60.0
 _BYTES_ACKED = 120  # offset of tcpi_bytes_acked in Linux' struct tcp_info
 
@@ -122,6 +123,7 @@ class WireProtocol(HttpToolsProtocol):
 
     stall_s = STALL_S
     head_bytes = -1  # received since the piece in which an unfinished request head began; -1 between heads
+    field_bytes = 0  # of the header fields of this request so far
 
     def data_received(self, data: bytes) -> None:
         before = self.head_bytes
@@ -133,13 +135,24 @@ class WireProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.head_bytes = 0
+        self.head_bytes = self.field_bytes = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self.field_bytes += len(name) + len(value) + 4
+        self._bound()
+
+    def _bound(self) -> None:
+        """Ends the parse of a head, or of trailers, over the limits even where all of it came in one read: the server answers 400."""
+        if len(self.url) + self.field_bytes > MAX_HEAD_BYTES or len(self.headers) > MAX_FIELDS:
+            raise httptools.HttpParserError("the request head is too long")
 
     def _should_upgrade(self) -> bool:
         return False
 
     def on_headers_complete(self) -> None:
         # The body of uvicorn 0.54.0's method without its WebSocket branch; it names its cycle class itself, so it cannot be parametrised.
+        self._bound()
         self.head_bytes = -1
         version = self.parser.get_http_version()
         scope: Any = self.scope

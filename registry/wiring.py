@@ -41,6 +41,12 @@ class Site:
     blobs: FileBlobs
     library: Library
     guard: Guard
+    inode: int
+
+    def check(self) -> None:
+        """Returns while the open database is the one in the data directory; raises Unavailable once it was removed or replaced."""
+        if _inode(self.home) != self.inode:
+            raise Unavailable("registry.db was removed or replaced under the running server", do="restore it from the backup, then start again")
 
     def close(self) -> None:
         """Stores the last audit counts and closes the database."""
@@ -56,6 +62,13 @@ class Site:
         self.close()
 
 
+def _inode(home: Home) -> int:
+    try:
+        return home.database_path.stat().st_ino
+    except OSError:
+        return 0
+
+
 def _upgrade(engine: Engine) -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(import_module(MIGRATIONS).__path__[0])).replace("%", "%%"))
@@ -65,8 +78,9 @@ def _upgrade(engine: Engine) -> None:
 
 
 def migrate(settings: Settings) -> None:
-    """Brings the database of a data directory to the newest schema; raises NotFound without a data directory, Unavailable."""
-    Home.open(settings.data)
+    """Brings the database of a data directory to the newest schema; makes it only where there never was one; raises NotFound, Unavailable."""
+    home = Home.open(settings.data)
+    home.check_database()
     engine = open_engine(settings.database_url)
     try:
         _upgrade(engine)
@@ -74,6 +88,7 @@ def migrate(settings: Settings) -> None:
         raise Unavailable(f"registry.db cannot be used: {str(error.orig)[:200]}", do="restore it from the backup") from error
     finally:
         engine.dispose()
+    home.record_database()
 
 
 def open_site(settings: Settings, *, background: bool = True) -> Site:
@@ -88,4 +103,4 @@ def open_site(settings: Settings, *, background: bool = True) -> Site:
     if background:
         library.sweep_uploads(time.time())
         audit.start(lambda error: LOG.error("audit counters could not be stored: %s", type(error).__name__))
-    return Site(settings, home, engine, catalog, entitlements, audit, blobs, library, guard)
+    return Site(settings, home, engine, catalog, entitlements, audit, blobs, library, guard, _inode(home))

@@ -16,7 +16,11 @@ from mirror.sync import exit_code, sync
 
 def main(argv: list[str]) -> int:
     """Entry point; exit status 0 only if every item is in staging."""
-    parser = argparse.ArgumentParser(prog="airlock mirror sync", description="fetch what a plan names into the mirror's staging, verified")
+    parser = argparse.ArgumentParser(
+        prog="airlock mirror sync",
+        description="fetch what a plan names into the mirror's staging, verified",
+        epilog="example: airlock mirror sync plan.yaml --home /srv/mirror",
+    )
     parser.add_argument("plan", type=Path, help="plan.yaml (docs: mirror plan)")
     parser.add_argument("--home", type=Path, default=os.environ.get("AIRLOCK_MIRROR"), help="the mirror's home (AIRLOCK_MIRROR)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

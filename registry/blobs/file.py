@@ -16,6 +16,7 @@ from artifact.digest import Hasher, new, update_fd
 from artifact.errors import Conflict, Invalid, Mismatch, NotFound, RangeInvalid, Unavailable, Unsupported
 from artifact.manifest import check_digest
 from artifact.store import BlobStore, BlobWriter, Content
+from registry.home import free_bytes
 
 _LOCATION = re.compile(r"(sha256|sha512)/([0-9a-f]{2})/([0-9a-f]{64}|[0-9a-f]{128})(?:\.g[0-9]+)?\Z")
 _UPLOAD = re.compile(r"[0-9a-zA-Z_-]{8,64}\Z")
@@ -49,7 +50,7 @@ class FileBlobs(BlobStore):
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _unavailable(error, "read") from error
+            raise _unavailable(error, "read", self._blobs) from error
 
     def open(self, location: str, lo: int = 0, hi: int | None = None) -> Content:
         """Bytes [lo, hi) as a path to send from; raises NotFound, RangeInvalid."""
@@ -105,7 +106,7 @@ class FileWriter(BlobWriter):
             self._hasher = self._continue(algorithm, offset, state)
         except OSError as error:
             self._close()
-            raise _unavailable(error, "continue") from error
+            raise _unavailable(error, "continue", self._path.parent) from error
         except (Mismatch, Invalid, Unsupported):
             self._close()
             raise
@@ -141,7 +142,7 @@ class FileWriter(BlobWriter):
                 self.offset += done
                 rest = rest[done:]
         except OSError as error:
-            raise _unavailable(error, "write") from error
+            raise _unavailable(error, "write", self._path.parent) from error
 
     def state(self) -> bytes:
         """The exported hash state of bytes [0, offset); empty when the library cannot export it."""
@@ -153,7 +154,7 @@ class FileWriter(BlobWriter):
             os.fsync(self._fd)
             _sync_folder(self._path.parent)
         except OSError as error:
-            raise _unavailable(error, "sync") from error
+            raise _unavailable(error, "sync", self._path.parent) from error
 
     def close(self) -> None:
         """Lets go of the staging file; its bytes stay for the next request."""
@@ -181,7 +182,7 @@ class FileWriter(BlobWriter):
             self._path.rename(target)
             _sync_folder(target.parent)
         except OSError as error:
-            raise _unavailable(error, "publish") from error
+            raise _unavailable(error, "publish", self._path.parent) from error
         self._close()
         return location
 
@@ -202,7 +203,7 @@ def _open_locked(path: Path, create: bool) -> int:
     except FileNotFoundError as error:
         raise Mismatch("the staged bytes of this upload are gone", do="start the upload again", reason="upload") from error
     except OSError as error:
-        raise _unavailable(error, "open") from error
+        raise _unavailable(error, "open", path.parent) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -219,7 +220,7 @@ def _sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def _unavailable(error: OSError, verb: str) -> Unavailable:
+def _unavailable(error: OSError, verb: str, folder: Path) -> Unavailable:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Unavailable("the disk of the data directory is full", do="free space and retry", reason="disk_full")
+        return Unavailable(f"the disk of the data directory is full: {free_bytes(folder)} bytes free", do="free space and retry", reason="disk_full")
     return Unavailable(f"the store cannot {verb}: {error.strerror}", do="look at the data directory's disk and permissions")

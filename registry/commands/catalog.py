@@ -66,10 +66,15 @@ def _all(remote: RemoteRegistry) -> list[dict[str, Any]]:
 
 def main(argv: list[str]) -> int:
     """Entry point of `airlock catalog`."""
-    parser = argparse.ArgumentParser(prog="airlock catalog", description="Shows what a key sees in a registry; the key comes from AIRLOCK_KEY.")
+    parser = argparse.ArgumentParser(
+        prog="airlock catalog",
+        description="Shows what a key sees in a registry; the key comes from AIRLOCK_KEY.",
+        epilog="example: airlock catalog list --registry http://127.0.0.1:5000",
+    )
     actions = parser.add_subparsers(dest="action", required=True)
     for action, words in (("list", "every name this key sees"), ("show", "one name in full")):
-        sub = actions.add_parser(action, help=words)
+        example = f"example: airlock catalog {action}{' acme/tiny' if action == 'show' else ''} --registry http://127.0.0.1:5000 --json"
+        sub = actions.add_parser(action, help=words, epilog=example)
         if action == "show":
             sub.add_argument("name")
         sub.add_argument("--registry", default=os.environ.get("AIRLOCK_REGISTRY", ""), help="URL of the registry (AIRLOCK_REGISTRY)")

@@ -31,7 +31,9 @@ def seconds(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="airlock key", description="API keys of this registry.")
+    parser = argparse.ArgumentParser(
+        prog="airlock key", description="API keys of this registry.", epilog="example: airlock key list --data /srv/airlock"
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="create|list|revoke")
     create = verbs.add_parser(
         "create", help="make a key; it is shown once", epilog="example: airlock key create --org acme --tier enterprise --models 'acme/*'"
@@ -44,9 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     create.add_argument("--expires", default="90d", help="life of the key: 90d, 12h, never (90d)")
     create.add_argument("--actions", default="pull,run", help="of pull, push, run, admin (pull,run)")
     create.add_argument("--note", default="", help="who holds it, for the list")
-    show = verbs.add_parser("list", help="list keys by their public facts")
+    show = verbs.add_parser("list", help="list keys by their public facts", epilog="example: airlock key list --data /srv/airlock --json")
     show.add_argument("--org", default="", help="of one organisation only")
-    revoke = verbs.add_parser("revoke", help="revoke a key at once")
+    revoke = verbs.add_parser("revoke", help="revoke a key at once", epilog="example: airlock key revoke KEY_ID --data /srv/airlock")
     revoke.add_argument("key_id", help="public id, as key list shows it")
     for verb in (create, show, revoke):
         verb.add_argument("--data", help="data directory (AIRLOCK_DATA)")

@@ -51,6 +51,8 @@ WEIGHT = "application/vnd.cncf.model.weight.v1.raw"
 PARALLEL = 3
 SKIPPED = (".git", ".cache/huggingface")
 PROFILES_BYTES = 1024 * 1024
+# besides its own, PyYAML lets through what int(), datetime() and a failed match raise on values such as 2001-13-45, 6,000 digits or `!!timestamp x`
+_YAML_FAILURES = (yaml.YAMLError, RecursionError, ValueError, OverflowError, AttributeError, LookupError)
 EXAMPLE = """\
 example:
   AIRLOCK_KEY=nvapi-… airlock model push ./tiny acme/tiny:1 --registry http://127.0.0.1:5000 --profiles tiny.profiles.yaml
@@ -115,7 +117,7 @@ def _wanted(path: Path) -> list[dict[str, object]]:
         doc = yaml.safe_load(raw.decode("utf-8")) if len(raw) <= PROFILES_BYTES else None
     except OSError as error:
         raise NotFound(f"{path} cannot be read: {error.strerror}", expected="a file with profiles") from error
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except _YAML_FAILURES as error:
         raise Invalid(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())[:200]}", expected="profiles: [{tags: …}]") from error
     if len(raw) > PROFILES_BYTES:
         raise TooLarge(f"{path} has {len(raw)} bytes", expected=f"at most {PROFILES_BYTES}")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import uvicorn
 
-from artifact.errors import Conflict, NotFound, Unavailable
+from artifact.errors import Conflict, Invalid, NotFound, Unavailable
 from registry.app import create_app
 from registry.settings import Settings
 from registry.wire import WireProtocol
@@ -80,14 +80,16 @@ def _sole_server(data: Path) -> Iterator[None]:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A bound socket; raises Unavailable when the address is taken or not ours."""
+    if not 0 <= port <= 65535:
+        raise Invalid(f"{port} is not a port", expected="0 to 65535")
     try:
         family, kind, proto, _name, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         sock = socket.socket(family, kind, proto)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen(BACKLOG)
-    except OSError as error:
-        text = f"cannot listen on {host}:{port}: {error.strerror or error}"
+    except (OSError, OverflowError, UnicodeError) as error:
+        text = f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}"
         raise Unavailable(text, expected="a free port of this host", do="choose another with --port, or stop what uses it") from error
     return sock
 
@@ -127,7 +129,11 @@ def _serve(settings: Settings, as_json: bool) -> int:
 
 def main(argv: list[str]) -> int:
     """Entry point of `airlock registry`."""
-    parser = argparse.ArgumentParser(prog="airlock registry", description="Serves the registry, or brings its database to this version.")
+    parser = argparse.ArgumentParser(
+        prog="airlock registry",
+        description="Serves the registry, or brings its database to this version.",
+        epilog="example: airlock registry serve --data /srv/airlock --port 5000",
+    )
     parser.add_argument("action", choices=("serve", "migrate"))
     parser.add_argument("--data", help="data directory (AIRLOCK_DATA)")
     parser.add_argument("--host", help="address to listen on (AIRLOCK_HOST, 127.0.0.1)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from artifact import errors
 from artifact.manifest import check_name, parse_json
 from artifact.store import Call
@@ -23,7 +25,10 @@ _LEASE_BYTES = 64 * 1024
 
 
 class AdminDoor:
-    """Dispatches one admin exchange."""
+    """Dispatches one admin exchange; `check` raises where the site cannot serve."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
 
     async def __call__(self, x: Exchange) -> None:
         """Answers in JSON."""
@@ -42,6 +47,7 @@ class AdminDoor:
     async def _serve(self, x: Exchange) -> None:
         route = ("GET" if x.method == "HEAD" else x.method, x.path)
         if route == ("GET", "/healthz"):
+            await x.io(self.check)
             await x.json(200, {"status": "ok"})
         elif route == ("GET", "/airlock/v1/whoami"):
             await x.json(200, await x.call(x.guard.whoami))

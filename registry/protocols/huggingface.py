@@ -247,9 +247,10 @@ class HubDoor:
                 asked = [v for k, v in parse_qsl(raw.decode("utf-8"), max_num_fields=_FILES + 10) if k == "paths"]
             except ValueError as error:
                 raise errors.Invalid("the list of paths is not a form", expected="paths=a&paths=b") from error
-        wanted = set(asked if isinstance(asked, list) else [asked])
-        if not all(isinstance(p, str) for p in wanted):
+        listed = asked if isinstance(asked, list) else [asked]
+        if not all(isinstance(p, str) for p in listed):
             raise errors.Invalid("paths are not text", expected="a list of strings")
+        wanted = set(listed)
         revision, files = await x.call(lambda call: self._files(x, call, repo_id, ref))
         nodes = [n for n in _tree(files, "", True) if n["path"] in wanted]
         await x.json(200, nodes, {"x-repo-commit": revision.commit})
