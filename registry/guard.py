@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
+from string import hexdigits
 from typing import NoReturn
 
 from artifact.errors import Denied, Invalid, NotFound, Unauthenticated
@@ -24,6 +25,7 @@ from registry.home import Home
 from registry.library import MAX_PAGE, Library, as_revision
 
 MAX_GPUS = 64
+MAX_NONCE = 64
 MAX_PROFILES_BYTES = 4 * 1024 * 1024
 SKEW_S = 60
 
@@ -231,7 +233,7 @@ class Guard(Registry, Files):
         """A signed lease for one model, profile and set of GPUs (docs/format.md section 8); raises Invalid, NotFound, Denied."""
         name, ref = check_name(_text(body, "model")), check_ref(_text(body, "ref"))
         digest, profile_id, host = check_digest(_text(body, "profile_digest")), _text(body, "profile_id"), _text(body, "host")
-        gpus = _gpus(body.get("gpu_uuids"))
+        gpus, nonce = _gpus(body.get("gpu_uuids")), _nonce(body)
         catalog = self._library.catalog
         call = self._allow(call, name, catalog.repository(name), "run")
         profile = self._profile(name, digest, profile_id)
@@ -261,7 +263,7 @@ class Guard(Registry, Files):
             "gpu_uuids": list(gpus),
             "key_id": call.principal.key_id,
             "revocation_serial": 0,
-        }
+        } | nonce
         with catalog.writing() as conn:
             claims["lease_serial"] = self._entitlements.add_lease(conn, call.principal, wish, jti=str(claims["jti"]), iat=iat, exp=exp)
             self._audit.change(
@@ -292,6 +294,16 @@ def _text(body: dict[str, object], key: str) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= 255 or any(ord(ch) < 32 or 0xD800 <= ord(ch) <= 0xDFFF for ch in value):
         raise Invalid(f"{key} is missing or not text", expected="1 to 255 characters", reason="body")
     return value
+
+
+def _nonce(body: dict[str, object]) -> dict[str, object]:
+    """The claim by which a runtime tells that a lease was signed for its request; absent for a runtime that sends none."""
+    if "nonce" not in body:
+        return {}
+    value = body["nonce"]
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_NONCE or not set(value) <= set(hexdigits):
+        raise Invalid("nonce is no hexadecimal text", expected=f"1 to {MAX_NONCE} characters of 0-9 and a-f", reason="body")
+    return {"nonce": value}
 
 
 def _gpus(value: object) -> tuple[str, ...]:

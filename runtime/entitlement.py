@@ -1,14 +1,19 @@
 """May this key start this model here: the key check, the lease, and the words of every refusal; nothing here sees weights or engines.
 
-A lease is verified with the keys of site-trust.json only, whether it came over the wire a second ago or lies in the cache. Must never print a key,
-and must never let a registry that refuses look like one that is down: only the latter falls back to a stored lease.
+A lease is verified with the keys of site-trust.json only, whether it came over the wire a second ago or lies in the cache;
+one from the wire must also carry this request's nonce, since nothing else in an answer tells a replayed one. Must never print a key, and must never
+let a registry that refuses look like one that is down: only the latter falls back to a stored lease.
 """
 
 from __future__ import annotations
 
+import base64
+import errno
 import json
+import logging
 import os
 import secrets
+import stat
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -33,8 +38,10 @@ KEY_REASONS = frozenset({"key_absent", "key_invalid", "key_expired", "key_revoke
 RIGHT_REASONS = frozenset(
     {"not_visible", "no_grant", "action_missing", "grant_not_yet", "tier_missing", "grant_expired", "lease", "lease_absent", "lease_expired"}
 )
+log = logging.getLogger("airlock")
 LEASE_TYPE = "lease+jwt"
 MAX_LEASE = 64 * 1024
+MAX_TIME = 1e11  # seconds since 1970: what is beyond is nonsense, and too large for a date
 MAX_WALL_STEP = 30 * 86400  # a wall clock further ahead of signed time than this raises no floor: one bad NTP minute must not expire everything
 
 
@@ -142,9 +149,10 @@ def report(error: AirlockError) -> tuple[list[str], int]:
 
 
 def obtain_lease(remote: Api, choice: Choice, trust: SiteTrust, folder: Path) -> dict[str, object]:
-    """A fresh lease from the registry, verified and stored under `folder`; raises Denied, NotFound, Unauthenticated, Unavailable, Mismatch."""
+    """A fresh lease from the registry, verified and stored in `folder`; raises Denied, NotFound, Unauthenticated, Unavailable, Mismatch, Invalid."""
+    nonce = secrets.token_hex(16)
     try:
-        answer = remote.api("POST", "/airlock/v1/leases", choice.as_json())
+        answer = remote.api("POST", "/airlock/v1/leases", {**choice.as_json(), "nonce": nonce})
     except NotFound as error:
         if error.reason in ("profile", "model"):  # the name is seen, what hangs on it is not there
             raise
@@ -159,10 +167,23 @@ def obtain_lease(remote: Api, choice: Choice, trust: SiteTrust, folder: Path) ->
             do="update Airlock on one of the sides",
             reason="lease",
         )
-    # Judged by the registry's clock: a container whose own clock is off must not refuse what was signed a moment ago.
-    now = float(told) if isinstance(told, int | float) and not isinstance(told, bool) else time.time()
-    claims = _verified(token, choice, trust, now)
-    _raise_floor(folder, _number(claims, "iat"), time.time())
+    if not isinstance(told, int | float) or isinstance(told, bool) or not 0 <= told < MAX_TIME:
+        raise Invalid("the registry's answer holds no time", expected="`now`, seconds since 1970", do="check the registry's clock", reason="lease")
+    # Judged by the registry's clock: a container whose own clock is off must not refuse what was signed a moment ago. That clock is told unsigned,
+    # so it counts only upward from the floor; the nonce proves that the lease was signed after it was asked for.
+    try:
+        claims = _verified(token, choice, trust, max(float(told), _lowest(folder, _stored_token(folder, choice))))
+    except Denied as error:
+        do = error.do or f"compare the clocks of the registry and of this node; what this node holds for the lowest time is {folder / 'clock'}"
+        raise Denied(f"the registry's lease is refused: {error.what}", expected=error.expected, do=do, reason="lease") from error
+    if claims.get("nonce") != nonce:
+        raise Mismatch(
+            "the registry's answer holds a lease that was not made for this request",
+            expected="the nonce of this request among the signed claims",
+            do="update Airlock on the registry; where it is up to date, something on the path to it replays old answers",
+            reason="lease",
+        )
+    _raise_floor(folder, _number(claims, "iat"), 0.0)  # a wall clock ahead of time signed just now is wrong
     _store(_file(folder, choice), json.dumps({"lease": token}).encode())
     return claims
 
@@ -172,18 +193,20 @@ def stored_lease(choice: Choice, trust: SiteTrust, folder: Path) -> dict[str, ob
     do = "start once while the registry answers: it renews the lease"
     path = _file(folder, choice)
     try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_LEASE + 1)
-    except OSError as error:
+        raw = _read(path, MAX_LEASE + 1)
+    except FileNotFoundError as error:
         what = (
             f"the registry does not answer, and the cache holds no lease for {choice.model}:{choice.ref} with this profile, these GPUs and this host"
         )
         raise Denied(what, expected=f"a lease in {folder}", do=do, reason="lease_absent") from error
+    except OSError as error:
+        what = f"the stored lease {path} cannot be read: {error.strerror}"
+        raise Denied(what, expected="a regular file of ours", do=f"remove it; {do}", reason="lease") from error
     try:
         token = parse_json(raw, "the stored lease", MAX_LEASE).get("lease")
         if not isinstance(token, str):
             raise Invalid("the stored lease holds no text `lease`", expected="the file as it was written")
-        claims = _verified(token, choice, trust, max(time.time(), floor(folder)))
+        claims = _verified(token, choice, trust, max(time.time(), _lowest(folder, token)))
     except Denied as error:
         reason = "lease_expired" if error.reason == "expired" else "lease"
         raise Denied(
@@ -234,11 +257,49 @@ def until(claims: Mapping[str, object]) -> str:
 def floor(folder: Path) -> float:
     """The lowest time it can be, from the cache; 0 without one."""
     try:
-        raw = (folder / "clock").read_bytes()[:100]
-        value = float(raw)
+        value = float(_read(folder / "clock", 100))
     except (OSError, ValueError):
         return 0.0
-    return value if 0 <= value < 1e11 else 0.0
+    return value if 0 <= value < MAX_TIME else 0.0
+
+
+def _lowest(folder: Path, token: str) -> float:
+    """The floor; where the clock file is gone or damaged, the time at which the stored lease was signed, with a warning."""
+    value = floor(folder)
+    if value or not (token or os.path.lexists(folder / "clock")):
+        return value
+    value = _signed_at(token)
+    log.warning("%s is gone or damaged: the lowest time is now that of the stored lease (%s)", folder / "clock", date(value) if value else "none")
+    return value
+
+
+def _signed_at(token: str) -> float:
+    """The claim iat of a lease that is not verified yet: it can only make a check stricter, or be refused with its lease."""
+    try:
+        value = parse_json(base64.urlsafe_b64decode(token.split(".")[1] + "=="), "the stored lease", MAX_LEASE).get("iat")
+    except (IndexError, ValueError, Invalid):
+        return 0.0
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MAX_TIME else 0.0
+
+
+def _stored_token(folder: Path, choice: Choice) -> str:
+    """The text of the lease in the cache, empty without one."""
+    try:
+        token = parse_json(_read(_file(folder, choice), MAX_LEASE + 1), "the stored lease", MAX_LEASE).get("lease")
+    except (OSError, Invalid):
+        return ""
+    return token if isinstance(token, str) else ""
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """At most `limit` bytes of a regular file; raises OSError for all else. O_NONBLOCK: a pipe planted there must not hold up the start."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        return os.read(fd, limit)
+    finally:
+        os.close(fd)
 
 
 def _raise_floor(folder: Path, signed: float, wall: float) -> None:

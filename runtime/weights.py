@@ -2,7 +2,7 @@
 
 Nothing here decides who may run what. A file that is present is hashed unless a stamp proves that it is the one that was hashed before; what that
 does not catch (root of this host, who can set any time stamp) is said in docs/operations.md. Extra or changed files in a model directory make it be
-built anew.
+built anew. Nothing is read, written or removed through a link in the cache: it would lead out of it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from artifact.store import Descriptor, File
 
 PROFILES = "/profiles"
 MAX_PAYLOAD = 1 << 20
+FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512", "partial", "refs", "leases", "models", "stamps", "home")
 Log = Callable[[str], None]
 
 
@@ -75,7 +76,7 @@ class ModelDir:
 
 
 def check_cache(cache: Path) -> None:
-    """The cache directory exists and can be used; raises Unavailable (reason cache) with path, owner, mode and our uid."""
+    """The cache directory exists and can be used, and its own folders are no links; raises Unavailable with owner and mode, or Invalid."""
     try:
         cache.mkdir(mode=0o755, parents=True, exist_ok=True)
         found = cache.stat()
@@ -86,6 +87,42 @@ def check_cache(cache: Path) -> None:
         raise Unavailable(f"NIM_CACHE_PATH {cache} is no directory", expected="a directory", reason="cache")
     if not os.access(cache, os.R_OK | os.X_OK):
         raise _unusable(cache, "read")
+    for name in FOLDERS:
+        _folders(cache, cache / name)
+
+
+def _folders(cache: Path, path: Path) -> None:
+    """Every step below the cache down to `path` is a directory or absent; raises Invalid (reason cache) naming the step that is a link or a file.
+
+    The cache's own path may be a link: the operator names it. What lies in it, others may have planted.
+    """
+    for step in (*reversed(path.relative_to(cache).parents[:-1]), path.relative_to(cache)):
+        try:
+            found = os.lstat(cache / step)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        if not stat.S_ISDIR(found.st_mode):
+            raise _planted(cache / step, found.st_mode, "directory")
+
+
+def _blob(disk: Disk, digest: str) -> None:
+    """At a blob's path lies a regular file or nothing, in directories of this cache; raises Invalid (reason cache) naming what does not belong."""
+    path = disk.path(digest)
+    _folders(disk.root, path.parent)
+    with suppress(FileNotFoundError):
+        found = os.lstat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise _planted(path, found.st_mode, "file")
+
+
+def _planted(path: Path, mode: int, wanted: str) -> Invalid:
+    kind = "a symbolic link" if stat.S_ISLNK(mode) else "a directory" if stat.S_ISDIR(mode) else f"no {wanted}"
+    return Invalid(
+        f"{path} in the cache is {kind}",
+        expected=f"a plain {wanted} or nothing",
+        do="look at who put it there, remove it and start again",
+        reason="cache",
+    )
 
 
 def _unusable(cache: Path, verb: str) -> Unavailable:
@@ -116,6 +153,8 @@ def released(source: Source | None, cache: Path, name: str, ref: str, keys: Mapp
             raise _not_promoted(name, ref, digest) from error
     else:
         digest, signature_digest = _noted(note, repo, ref)
+        _blob(disk, digest)
+        _blob(disk, signature_digest)
         raw, signature = disk.read(digest, MAX_MANIFEST_BYTES), disk.read(signature_digest, MAX_MANIFEST_BYTES)
 
     manifest = parse_manifest(raw)
@@ -151,6 +190,8 @@ def _note(note: Path, disk: Disk, repo: str, ref: str, raw: bytes, signature: by
 def _noted(note: Path, repo: str, ref: str) -> tuple[str, str]:
     """What the cache says the name was; believed only because the release signature names it too."""
     try:
+        if not stat.S_ISREG(mode := os.lstat(note).st_mode):
+            raise _planted(note, mode, "file")
         doc = parse_json(note.read_bytes(), "the cached name", MAX_PAYLOAD)
     except OSError as error:
         raise Unavailable(
@@ -166,6 +207,7 @@ def _noted(note: Path, repo: str, ref: str) -> tuple[str, str]:
 
 def _small(source: Source | None, disk: Disk, repo: str, digest: str, size: int) -> bytes:
     """A small blob by digest: from the cache, else from the registry, verified in both cases."""
+    _blob(disk, digest)
     if disk.size(digest) is not None:
         try:
             return disk.read(digest, MAX_MANIFEST_BYTES)
@@ -196,6 +238,8 @@ def materialise(source: Source | None, cache: Path, model: Pin, log: Log, *, wor
     Raises NotFound, Mismatch (reason weights), Unavailable (also a full disk, with the bytes needed and free).
     """
     disk = Disk(cache)
+    target = cache / "models" / model.name / model.digest.split(":", 1)[1][:12]
+    _folders(cache, target.parent)
     raw = _model_manifest(source, disk, model)
     manifest = parse_manifest(raw)
     if manifest.artifact_type != MODEL_TYPE:
@@ -211,7 +255,7 @@ def materialise(source: Source | None, cache: Path, model: Pin, log: Log, *, wor
         if verdict == "absent":
             lacking.append(file)
     _fetch(source, disk, model, lacking, log, workers, show)
-    target = cache / "models" / model.name / model.digest.split(":", 1)[1][:12]
+    _folders(cache, target.parent)  # again: the download may have taken hours
     if not _intact(target, files, disk):
         try:
             _build(target, files, disk)
@@ -224,6 +268,7 @@ def materialise(source: Source | None, cache: Path, model: Pin, log: Log, *, wor
 
 
 def _model_manifest(source: Source | None, disk: Disk, model: Pin) -> bytes:
+    _blob(disk, model.digest)
     try:
         return disk.read(model.digest, MAX_MANIFEST_BYTES)
     except (NotFound, Mismatch) as error:
@@ -240,7 +285,8 @@ def _model_manifest(source: Source | None, disk: Disk, model: Pin) -> bytes:
 
 
 def _present(disk: Disk, file: File, stamps: _Stamps) -> str:
-    """`stamped` or `hashed` when the cache holds the right bytes, else `absent` with wrong ones removed."""
+    """`stamped` or `hashed` when the cache holds the right bytes, else `absent` with wrong ones removed; raises Invalid for what is no file."""
+    _blob(disk, file.digest)
     size = disk.size(file.digest)
     if size is None:
         return "absent"
@@ -353,8 +399,9 @@ class _Stamps:
             return False
         try:
             found = os.lstat(self._path(digest))
-            told = json.loads(self._path(digest).read_bytes()[:4096])
-            return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and told == self._facts(path, digest)
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+                return False
+            return bool(json.loads(self._path(digest).read_bytes()[:4096]) == self._facts(path, digest))
         except (OSError, ValueError):
             return False
 

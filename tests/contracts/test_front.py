@@ -396,8 +396,8 @@ def test_context_that_does_not_fit_is_shortened_once(serve: Serve) -> None:
     ],
 )
 def test_a_hopeless_engine_ends_the_front_with_its_reason(serve: Serve, flags: list[str], kind: str) -> None:
-    served = serve(*flags, wait=False, ready_s=2.0)
-    out, _ = served.process.communicate(timeout=20)
+    served = serve(*flags, wait=False, ready_s=2.0 if kind == "start_timeout" else 45.0)
+    out, _ = served.process.communicate(timeout=60)
     assert served.process.returncode == 36
     error = json.loads(out.splitlines()[-1])
     assert error["reason"] == "engine_failed" and f"({kind})" in error["what"]

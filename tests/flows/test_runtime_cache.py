@@ -72,7 +72,7 @@ class Node:
         now = int(time.time())
         model = {"name": body["model"], "ref": body["ref"], "digest": self.model_digest}
         out = {"iss": "site-1", "sub": "org:acme", "aud": body["host"], "jti": "j1", "iat": now, "nbf": now - 60, "exp": now + 86400, "model": model}
-        return out | {k: body[k] for k in ("profile_digest", "profile_id", "gpu_uuids")} | {"revocation_serial": 0}
+        return out | {k: body[k] for k in ("profile_digest", "profile_id", "gpu_uuids", "nonce")} | {"revocation_serial": 0}
 
     def command(self, word: str, *more: str) -> list[str]:
         return [sys.executable, "-m", "runtime", word, "--model", "acme/tiny:1", *more]
@@ -161,6 +161,48 @@ def test_strangers_in_the_model_directory_are_gone_after_a_start(node: Node) -> 
     assert node.run("download-to-cache").returncode == 0
     assert {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()} == set(node.files)
     assert (target / "config.json").read_bytes() == node.files["config.json"]
+
+
+def outside(node: Node) -> Path:
+    """A directory beside the cache whose content must survive every start."""
+    victim = node.folder / "victim"
+    (victim / "tiny" / node.model_digest[7:19]).mkdir(parents=True)
+    (victim / "tiny" / node.model_digest[7:19] / "precious").write_text("x")
+    return victim
+
+
+def untouched(victim: Path) -> bool:
+    return [p.name for p in victim.rglob("*") if p.is_file()] == ["precious"] and len(list(victim.rglob("*"))) == 3
+
+
+@pytest.mark.parametrize("link", ["models/acme", "models", "blobs", "blobs/sha256", "partial", "refs", "leases", "home"])
+def test_a_link_in_the_cache_leads_nowhere(node: Node, link: str) -> None:
+    victim = outside(node)
+    (node.cache / link).parent.mkdir(parents=True)
+    (node.cache / link).symlink_to(victim)
+    refused = node.run("serve")
+    assert refused.returncode == 38 and f"{node.cache / link} in the cache is a symbolic link" in refused.stderr, refused.stderr
+    assert "Traceback" not in refused.stderr and untouched(victim)
+    assert not [line for line in blobs_asked(node) if any(digest_of(raw) in line for raw in node.files.values())]
+
+
+def test_a_link_that_replaces_a_folder_of_blobs_is_refused(node: Node) -> None:
+    assert node.run("download-to-cache").returncode == 0
+    victim, folder = outside(node), node.blob("model.safetensors").parent
+    folder.rename(node.folder / "kept")
+    folder.symlink_to(victim)
+    refused = node.run("download-to-cache")
+    assert refused.returncode == 38 and f"{folder} in the cache is a symbolic link" in refused.stderr and untouched(victim)
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe"])
+def test_what_is_no_file_at_a_blobs_path_is_told_before_anything_is_fetched(node: Node, kind: str) -> None:
+    blob = node.blob("model.safetensors")
+    blob.parent.mkdir(parents=True)
+    blob.mkdir() if kind == "directory" else os.mkfifo(blob)
+    refused = node.run("download-to-cache")
+    assert refused.returncode == 38 and f"{blob} in the cache is " in refused.stderr, refused.stderr
+    assert not [line for line in blobs_asked(node) if any(digest_of(raw) in line for raw in node.files.values())]
 
 
 def test_stamps_in_a_directory_that_others_can_write_count_nothing(node: Node) -> None:

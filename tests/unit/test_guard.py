@@ -373,9 +373,12 @@ def test_lease(site: Site, pushed: Pushed) -> None:
     assert (first["profile_digest"], first["profile_id"], first["gpu_uuids"]) == (pushed.profiles.digest, pushed.profile_id, ["GPU-1"])
     assert first["exp"] == now + 86400 and first["iat"] == now and first["revocation_serial"] == 0 and first["key_id"] == call.principal.key_id
     assert (first["lease_serial"], second["lease_serial"]) == (1, 2) and first["jti"] != second["jti"]
+    assert "nonce" not in first
+    told = site.guard.lease(call, lease_body(pushed, nonce="0f" * 16))
+    assert verify_jws(str(told["lease"]), "lease+jwt", keys, now, "node-1")["nonce"] == "0f" * 16
     assert site.entitlements.gpus_in_use("acme", now) == 1
     rows = [r for r in audit(site, "A") if r["event"] == "lease"]
-    assert [r["serial"] for r in rows] == [1, 2] and rows[0]["jti"] == first["jti"]
+    assert [r["serial"] for r in rows] == [1, 2, 3] and rows[0]["jti"] == first["jti"]
 
 
 def test_a_lease_ends_with_its_key(site: Site, pushed: Pushed) -> None:
@@ -400,6 +403,7 @@ REFUSED_LEASES: list[tuple[dict[str, object], type[Exception]]] = [
     ({"profile_digest": "sha256:x"}, Invalid),
     ({"profile_digest": "sha256:" + "0" * 64}, NotFound),
     ({"profile_id": "other"}, NotFound),
+    *(({"nonce": nonce}, Invalid) for nonce in (None, "", "0" * 65, "xyz", 5, "\u0661")),
 ]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 
 from artifact import trust
-from artifact.errors import AirlockError, Denied, NotFound, Unavailable
+from artifact.errors import AirlockError, Denied, Invalid, Mismatch, NotFound, Unavailable
 from artifact.remote import RemoteRegistry
 from runtime import entitlement
 from runtime.entitlement import AUTH_LINE, NO_KEY_LINE, PERMISSION_LINE, SEED_LINE, Choice, check_key, obtain_lease, require_key, stored_lease
@@ -29,7 +32,7 @@ def claims(body: dict[str, Any], **changed: Any) -> dict[str, Any]:
     now = int(time.time())
     model = {"name": body["model"], "ref": body["ref"], "digest": CHOICE.model_digest}
     out = {"iss": "site-1", "sub": "org:acme", "aud": body["host"], "jti": "j1", "iat": now, "nbf": now - 60, "exp": now + 86400, "model": model}
-    out |= {k: body[k] for k in ("profile_digest", "profile_id", "gpu_uuids")} | {"key_id": "k1", "lease_serial": 1, "revocation_serial": 0}
+    out |= {k: body[k] for k in ("profile_digest", "profile_id", "gpu_uuids", "nonce")} | {"key_id": "k1", "lease_serial": 1, "revocation_serial": 0}
     return out | changed
 
 
@@ -153,10 +156,80 @@ def test_a_deleted_edited_or_expired_lease_starts_nothing(site: Site, tmp_path: 
         stored_lease(CHOICE, TRUST, tmp_path)
     assert caught.value.reason == "lease_absent"
     long_ago = int(time.time()) - 200_000
-    stored(site, tmp_path, iat=long_ago, nbf=long_ago, exp=long_ago + 86400)
+    stored(site, tmp_path / "old", iat=long_ago, nbf=long_ago, exp=long_ago + 86400)
     with pytest.raises(Denied, match="expired at") as caught:
-        stored_lease(CHOICE, TRUST, tmp_path)
+        stored_lease(CHOICE, TRUST, tmp_path / "old")
     assert EXIT_CODES[caught.value.reason] == 29
+
+
+@pytest.mark.parametrize("age", [60, 60 * 86400])
+@pytest.mark.parametrize("floor", [True, False])
+def test_a_replayed_lease_is_refused_whatever_time_the_answer_tells(site: Site, tmp_path: Path, age: int, floor: bool) -> None:
+    then = int(time.time()) - age
+    old = json.loads(stored(site, tmp_path / "then", iat=then, nbf=then, exp=then + 86400).read_bytes())["lease"]
+    here = tmp_path / "now"
+    before = stored(site, here).read_bytes() if floor else b""
+    site.lease = lambda body: (200, {"lease": old, "now": then + 10})
+    with pytest.raises((Mismatch, Denied), match=r"not made for this request|expired at") as caught:
+        obtain_lease(RemoteRegistry(site.url, KEY), CHOICE, TRUST, here)
+    assert entitlement.report(caught.value)[1] == 28
+    assert [p.read_bytes() for p in here.glob("*.json")] == ([before] if floor else [])
+
+
+@pytest.mark.parametrize("nonce", [None, "", "0" * 32, 5])
+def test_a_lease_without_the_nonce_of_the_request_is_refused(site: Site, tmp_path: Path, nonce: object) -> None:
+    token = lambda body: trust.sign_jws(LEASE_KEY, "lease+jwt", claims(body, nonce=nonce))  # noqa: E731
+    site.lease = lambda body: (200, {"lease": token(body), "now": int(time.time())})
+    with pytest.raises(Mismatch, match="not made for this request"):
+        obtain_lease(RemoteRegistry(site.url, KEY), CHOICE, TRUST, tmp_path)
+
+
+@pytest.mark.parametrize("now", [10**400, 10**11, -1, True, "0", None, [1]])
+def test_a_time_that_is_none_is_told_plainly(site: Site, tmp_path: Path, now: object) -> None:
+    site.lease = lambda body: (200, {"lease": trust.sign_jws(LEASE_KEY, "lease+jwt", claims(body)), "now": now})
+    with pytest.raises(Invalid):
+        obtain_lease(RemoteRegistry(site.url, KEY), CHOICE, TRUST, tmp_path)
+
+
+def test_the_time_of_an_answer_counts_only_upward_from_the_floor(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "clock").write_text(f"{time.time() + 2 * 86400:.0f}")
+    with pytest.raises(Denied, match="expired at"):
+        stored(site, tmp_path)
+
+
+@pytest.mark.timeout(20)
+def test_a_stored_lease_that_is_no_regular_file_is_refused_at_once(site: Site, tmp_path: Path) -> None:
+    path = stored(site, tmp_path)
+    kept = path.rename(tmp_path / "kept")
+    for plant in (lambda: os.mkfifo(path), lambda: path.symlink_to(kept), path.mkdir):
+        plant()
+        with pytest.raises(Denied, match="cannot be read") as caught:
+            stored_lease(CHOICE, TRUST, tmp_path)
+        assert entitlement.report(caught.value)[1] == 28 and str(path) in caught.value.what
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("damage", ["deleted", "nonsense", "pipe"])
+def test_a_lost_clock_is_told_and_never_goes_below_the_stored_lease(
+    site: Site, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    token = json.loads(stored(site, tmp_path).read_bytes())["lease"]
+    signed = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))["iat"]
+    clock = tmp_path / "clock"
+    clock.unlink()
+    clock.write_bytes(b"\xffx") if damage == "nonsense" else os.mkfifo(clock) if damage == "pipe" else None
+    monkeypatch.setattr(time, "time", lambda: signed - 90_000)
+    with caplog.at_level(logging.WARNING, "airlock"):
+        assert stored_lease(CHOICE, TRUST, tmp_path)["jti"] == "j1"
+    assert f"{clock} is gone or damaged" in caplog.text
+    assert entitlement.floor(tmp_path) == signed
+
+
+def test_a_first_start_misses_no_clock(site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "airlock"):
+        stored(site, tmp_path)
+    assert "gone or damaged" not in caplog.text
 
 
 def test_a_clock_wound_back_gains_nothing(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
