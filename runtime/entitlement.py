@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from artifact.errors import AirlockError, Denied, Invalid, Mismatch, NotFound, Unauthenticated, Unavailable
+from artifact.errors import AirlockError, Denied, Invalid, Mismatch, NotFound, TooLarge, Unauthenticated, Unavailable
 from artifact.grant import date
 from artifact.manifest import canonical_json, digest_of, parse_json
 from artifact.trust import SiteTrust, verify_jws
@@ -212,7 +212,7 @@ def stored_lease(choice: Choice, trust: SiteTrust, folder: Path) -> dict[str, ob
         raise Denied(
             f"the stored lease is refused: {error.what}", expected=error.expected or "a lease that is valid now", do=do, reason=reason
         ) from error
-    except (Invalid, Mismatch) as error:
+    except (Invalid, Mismatch, TooLarge) as error:
         raise Denied(f"the stored lease is refused: {error.what}", expected="the lease as the registry signed it", do=do, reason="lease") from error
     _raise_floor(folder, _number(claims, "iat"), time.time())
     return claims
@@ -277,7 +277,7 @@ def _signed_at(token: str) -> float:
     """The claim iat of a lease that is not verified yet: it can only make a check stricter, or be refused with its lease."""
     try:
         value = parse_json(base64.urlsafe_b64decode(token.split(".")[1] + "=="), "the stored lease", MAX_LEASE).get("iat")
-    except (IndexError, ValueError, Invalid):
+    except (IndexError, ValueError, Invalid, TooLarge):
         return 0.0
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MAX_TIME else 0.0
 
@@ -286,7 +286,7 @@ def _stored_token(folder: Path, choice: Choice) -> str:
     """The text of the lease in the cache, empty without one."""
     try:
         token = parse_json(_read(_file(folder, choice), MAX_LEASE + 1), "the stored lease", MAX_LEASE).get("lease")
-    except (OSError, Invalid):
+    except (OSError, Invalid, TooLarge):
         return ""
     return token if isinstance(token, str) else ""
 

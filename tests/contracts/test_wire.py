@@ -305,3 +305,38 @@ def test_a_request_head_has_a_bound(site: Site) -> None:
             assert Reader(sock).head()[0] == 400
         except (ConnectionResetError, BrokenPipeError):
             pass
+
+
+@pytest.mark.parametrize("site", ["sendfile"], indirect=True)  # the bound is our own protocol's
+@pytest.mark.parametrize(
+    "head",
+    [b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 201, b"GET / HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n", b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n"],
+)
+def test_a_whole_head_over_the_bound_is_refused_however_it_arrives(site: Site, head: bytes) -> None:
+    class Transport(asyncio.Transport):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sent, self.shut = b"", False
+
+        def write(self, data: bytes | bytearray | memoryview) -> None:
+            self.sent += bytes(data)
+
+        def close(self) -> None:
+            self.shut = True
+
+        def is_closing(self) -> bool:
+            return self.shut
+
+    async def one_read() -> Transport:
+        config = uvicorn.Config(application(site), http=Quick, ws="none", lifespan="off", log_config=None)
+        config.load()
+        protocol, transport = Quick(config, uvicorn.server.ServerState(), {}), Transport()
+        protocol.connection_made(transport)
+        protocol.data_received(head + b"Host: x\r\n\r\n")  # all of it in one read, as a fast client's head may come
+        return transport
+
+    found = asyncio.run(one_read())
+    assert found.shut and found.sent.startswith(b"HTTP/1.1 400")
+    with site.connect() as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: a\r\n" * 150 + b"\r\n")
+        assert Reader(sock).head()[0] == 200

@@ -243,6 +243,10 @@ def test_garbage_on_the_wire(door: Door) -> None:
             except (TimeoutError, ConnectionResetError):
                 got = b""
             assert got == b"" or got.startswith((b"HTTP/1.1 400", b"HTTP/1.1 401", b"HTTP/1.1 404")), got
+    for target in ("*", "%2Fv2/", "http://x", ""):
+        with socket.create_connection(("127.0.0.1", door.port), timeout=5) as sock:
+            sock.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            assert sock.recv(65536).startswith(b"HTTP/1.1 400"), target
     both = "POST /v2/acme/app/blobs/uploads/ HTTP/1.1\r\nTransfer-Encoding: chunked"
     assert send(door, both, b"5\r\nabcde\r\n0\r\n\r\n").status == 400  # two framings of one body: request smuggling
     time.sleep(0.1)

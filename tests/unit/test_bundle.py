@@ -267,3 +267,24 @@ def test_homes_refuse_to_be_made_twice_or_to_pin_another(mirror: MirrorHome, tmp
         (n, "0o600") for n in ("lease.pem", "pepper", "release.pem")
     ]
     assert oct((tmp_path / "site").stat().st_mode & 0o777) == "0o700" == oct(secrets.stat().st_mode & 0o777)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_profiles_of_another_model_are_not_signed(mirror: MirrorHome, site: Site, tmp_path: Path, inside: bool) -> None:
+    """The document names another model as its own (`inside`: only one of its profiles does, and the store lacks that model)."""
+    stage_model(mirror, "acme/m", "1", {"w.safetensors": b"weights"})
+    digest = stage_model(mirror, "acme/n", "1", {"w.safetensors": b"others"}).digest
+    document = build("acme/n", digest, [{"tags": {"llm_engine": "vllm"}}], 1)
+    if inside:
+        document = document.replace(b'"model":"acme/n"', b'"model":"acme/m"')
+    layer = Descriptor(PROFILES_TYPE, mirror.disk.put(document), len(document))
+    raw = build_manifest(PROFILES_TYPE, [layer.as_json()], {})
+    mirror.record([Named("acme/m/profiles", "1", mirror.disk.put(raw), MANIFEST, "", "profiles")])
+    pack(mirror, tmp_path / "one", NOW)
+    import_bundle(site, tmp_path / "one", NOW)
+    if inside:
+        assert promote(site, Reference("acme/m", "1"), NOW)["models"] == [f"acme/n@{digest}"]  # another model of this store may be named
+        with site.catalog.writing() as conn:
+            conn.exec_driver_sql("UPDATE repository SET name = 'acme/moved' WHERE name = 'acme/n'")
+    with pytest.raises(Invalid, match="acme/n"):
+        promote(site, Reference("acme/m", "1"), NOW)

@@ -21,6 +21,7 @@ from artifact.errors import Conflict, Denied, Invalid, Mismatch, NotFound, Range
 from artifact.store import Call, Content, Descriptor, File
 from registry import catalog as c
 from registry import tables as t
+from registry.home import Home
 from registry.library import lfs_pointer_oid, local_call
 from registry.settings import Settings
 from registry.wiring import Site, migrate, open_site
@@ -64,9 +65,8 @@ def test_pragmas(site: Site) -> None:
 
 
 def test_migrate_again_and_from_two_processes(tmp_path: Path) -> None:
-    with make_site(tmp_path) as site:
-        settings = site.settings
-    (settings.data / "registry.db").unlink()
+    Home.open(tmp_path / "data", create=True)
+    settings = Settings.load(tmp_path / "data", environ={})
     code = "import sys; from registry.settings import Settings; from registry.wiring import migrate; migrate(Settings.load(sys.argv[1]))"
     both = [subprocess.Popen([sys.executable, "-c", code, str(settings.data)], cwd="/") for _ in range(2)]
     assert [p.wait(60) for p in both] == [0, 0]
@@ -342,8 +342,16 @@ def test_a_damaged_database_is_unavailable(site: Site) -> None:
     (site.settings.data / "registry.db").write_bytes(b"not a database, but long enough to be read as one" * 100)
     for path in site.settings.data.glob("registry.db-*"):
         path.unlink()
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable) as caught:
         open_site(site.settings)
+    assert caught.value.do == "restore it from the backup" and caught.value.reason == "damaged"
+
+
+def test_a_full_disk_is_told_with_the_free_bytes(site: Site) -> None:
+    with pytest.raises(Unavailable, match=r"its disk has \d+ bytes free") as caught, site.catalog.writing() as conn:
+        conn.exec_driver_sql("PRAGMA max_page_count=1")  # as SQLite has it: no page beyond those that are there
+        conn.execute(t.audit_pending.insert().values(**{"class": "a", "ts": 0, "body": "x" * 10_000_000}))
+    assert caught.value.reason == "disk_full" and caught.value.do == "free space, then the same command again"
 
 
 def test_failed_and_cancelled_uploads_leave_nothing(site: Site) -> None:

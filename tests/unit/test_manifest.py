@@ -215,6 +215,18 @@ def test_limits_and_clashes_of_a_model() -> None:
         files_of(parse_manifest(json.dumps(hostile).encode()))
 
 
+def test_a_layer_has_one_path() -> None:
+    def read(**notes: str) -> list[str]:
+        names = {"title": "org.opencontainers.image.title", "path": "org.cncf.model.filepath"}
+        layer = {**LAYER, "annotations": {names[k]: v for k, v in notes.items()}}
+        return [f.path for f in files_of(parse_manifest(json.dumps({**GOOD, "layers": [layer]}).encode()))]
+
+    assert read(title="a") == read(path="a") == read(title="a", path="a") == ["a"] and read() == []
+    for notes in ({"title": "a", "path": "b"}, {"title": "a", "path": ""}, {"title": "", "path": "b"}):
+        with pytest.raises(Invalid):
+            read(**notes)
+
+
 @pytest.mark.parametrize(
     ("path", "kind"),
     [

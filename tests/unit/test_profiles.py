@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from artifact.errors import Invalid, NotFound
-from artifact.profile import Pin, Profile
+from artifact.manifest import canonical_json
+from artifact.profile import Pin, Profile, build, parse
+from registry.commands import model
 from runtime.profiles import SEED_LINE, Wanted, families, require, select
 from runtime.settings import Facts, Gpu
 
@@ -189,3 +192,45 @@ def test_families_tell_similar_products_apart() -> None:
     assert "h100" in families("NVIDIA H100 80GB HBM3") and "h100" not in families("NVIDIA H100 NVL")
     assert "h100_nvl" in families("NVIDIA H100 NVL") and "a10" not in families("NVIDIA A10G")
     assert "a100" in families("NVIDIA A100-SXM4-80GB") and "l4" not in families("NVIDIA L40S")
+
+
+DIGEST = "sha256:" + "a" * 64
+TAGS: dict[str, object] = {"llm_engine": "vllm"}
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"id": "../x"},
+        {"id": "a b"},
+        {"id": "x" * 129},
+        {"id": 10**5000},
+        {"id": ["x"]},
+        {"options": {"dtype": "--trust-remote-code"}},
+        {"options": {"max_model_len": "12k"}},
+        {"options": {"max_model_len": "٣"}},
+        {"options": {"max_model_len": ""}},
+        {"options": {"max_model_len": 10**5000}},
+    ],
+)
+def test_ids_and_options_that_a_command_line_could_misread_are_refused(wanted: dict[str, object]) -> None:
+    with pytest.raises(Invalid):
+        build("acme/tiny", DIGEST, [{"tags": TAGS, **wanted}], 1)
+    if not any(isinstance(v, int) for v in (wanted.get("id"), *dict(wanted.get("options") or {}).values())):  # type: ignore[call-overload]
+        entry = {"id": "x", "tags": TAGS, "model": {"name": "acme/tiny", "digest": DIGEST}, **wanted}
+        with pytest.raises(Invalid):
+            parse(canonical_json({"schema": 1, "model": "acme/tiny", "profiles": [entry]}))
+
+
+def test_ids_and_options_that_are_accepted() -> None:
+    found = parse(build("acme/tiny", DIGEST, [{"id": 7, "tags": TAGS, "options": {"max_model_len": 512, "task": "embed"}}], 1)).profiles[0]
+    assert (found.id, found.options) == ("7", {"max_model_len": "512", "task": "embed"})
+
+
+@pytest.mark.parametrize(
+    "text", ["x: 2001-13-45", "x: " + "9" * 6000, "x: !!timestamp y", "x: !!bool y", "x: 0001-01-01 00:00:00 +05:00", "[", "x: \x00"]
+)
+def test_an_authors_file_that_is_no_profile_list_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(Invalid, match=r"p\.yaml"):
+        model.main(["push", str(tmp_path), "acme/tiny:1", "--registry", "http://127.0.0.1:1", "--profiles", str(tmp_path / "p.yaml")])

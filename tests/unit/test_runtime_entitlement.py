@@ -146,11 +146,21 @@ def stored(site: Site, folder: Path, **changed: Any) -> Path:
 def test_a_deleted_edited_or_expired_lease_starts_nothing(site: Site, tmp_path: Path) -> None:
     path = stored(site, tmp_path)
     raw = path.read_bytes()
-    for damaged in (raw[:-10], raw.replace(b".", b"x", 1), b"[]", b"\xff", json.dumps({"lease": 5}).encode(), raw[:-20] + b"A" + raw[-19:]):
+    for damaged in (
+        raw[:-10],
+        raw.replace(b".", b"x", 1),
+        b"[]",
+        b"\xff",
+        b"x" * 200_000,
+        json.dumps({"lease": 5}).encode(),
+        raw[:-20] + b"A" + raw[-19:],
+    ):
         path.write_bytes(damaged)
         with pytest.raises(Denied) as caught:
             stored_lease(CHOICE, TRUST, tmp_path)
         assert EXIT_CODES[caught.value.reason] == 28
+    path.write_bytes(b"x" * 200_000)
+    assert stored(site, tmp_path) == path and stored_lease(CHOICE, TRUST, tmp_path)["jti"] == "j1"  # nothing damaged keeps a fresh one out
     path.unlink()
     with pytest.raises(Denied, match="holds no lease") as caught:
         stored_lease(CHOICE, TRUST, tmp_path)
