@@ -48,7 +48,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Decision:
-    """The outcome: allow, or a reason code with the words for a person and what would make it allowed."""
+    """The outcome: allow until when (0: no end), or a reason code with the words for a person and what would make it allowed."""
 
     allow: bool
     reason: str
@@ -56,6 +56,7 @@ class Decision:
     remedy: str = ""
     visible: bool = True
     warning: str = ""
+    until: float = 0.0
     ids: dict[str, str] = field(default_factory=dict)
 
 
@@ -144,10 +145,12 @@ def _grants(principal: Principal, subject: Subject, action: str, now: float) -> 
     if not started:
         first = min(g.not_before for g in able)
         return Decision(False, "grant_not_yet", f"the grant on {name} begins on {date(first)}", "wait, or ask for an earlier grant")
-    if any(not g.expires or g.expires > now for g in started):
+    if any(not g.expires for g in started):
         return Decision(True, "ok")
     last = max(g.expires + g.grace_s for g in started)
     ended = max(g.expires for g in started)
+    if ended > now:
+        return Decision(True, "ok", until=last)
     if last > now:
-        return Decision(True, "grace", warning=f"the grant on {name} expired on {date(ended)}; grace ends on {date(last)}")
+        return Decision(True, "grace", until=last, warning=f"the grant on {name} expired on {date(ended)}; grace ends on {date(last)}")
     return Decision(False, "grant_expired", f"the grant on {name} expired on {date(ended)}", "renew the subscription or the grant")

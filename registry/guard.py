@@ -244,8 +244,8 @@ class Guard(Registry, Files):
             raise NotFound(f"profile {profile_id[:80]} names {profile.model.name}@{profile.model.digest}, which is not here", reason="model")
         iat = int(call.now)
         exp = iat + self._lease_life_s
-        if call.principal.expires:
-            exp = min(exp, int(call.principal.expires))  # a lease never outlives the key it was given for
+        ends = (call.principal.expires, call.decision.until if call.decision else 0.0)
+        exp = min([exp, *(int(end) for end in ends if end)])  # a lease never outlives the key and the grant it was given for
         wish = LeaseWish(name, model.digest, digest, profile_id, host, gpus)
         claims: dict[str, object] = {
             "iss": self._home.instance,

@@ -195,3 +195,17 @@ def test_a_yes_is_complete(p: Principal, s: Subject, action: str) -> None:
 def test_a_pattern_without_stars_is_equality(pattern: str, name: str) -> None:
     if "*" not in pattern:
         assert matches(pattern, name) == (pattern == model_of(name))
+
+
+def test_an_allowed_decision_says_until_when() -> None:
+    subject = Subject("acme/m", "acme")
+
+    def until(*grants: Grant) -> float:
+        decision = decide(Principal("k", "acme", "developer", grants=grants), subject, "run", 100.0)
+        assert decision.allow
+        return decision.until
+
+    assert until(Grant(("acme/*",))) == 0.0
+    assert until(Grant(("acme/*",), expires=200.0, grace_s=50)) == 250.0
+    assert until(Grant(("acme/*",), expires=90.0, grace_s=50)) == 140.0
+    assert until(Grant(("acme/*",), expires=200.0), Grant(("acme/*",))) == 0.0
