@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import sqlite3
 from pathlib import Path
 
 from demo.stage import PYTHON, UID, Stage, StepFailed, demand, tree_bytes
@@ -46,6 +48,9 @@ def receive(stage: Stage, w: World) -> None:
         flip(victim)
         done = stage.run([AIRLOCK, "bundle", "import", str(damaged), "--data", str(data)], closed=True, expect=7)
         demand(victim.name in done.err and "Traceback" not in done.err, f"the refusal does not name the object: {done.err[-400:]}")
+        with contextlib.closing(sqlite3.connect(data / "registry.db")) as db:
+            seen = db.execute("select (select count(*) from repository), (select count(*) from ref), (select count(*) from blob)").fetchone()
+        demand(seen == (0, 0, 0), f"a refused bundle left rows behind: {seen}")
         row.note = done.err.strip().splitlines()[-1][:100]
         shutil.rmtree(damaged)
     with stage.step("key create: the organisation acme and its first key"):
