@@ -21,6 +21,7 @@ class Call:
     decision: Decision | None = None
     request_id: str = ""
     now: float = 0.0
+    redirect: bool = False  # whether this caller may be sent to the store's own URL
 
 
 @dataclass(frozen=True)
@@ -213,15 +214,18 @@ class BlobWriter(ABC):
 
     @abstractmethod
     def state(self) -> bytes:
-        """The exported hash state of bytes [0, offset), for the upload row; empty when the library cannot export it."""
+        """What `writer` needs to continue at `offset`, opaque, at most 64 KiB, kept in the upload row; empty where nothing is needed."""
 
     @abstractmethod
     def sync(self) -> None:
         """Makes all written bytes durable."""
 
     @abstractmethod
-    def publish(self, digest: str) -> str:
-        """Verifies the digest, makes the bytes durable under their public location and returns it; raises Mismatch and keeps nothing."""
+    def publish(self, digest: str, generation: int = 0) -> str:
+        """Verifies the digest, makes the bytes durable under their public location and returns it; raises Mismatch and keeps nothing.
+
+        `generation` is another than 0 while an older location of the digest waits for its delayed delete.
+        """
 
     @abstractmethod
     def discard(self) -> None:

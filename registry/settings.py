@@ -25,11 +25,26 @@ class Settings:
     lease_life_s: int = 86400
     lease_grace_s: int = 3 * 86400
     drain_timeout_s: int = 30
+    database: str = ""
+    blobs: str = ""
+    redirect: bool = True
+    stream_to: tuple[str, ...] = ()
+    x_accel: str = ""
+    anonymous: bool = False
+    token_life_s: int = 600
+    blob_lease_s: int = 86400
+    garbage_delay_s: int = 3600
+    gc_every_s: int = 3600
 
     @property
     def database_url(self) -> str:
-        """SQLAlchemy's URL of the SQLite file in the data directory."""
-        return f"sqlite:///{self.data / 'registry.db'}"
+        """SQLAlchemy's URL: the one that was set, else of the SQLite file in the data directory."""
+        return self.database or f"sqlite:///{self.data / 'registry.db'}"
+
+    @property
+    def blobs_url(self) -> str:
+        """The URL of the store: `file:` for the data directory, `s3://…` for a bucket; its scheme names the module in registry/blobs."""
+        return self.blobs or "file:"
 
     @property
     def url(self) -> str:
@@ -63,7 +78,24 @@ class Settings:
             lease_life_s=_whole(env, "AIRLOCK_LEASE_LIFE_S", 86400, 60, 30 * 86400),
             lease_grace_s=_whole(env, "AIRLOCK_LEASE_GRACE_S", 3 * 86400, 0, 30 * 86400),
             drain_timeout_s=_whole(env, "AIRLOCK_DRAIN_TIMEOUT_S", 30, 0, 3600),
+            database=env.get("AIRLOCK_DATABASE", ""),
+            blobs=env.get("AIRLOCK_BLOBS", ""),
+            redirect=_flag(env, "AIRLOCK_REDIRECT", True),
+            stream_to=tuple(part.strip() for part in env.get("AIRLOCK_STREAM_TO", "").split(",") if part.strip()),
+            x_accel=env.get("AIRLOCK_X_ACCEL", ""),
+            anonymous=_flag(env, "AIRLOCK_ANONYMOUS", False),
+            token_life_s=_whole(env, "AIRLOCK_TOKEN_LIFE_S", 600, 60, 86400),
+            blob_lease_s=_whole(env, "AIRLOCK_BLOB_LEASE_S", 86400, 60, 30 * 86400),
+            garbage_delay_s=_whole(env, "AIRLOCK_GARBAGE_DELAY_S", 3600, 0, 30 * 86400),
+            gc_every_s=_whole(env, "AIRLOCK_GC_EVERY_S", 3600, 0, 30 * 86400),
         )
+
+
+def _flag(env: Mapping[str, str], name: str, default: bool) -> bool:
+    text = env.get(name, "").lower()
+    if text not in ("", "0", "1", "false", "true", "no", "yes", "off", "on"):
+        raise Invalid(f"{name} is {text[:40]!r}", expected="on or off")
+    return default if not text else text in ("1", "true", "yes", "on")
 
 
 def _whole(env: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:

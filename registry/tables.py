@@ -56,6 +56,7 @@ org = Table(
     Column("display", Text, nullable=False, server_default=""),
     Column("lease_serial", BigInteger, nullable=False, server_default="0"),
     Column("created", Double, nullable=False),
+    Column("quota_bytes", BigInteger, nullable=False, server_default="0"),  # 0: none
 )
 repository = Table(
     "repository",
@@ -84,6 +85,7 @@ manifest = Table(
     Column("subject", Name, nullable=True, index=True),
     Column("size", BigInteger, nullable=False),
     Column("raw", LargeBinary, nullable=False),
+    Column("gc_after", Double, nullable=True, index=True),  # when the sweep may look at it; null while nothing let go of it
 )
 ref = Table(
     "ref",
@@ -93,6 +95,40 @@ ref = Table(
     Column("kind", Text, nullable=False, server_default="tag"),
     Column("manifest_id", Id, ForeignKey("manifest.id"), nullable=False, index=True),
     Column("at", Double, nullable=False, server_default="0"),
+)
+# Where a tag pointed, one row a move or removal: digests, not keys, since the history keeps no content alive.
+ref_history = Table(
+    "ref_history",
+    metadata,
+    _serial(),
+    Column("repo_id", Id, ForeignKey("repository.id"), nullable=False),
+    Column("name", Name, nullable=False),
+    Column("old_digest", Text, nullable=False, server_default=""),
+    Column("new_digest", Text, nullable=False, server_default=""),
+    Column("at", Double, nullable=False),
+    Column("key_id", Text, nullable=False, server_default=""),
+)
+Index("ix_ref_history_repo_name", ref_history.c.repo_id, ref_history.c.name)
+# What may be let go of in repositories whose names match a pattern (grammar of grants); a zero limit keeps everything.
+retention = Table(
+    "retention",
+    metadata,
+    Column("pattern", Name, primary_key=True),
+    Column("keep_last", Integer, nullable=False, server_default="0"),
+    Column("keep_days", Integer, nullable=False, server_default="0"),
+    Column("untagged_days", Integer, nullable=False, server_default="0"),
+    Column("keep_tags", Text, nullable=False, server_default=""),
+    Column("at", Double, nullable=False),
+)
+# Where a long job of this site stands, so that it goes on after a restart.
+job = Table(
+    "job",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("cursor", Text, nullable=False, server_default=""),
+    Column("started", Double, nullable=False, server_default="0"),
+    Column("ended", Double, nullable=False, server_default="0"),
+    Column("report", Text, nullable=False, server_default=""),
 )
 revision = Table(
     "revision",
@@ -165,7 +201,14 @@ blob_fact = Table(
     Column("sha512", Text, nullable=False, server_default=""),
     Column("pieces", LargeBinary, nullable=True),
 )
-garbage = Table("garbage", metadata, Column("location", Text, primary_key=True), Column("delete_after", Double, nullable=False, index=True))
+# A location stays here until its bytes are gone: who publishes the same digest meanwhile takes another generation.
+garbage = Table(
+    "garbage",
+    metadata,
+    Column("location", Text, primary_key=True),
+    Column("delete_after", Double, nullable=False, index=True),
+    Column("size", BigInteger, nullable=False, server_default="0"),
+)
 upload = Table(
     "upload",
     metadata,

@@ -160,13 +160,13 @@ class FileWriter(BlobWriter):
         """Lets go of the staging file; its bytes stay for the next request."""
         self._close()
 
-    def publish(self, digest: str) -> str:
+    def publish(self, digest: str, generation: int = 0) -> str:
         """Verifies the digest, makes the bytes durable under their public location and returns it; raises Mismatch and keeps nothing."""
         if self._hasher.digest() != check_digest(digest):
             found = self._hasher.digest()
             self.discard()
             raise Mismatch(f"the uploaded bytes have digest {found}", expected=digest, do="send them again", reason="digest")
-        location = location_of(digest)
+        location = location_of(digest, generation)
         target = self._blobs / location
         try:
             if target.exists() and target.stat().st_size == self.offset:

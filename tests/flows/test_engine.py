@@ -91,14 +91,15 @@ def test_trained_llama_answers_exactly(engine_env: Path, tmp_path: Path) -> None
     with _served(engine_env, tmp_path, model, "--dtype", "bfloat16", "--max-model-len", "512") as (client, process):
         (listed,) = client.models.list().data
         assert listed.id == "acme/tiny" and str(tmp_path) not in listed.model_dump_json()
-        assert client.chat.completions.create(model="acme/tiny", messages=messages).choices[0].message.content == answer
+        assert client.chat.completions.create(model="acme/tiny", messages=messages, temperature=0).choices[0].message.content == answer
         system: Any = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
-        assert client.chat.completions.create(model="acme/tiny", messages=system).choices[0].message.content == answer
-        stream = client.chat.completions.create(model="acme/tiny", messages=messages, stream=True, stream_options={"include_usage": True})
+        assert client.chat.completions.create(model="acme/tiny", messages=system, temperature=0).choices[0].message.content == answer
+        usage: Any = {"include_usage": True}
+        stream = client.chat.completions.create(model="acme/tiny", messages=messages, temperature=0, stream=True, stream_options=usage)
         chunks = list(stream)
         assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == answer
         assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens > 0
-        assert client.completions.create(model="acme/tiny", prompt=QUESTION + " ", max_tokens=300).choices[0].text == answer
+        assert client.completions.create(model="acme/tiny", prompt=QUESTION + " ", temperature=0, max_tokens=300).choices[0].text == answer
         with pytest.raises(openai.NotFoundError, match="does not support this route"):
             client.embeddings.create(model="acme/tiny", input="x")
         with pytest.raises(openai.BadRequestError):
