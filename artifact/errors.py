@@ -82,6 +82,10 @@ class Unavailable(AirlockError):
     exit_code = 9
 
 
+class Throttled(Unavailable):
+    """Too many failed logins from one network; `retry_after` seconds are in `ids`."""
+
+
 class Unsupported(AirlockError):
     """This build, backend or peer does not do that."""
 

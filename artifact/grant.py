@@ -5,12 +5,17 @@ The words of a refusal are written here once, so that every door and the runtime
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 PROFILES = "/profiles"
 TIERS = ("developer", "enterprise")
-ACTIONS = ("pull", "push", "run", "admin")
+ACTIONS = ("pull", "create", "push", "run", "admin", "auditor")
+# What needs no action of its own: stat tells type and size of what is there, list tells names; neither gives bytes.
+PARTS = {"stat": ("pull", "create"), "list": ("pull", "create", "auditor")}
+# Which of a token's actions open what is asked for (docs/operations.md, Authentication and roles); what is absent here no token opens.
+SCOPED: dict[str, tuple[str, ...]] = {"pull": ("pull",), "create": ("push",), "push": ("push",), "delete": ("delete",), "catalog": ("*",)}
+SCOPED |= {"stat": ("pull", "push", "list"), "list": ("pull", "push", "list")}
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,24 @@ class Grant:
 
 
 @dataclass(frozen=True)
+class Access:
+    """What one scope of a token opens: type (repository or registry), name, actions pull, push, delete, list or * (distribution token spec)."""
+
+    kind: str
+    name: str
+    actions: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.name}:{','.join(self.actions)}"
+
+
+@dataclass(frozen=True)
 class Principal:
-    """A key as the decision sees it, never its secret; key_id is empty for a caller without a key."""
+    """A key as the decision sees it, never its secret; key_id is empty for a caller without a key.
+
+    `access` cuts the key's rights down to those of the token that was presented in its place; None is the key itself.
+    `anonymous` is a caller without a key where the site lets everybody read what is public.
+    """
 
     key_id: str = ""
     org: str = ""
@@ -34,6 +55,8 @@ class Principal:
     expires: float = 0.0
     revoked_at: float = 0.0
     grants: tuple[Grant, ...] = ()
+    access: tuple[Access, ...] | None = None
+    anonymous: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +80,7 @@ class Decision:
     visible: bool = True
     warning: str = ""
     until: float = 0.0
+    action: str = ""
     ids: dict[str, str] = field(default_factory=dict)
 
 
@@ -96,6 +120,11 @@ def _segment(pattern: str, text: str) -> bool:
     return len(text) - at >= len(rest[-1]) and text.endswith(rest[-1])
 
 
+def includes(actions: tuple[str, ...], action: str) -> bool:
+    """Whether the actions of a grant give one: push gives create and delete, admin gives all."""
+    return action in actions or "admin" in actions or ("push" in actions and action in ("create", "delete"))
+
+
 def authenticate(principal: Principal, now: float) -> Decision:
     """Whether a key whose HMAC matched is alive (decisions.md section 5, second row)."""
     if not principal.key_id:
@@ -113,20 +142,53 @@ def visible(principal: Principal, subject: Subject) -> bool:
     """Whether the name may be known to exist: public to every valid key, else to its organisation or to a grant that covers it."""
     if subject.visibility == "public":
         return True
-    if subject.visibility == "org" and subject.org and principal.org == subject.org:
+    if subject.org and principal.org == subject.org and (subject.visibility == "org" or any("auditor" in g.actions for g in principal.grants)):
         return True
     return any(matches(p, subject.name) for g in principal.grants for p in g.models) and subject.org in ("", principal.org)
 
 
+def scoped(principal: Principal, kind: str, name: str, action: str) -> bool:
+    """Whether the presented token opens this for the caller; a key that was presented itself opens all that its grants do."""
+    if principal.access is None:
+        return True
+    wanted = SCOPED.get(action, ())
+    return any(a.kind == kind and a.name == name and any(w in a.actions for w in wanted) for a in principal.access)
+
+
+def insufficient(name: str, action: str) -> Decision:
+    """The refusal of a token that was not made for this, told to clients so that they ask for another one (RFC 6750 section 3.1)."""
+    words = f"the token does not open {name} for '{SCOPED.get(action, (action,))[0]}'"
+    return Decision(False, "insufficient_scope", words, "ask the token endpoint again with the scope of the challenge")
+
+
 def decide(principal: Principal, subject: Subject, action: str, now: float) -> Decision:
-    """Allows `action` on `subject`, or says why not and what would allow it; every path that is not a complete yes is a no."""
+    """Allows `action` (one of ACTIONS, delete, stat or list) on `subject`, or says why not and what would; what is not a complete yes is a no.
+
+    The key's own rights come first, so that a token tells no more and no less than its key; only then the token's scope.
+    """
+    judge = _public if principal.anonymous else _decide
+    every = [judge(principal, subject, part, now) for part in PARTS.get(action, (action,))]
+    found = next((d for d in every if d.allow), every[0])
+    if found.allow and not scoped(principal, "repository", subject.name, action):
+        return insufficient(subject.name, action)
+    return replace(found, action=action)
+
+
+def _public(principal: Principal, subject: Subject, action: str, now: float) -> Decision:
+    """What everybody may do without a key, where the site says so: pull what is public and asks for no tier."""
+    if not principal.key_id and action == "pull" and subject.visibility == "public" and not subject.requires_tier:
+        return Decision(True, "ok")
+    return authenticate(replace(principal, key_id=""), now)
+
+
+def _decide(principal: Principal, subject: Subject, action: str, now: float) -> Decision:
     alive = authenticate(principal, now)
     if not alive.allow:
         return alive
     if not visible(principal, subject):
         words = "this key sees no model of that name (absent, or another organisation's)"
         return Decision(False, "not_visible", words, "check the name, or ask for a key of the organisation that owns it", visible=False)
-    if subject.requires_tier == "enterprise" and principal.tier != "enterprise":
+    if subject.requires_tier == "enterprise" and principal.tier != "enterprise" and action != "auditor":  # listings give no content
         words = f"{model_of(subject.name)} requires the enterprise tier; this key has {principal.tier or 'none'}"
         return Decision(False, "tier_missing", words, "ask for a key of tier enterprise")
     return _grants(principal, subject, action, now)
@@ -134,13 +196,15 @@ def decide(principal: Principal, subject: Subject, action: str, now: float) -> D
 
 def _grants(principal: Principal, subject: Subject, action: str, now: float) -> Decision:
     name = model_of(subject.name)
-    covering = [g for g in principal.grants if any(matches(p, name) for p in g.models)]
+    whole = action == "auditor" and subject.org != "" and subject.org == principal.org  # an auditor's own organisation, whatever the patterns
+    covering = [g for g in principal.grants if any(matches(p, name) for p in g.models) or (whole and "auditor" in g.actions)]
     if not covering:
         words = f"no grant of this key covers {name}"
         return Decision(False, "no_grant", words, f"ask for a key granted on '{name}'")
-    able = [g for g in covering if action in g.actions or "admin" in g.actions]
+    able = [g for g in covering if includes(g.actions, action)]
     if not able:
-        return Decision(False, "action_missing", f"the grant on {name} does not include '{action}'", f"ask for a key with action {action}")
+        need = "push" if action == "delete" else action
+        return Decision(False, "action_missing", f"the grant on {name} does not include '{need}'", f"ask for a key with action {need}")
     started = [g for g in able if g.not_before <= now]
     if not started:
         first = min(g.not_before for g in able)

@@ -66,6 +66,11 @@ def is_tag(text: str) -> bool:
     return bool(_TAG.match(text))
 
 
+def is_name(text: str) -> bool:
+    """Whether the text is a canonical repository name."""
+    return len(text) <= 255 and bool(_NAME.match(text)) and text.split("/", 1)[0] not in RESERVED_SEGMENTS
+
+
 def is_commit(text: str) -> bool:
     """Whether the text is a 40-hex commit id."""
     return bool(_COMMIT.match(text))
@@ -151,9 +156,9 @@ def canonical_json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
 
 
-def digest_of(raw: bytes) -> str:
-    """`sha256:` and the hex SHA-256 of small bytes that are in memory (manifests, documents); files go through artifact.digest."""
-    return "sha256:" + hashlib.sha256(raw).hexdigest()
+def digest_of(raw: bytes, algorithm: str = "sha256") -> str:
+    """The digest of small bytes that are in memory (manifests, documents); files go through artifact.digest."""
+    return f"{algorithm}:{hashlib.new(algorithm, raw).hexdigest()}"
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -229,7 +234,7 @@ class Manifest:
         return tuple(d for d in own if "nondistributable" not in d.media_type and ".foreign." not in d.media_type)
 
 
-def parse_manifest(raw: bytes, media_type: str = "") -> Manifest:
+def parse_manifest(raw: bytes, media_type: str = "", algorithm: str = "sha256") -> Manifest:
     """A manifest or index from untrusted bytes; raises Invalid, TooLarge (OCI image-spec v1.1 manifest.md, image-index.md)."""
     doc = parse_json(raw, "the manifest")
     stated = doc.get("mediaType") or media_type or (INDEX if "manifests" in doc else MANIFEST)
@@ -251,8 +256,10 @@ def parse_manifest(raw: bytes, media_type: str = "") -> Manifest:
     kind = doc.get("artifactType") or (config.media_type if config else "")
     if not isinstance(kind, str):
         raise Invalid("artifactType is not text", expected="a string", reason="manifest")
+    if any("\0" in value for value in (kind, *notes.values())):
+        raise Invalid("the manifest has a NUL in artifactType or an annotation", expected="text that a database holds", reason="manifest")
     layers, manifests = ((), children) if is_index else (children, ())
-    return Manifest(raw, digest_of(raw), stated, kind, config, layers, manifests, subject, notes)
+    return Manifest(raw, digest_of(raw, algorithm), stated, kind, config, layers, manifests, subject, notes)
 
 
 def _descriptors(doc: Mapping[str, object], key: str) -> tuple[Descriptor, ...]:

@@ -188,11 +188,13 @@ class RemoteRegistry(Transport, Registry):
         parts = urlsplit(target)
         return parts.path + (f"?{parts.query}" if parts.query else "")
 
-    def push(self, call: Call, repo: str, raw: bytes, media_type: str, *, refs: Sequence[str] = (), expect: str | None = None) -> Descriptor:
+    def push(
+        self, call: Call, repo: str, raw: bytes, media_type: str, *, refs: Sequence[str] = (), expect: str | None = None, over: str | None = None
+    ) -> Descriptor:
         """Stores a manifest byte for byte under its digest, or under each tag of `refs`; raises Invalid, NotFound for missing blobs, Conflict."""
         check_name(repo)
-        if expect is not None:
-            raise Unsupported("a conditional push", expected="no `expect` over HTTP")
+        if expect is not None or over is not None:
+            raise Unsupported("a conditional push", expected="neither `expect` nor `over` over HTTP")
         digest = digest_of(raw)
         for ref in refs or (digest,):
             _check(repo, ref)

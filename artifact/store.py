@@ -5,8 +5,9 @@ A wrapper lists its verbs explicitly; a verb added here must make it refuse, nev
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,6 +58,7 @@ class Content:
     url: str | None = None
     chunks: Iterator[bytes] | None = None
     data: bytes | None = None
+    warning: str = ""  # what the decision has to say beside its yes
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,13 @@ class Registry(ABC):
         """Continues a suspended upload of the same caller; raises NotFound."""
 
     @abstractmethod
-    def push(self, call: Call, repo: str, raw: bytes, media_type: str, *, refs: Sequence[str] = (), expect: str | None = None) -> Descriptor:
-        """Stores a manifest byte for byte and moves `refs` to it, all or nothing; raises Invalid, NotFound for missing blobs, Conflict."""
+    def push(
+        self, call: Call, repo: str, raw: bytes, media_type: str, *, refs: Sequence[str] = (), expect: str | None = None, over: str | None = None
+    ) -> Descriptor:
+        """Stores a manifest byte for byte and moves `refs` to it, all or nothing; raises Invalid, NotFound for missing blobs, Conflict.
+
+        With `over` each ref must name that digest now, or with an empty one nothing; else Conflict `moved`.
+        """
 
     @abstractmethod
     def mount(self, call: Call, repo: str, digest: str, source: str) -> Descriptor | None:
@@ -178,6 +185,8 @@ class Files(ABC):
 class BlobStore(ABC):
     """Bytes by location, not by digest: a location carries a generation, so a late delete never hits a re-upload."""
 
+    exclusive = False  # whether `writer` keeps a second one out by a lock; without it a request claims an upload by its row's generation
+
     @abstractmethod
     def stat(self, location: str) -> int | None:
         """Size in bytes, None when absent."""
@@ -199,8 +208,26 @@ class BlobStore(ABC):
         """Locations with sizes, in byte order, from behind `after`."""
 
     @abstractmethod
+    def probe(self) -> dict[str, object]:
+        """What the store can do, tried on it; raises Unavailable where it cannot be used."""
+
+    @abstractmethod
+    def sweep(self, keep: Collection[str], older_than: float) -> int:
+        """Removes what uploads not in `keep` left behind before `older_than` (seconds since 1970); returns how many things went."""
+
+    @abstractmethod
     def url(self, location: str, ttl_s: int, name: str) -> str | None:
         """A presigned URL, or None where the backend has none."""
+
+    def location(self, digest: str, generation: int = 0) -> str:
+        """Where publish puts a digest, unless the backend keeps the staging object as it is."""
+        algorithm, _, text = digest.partition(":")
+        return f"{algorithm}/{text[:2]}/{text}" + (f".g{generation}" if generation else "")
+
+    def digest_of(self, location: str) -> str:
+        """The digest that a location's bytes were published under: it is part of every location."""
+        algorithm, _, rest = location.partition("/")
+        return f"{algorithm}:{re.split('[.+]', rest.rpartition('/')[2], maxsplit=1)[0]}"
 
 
 class BlobWriter(ABC):
@@ -215,6 +242,10 @@ class BlobWriter(ABC):
     @abstractmethod
     def state(self) -> bytes:
         """What `writer` needs to continue at `offset`, opaque, at most 64 KiB, kept in the upload row; empty where nothing is needed."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """The digest of the bytes [0, offset)."""
 
     @abstractmethod
     def sync(self) -> None:

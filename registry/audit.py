@@ -8,10 +8,12 @@ from __future__ import annotations
 import ipaddress
 import json
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from sqlalchemy import Connection, Engine, insert, update
+from sqlalchemy import Connection, Engine, insert, select, text, update
 
 from artifact.errors import Unavailable
 from artifact.store import Call
@@ -21,7 +23,29 @@ VERSION = 1
 FIRST_EVERY_S = 900.0
 DENIALS_PER_MINUTE = 10
 FLUSH_S = 5.0
+PAGE, PAGES = 1000, 20  # how far one request looks for rows of its organisation
 MAX_TRACKED = 100_000
+NETWORKS_PER_MINUTE = 100  # first denials of new networks that get rows of their own; the rest share one counter
+BATCH = 500
+MAX_WAITING = 5000
+WAIT_S = 20.0
+SEP = "\n"  # between the parts of a counter's key: in no name, and PostgreSQL stores no NUL
+ENDED = SEP + SEP
+_MANY = text(
+    "INSERT INTO audit_pending (class, ts, body) "
+    "SELECT * FROM unnest(CAST(:kinds AS text[]), CAST(:times AS double precision[]), CAST(:bodies AS text[]))"
+)
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """One row on its way into the database; `done` once it is committed or failed with `error`."""
+
+    kind: str
+    at: float
+    body: str
+    done: bool = False
+    error: Unavailable | None = None
 
 
 @dataclass
@@ -34,6 +58,71 @@ class _Counter:
     n: int = 0
     flushed: int = 0
     body: dict[str, object] = field(default_factory=dict)
+    first: _Waiting | None = None  # the row of the window's first event: whoever comes second waits for it too
+
+
+class _Group:
+    """Commits rows of many threads together: one of those that wait writes for all, in the order in which they came."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._queue: deque[_Waiting] = deque()
+        self._changed = threading.Condition()
+        self._writing = False
+
+    def wait(self, row: _Waiting, *, queued: bool = False) -> None:
+        """Returns once the row is committed, putting it into the queue unless it is there; raises Unavailable when it cannot be, or not in time."""
+        end = time.monotonic() + WAIT_S
+        with self._changed:
+            if not queued:
+                if len(self._queue) >= MAX_WAITING:
+                    row.done, row.error = True, _late("too many wait for the audit log")
+                else:
+                    self._queue.append(row)
+        while True:
+            with self._changed:
+                while self._writing and not row.done:
+                    rest = end - time.monotonic()
+                    if rest <= 0:
+                        raise self._given_up(row)
+                    self._changed.wait(rest)
+                if row.done:
+                    if row.error is not None:
+                        raise _late(row.error.what, row.error)
+                    return
+                self._writing = True
+                batch = [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
+            self._write(batch)
+
+    def _given_up(self, row: _Waiting) -> Unavailable:
+        if row in self._queue:  # nobody took it yet, so it will not be stored after its caller was refused
+            self._queue.remove(row)
+            row.done, row.error = True, _late("the audit log did not take a row in time")
+        return _late("the audit log did not take a row in time")
+
+    def _write(self, batch: list[_Waiting]) -> None:
+        error: Unavailable | None = _late("the audit log failed")
+        try:
+            if self._engine.dialect.name == "postgresql":
+                with t.reading(self._engine) as conn:  # one statement commits by itself: one round trip where a transaction takes three
+                    conn.execute(_MANY, {"kinds": [r.kind for r in batch], "times": [r.at for r in batch], "bodies": [r.body for r in batch]})
+            else:
+                with t.writing(self._engine) as conn:
+                    conn.execute(insert(t.audit_pending), [{"class": row.kind, "ts": row.at, "body": row.body} for row in batch])
+            error = None
+        except Unavailable as unavailable:
+            error = unavailable
+        finally:
+            with self._changed:
+                self._writing = False
+                for row in batch:
+                    row.done, row.error = True, error
+                self._changed.notify_all()
+
+
+def _late(what: str, cause: Unavailable | None = None) -> Unavailable:
+    """An error of its own for each that waited: one exception raised in two threads would mix their tracebacks."""
+    return Unavailable(what, do=cause.do if cause else "retry", reason=cause.reason if cause else "audit")
 
 
 def network_of(address: str) -> str:
@@ -51,7 +140,9 @@ class Audit:
     def __init__(self, engine: Engine, instance: str) -> None:
         self._engine = engine
         self._instance = instance
+        self._group = _Group(engine)
         self._counters: dict[str, _Counter] = {}
+        self._new_networks: deque[float] = deque()
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -68,22 +159,14 @@ class Audit:
 
     def read(self, call: Call, name: str, digest: str, size: int, action: str = "pull") -> None:
         """Class B: the first of (key, repository, digest or `blob`, action) in 15 minutes is stored before this returns; raises Unavailable."""
-        key = f"{call.principal.key_id}\0{name}\0{digest}\0{action}"
-        row = self.body(call, action, f"{name}@{digest}", "granted", more={"bytes": size})
-        if not self._repeated("B", key, call.now, FIRST_EVERY_S, 1, row):
-            try:
-                with t.writing(self._engine) as conn:
-                    self._insert(conn, "B", call.now, row)
-            except Unavailable:
-                with self._lock:
-                    self._counters.pop("B" + key, None)  # the fact is not stored: the next attempt is a first one again
-                raise
+        key = SEP.join((call.principal.key_id, name, digest, action))
+        self._record("B", key, call.now, FIRST_EVERY_S, 1, self.body(call, action, f"{name}@{digest}", "granted", more={"bytes": size}))
 
     def served(self, call: Call, name: str, digest: str, size: int) -> None:
         """Counts bytes that this process streamed itself; stored with the next flush."""
         row = self.body(call, "pull", f"{name}@{digest}", "served")
         with self._lock:
-            counter = self._counter(f"S{call.principal.key_id}\0{name}\0{digest}", "B", call.now, FIRST_EVERY_S, row)
+            counter = self._counter("S" + SEP.join((call.principal.key_id, name, digest)), "B", call.now, FIRST_EVERY_S, row)
             counter.n += 1
             counter.last = call.now
             total = counter.body.get("bytes", 0)
@@ -92,31 +175,55 @@ class Audit:
     def denied(self, call: Call, action: str, ref: str, reason: str, network: str = "") -> None:
         """Class C: with a key up to 10 a minute for each reason, then counted; without one the first from a network, then counted."""
         known = call.principal.key_id
-        key = f"{known}\0{reason}" if known else f"{network_of(network)}\0{reason}"
         row = self.body(call, action, ref if known else "", "denied", reason)
-        if not known:
-            row["network"] = network_of(network)
-        life, allowed = (60.0, DENIALS_PER_MINUTE) if known else (FIRST_EVERY_S, 1)
-        if not self._repeated("C", key, call.now, life, allowed, row):
-            with t.writing(self._engine) as conn:
-                self._insert(conn, "C", call.now, row)
+        if known:
+            self._record("C", SEP.join((known, reason)), call.now, 60.0, DENIALS_PER_MINUTE, row)
+            return
+        source = self._source(network_of(network), reason, call.now)
+        self._record("C", SEP.join((source, reason)), call.now, FIRST_EVERY_S, 1, row | {"network": source})
 
-    def _repeated(self, kind: str, key: str, now: float, life: float, allowed: int, row: dict[str, object]) -> bool:
-        """Counts the event; False while it is among the first `allowed` of its window, which are to be stored as rows."""
+    def _source(self, network: str, reason: str, now: float) -> str:
+        """The network to count by: `many` while more new ones come than rows are made for, so that forged sources cannot fill the database."""
+        with self._lock:
+            found = self._counters.get("C" + SEP.join((network, reason)))
+            if found is not None and 0 <= now - found.since < FIRST_EVERY_S:
+                return network
+            while self._new_networks and not 0 <= now - self._new_networks[0] < 60.0:
+                self._new_networks.popleft()
+            if len(self._new_networks) >= NETWORKS_PER_MINUTE:
+                return "many"
+            self._new_networks.append(now)
+            return network
+
+    def _record(self, kind: str, key: str, now: float, life: float, allowed: int, row: dict[str, object]) -> None:
+        """Counts the event; the first `allowed` of its window are stored as rows before this returns, and the next ones wait for the first."""
         with self._lock:
             counter = self._counter(kind + key, kind, now, life, row)
             counter.n += 1
             counter.last = now
+            mine: _Waiting | None = None
             if counter.n <= allowed:
                 counter.flushed = counter.n  # these have rows of their own
-                return False
-            return True
+                mine = _Waiting(kind, now, json.dumps(row, sort_keys=True))
+                counter.first = counter.first or mine
+            first = counter.first
+        if first is None or (mine is None and first.done and first.error is None):
+            return
+        try:
+            self._group.wait(mine or first, queued=mine is None)
+        except Unavailable:
+            with self._lock:
+                if self._counters.get(kind + key) is counter:
+                    del self._counters[kind + key]  # the fact is not stored: the next attempt is a first one again
+            raise
+        if mine is first:
+            counter.first = None
 
     def _counter(self, key: str, kind: str, now: float, life: float, row: dict[str, object]) -> _Counter:
         counter = self._counters.get(key)
         if counter is None or now - counter.since >= life or now < counter.since:
             if counter is not None:
-                self._counters[f"{key}\0ended {counter.since}"] = counter  # still to be flushed
+                self._counters[f"{key}{ENDED}{counter.since}"] = counter  # still to be flushed
             counter = self._counters[key] = _Counter(kind, now, now, body=row)
         return counter
 
@@ -124,10 +231,26 @@ class Audit:
     def _insert(conn: Connection, kind: str, at: float, row: dict[str, object]) -> None:
         conn.execute(insert(t.audit_pending).values({"class": kind, "ts": at, "body": json.dumps(row, sort_keys=True)}))
 
+    def rows(self, org: str, after: int, limit: int) -> tuple[list[dict[str, object]], int]:
+        """Rows of one organisation's keys behind the id `after`, oldest first, and the id to go on from; 0 where there are no more."""
+        table, out = t.audit_pending, []
+        with t.reading(self._engine) as conn:
+            for _ in range(PAGES):
+                found = conn.execute(select(table).where(table.c.id > after).order_by(table.c.id).limit(PAGE)).mappings().all()
+                for row in found:
+                    after, body = row["id"], json.loads(row["body"])
+                    if body.get("org") == org:
+                        out.append({"id": row["id"], "class": row["class"], **body})
+                    if len(out) == limit:
+                        return out, after
+                if len(found) < PAGE:
+                    return out, 0
+        return out, after
+
     def flush(self) -> int:
         """Stores what the counters gained since the last flush and returns how many did; raises Unavailable (the counts are kept)."""
         with self._lock:
-            dirty = [(key.split("\0ended ")[0], c, c.n, c.last, dict(c.body)) for key, c in self._counters.items() if c.n > c.flushed]
+            dirty = [(key.split(ENDED)[0], c, c.n, c.last, dict(c.body)) for key, c in self._counters.items() if c.n > c.flushed]
         if dirty:
             with t.writing(self._engine) as conn:
                 for key, counter, n, last, body in dirty:
@@ -136,7 +259,7 @@ class Audit:
             for _, counter, n, _, _ in dirty:
                 counter.flushed = max(counter.flushed, n)
             newest = max((c.last for c in self._counters.values()), default=0.0)
-            old = [k for k, c in self._counters.items() if c.n <= c.flushed and ("\0ended " in k or newest - c.since >= FIRST_EVERY_S)]
+            old = [k for k, c in self._counters.items() if c.n <= c.flushed and (ENDED in k or newest - c.since >= FIRST_EVERY_S)]
             if len(self._counters) > MAX_TRACKED:  # forgetting one only means that its next read is a row again
                 old = [k for k, c in self._counters.items() if c.n <= c.flushed]
             for key in old:
@@ -166,6 +289,6 @@ class Audit:
 def _store_counter(conn: Connection, key: str, kind: str, since: float, last: float, n: int, body: dict[str, object]) -> None:
     c = t.audit_count
     same = (c.c["class"] == kind, c.c.key == key, c.c.since == since)
-    text = json.dumps(body, sort_keys=True)
-    if not conn.execute(update(c).where(*same).values(n=n, last=last, body=text)).rowcount:
-        conn.execute(insert(c).values({"class": kind, "key": key, "since": since, "last": last, "n": n, "body": text}))
+    line = json.dumps(body, sort_keys=True)
+    if not conn.execute(update(c).where(*same).values(n=n, last=last, body=line)).rowcount:
+        conn.execute(insert(c).values({"class": kind, "key": key, "since": since, "last": last, "n": n, "body": line}))

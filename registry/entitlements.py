@@ -20,6 +20,7 @@ from artifact.errors import Invalid, NotFound
 from artifact.grant import ACTIONS, TIERS, Grant, Principal
 from artifact.manifest import check_name
 from registry import tables as t
+from registry.database import alone
 
 PREFIX = "nvapi-"
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -27,13 +28,13 @@ BODY, CHECK = 43, 6
 MAX_KEY = 200
 ORIGINS = ("hf", "ngc", "nvcr.io", "localhost")
 
-_CALLER = (
+CALLER = (
     select(
         t.api_key.c.key_id,
         t.api_key.c.tier,
         t.api_key.c.expires,
         t.api_key.c.revoked_at,
-        t.org.c.name,
+        t.org.c.name.label("holder"),
         t.key_grant.c.models,
         t.key_grant.c.actions,
         t.key_grant.c.not_before,
@@ -41,8 +42,10 @@ _CALLER = (
         t.key_grant.c.grace_s,
     )
     .select_from(t.api_key.join(t.org, t.org.c.id == t.api_key.c.org_id).outerjoin(t.key_grant, t.key_grant.c.api_key_id == t.api_key.c.id))
-    .where(t.api_key.c.hmac == bindparam("hmac"))
+    .order_by(t.key_grant.c.id)
 )
+_BY_HMAC = CALLER.where(t.api_key.c.hmac == bindparam("hmac"))
+_BY_ID = CALLER.where(t.api_key.c.key_id == bindparam("key_id"))
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,12 @@ class Entitlements:
         if not well_formed(key):
             return None
         with t.reading(self._engine) as conn:
-            rows = conn.execute(_CALLER, {"hmac": self.hmac(key)}).all()
-        if not rows:
-            return None
-        grants = tuple(_grant(row) for row in rows if row.models is not None)
-        first = rows[0]
-        return Principal(first.key_id, first.name, first.tier, first.expires, first.revoked_at, grants)
+            return principal_of(conn.execute(_BY_HMAC, {"hmac": self.hmac(key)}).all())
+
+    def holder(self, key_id: str) -> Principal | None:
+        """The principal of the key that a token stands for, as it is now, by one indexed statement; None once there is no such key."""
+        with t.reading(self._engine) as conn:
+            return principal_of(conn.execute(_BY_ID, {"key_id": key_id}).all())
 
     def add_key(self, conn: Connection, org_id: int, *, tier: str, grant: Grant, expires: float, at: float, note: str = "") -> tuple[str, str]:
         """Makes a key with one grant in the given transaction; returns (key id, key): the key is shown once; raises Invalid."""
@@ -174,6 +177,7 @@ class Entitlements:
         }
         conn.execute(insert(t.lease).values(values))
         if wish.gpus:
+            alone(conn, "lease", wish.host)
             g = t.lease_gpu
             taken = (g.c.host == wish.host, g.c.gpu_uuid.in_(wish.gpus))
             conn.execute(update(t.lease).where(t.lease.c.jti.in_(select(g.c.jti).where(*taken))).values(replaced_by=jti))
@@ -188,6 +192,15 @@ class Entitlements:
         found = select(g.c.host, g.c.gpu_uuid).select_from(source).where(t.org.c.name == org, lease.c.exp > now).distinct()
         with t.reading(self._engine) as conn:
             return len(conn.execute(found).all())
+
+
+def principal_of(rows: Sequence[Any]) -> Principal | None:
+    """The principal of the rows of CALLER, one a grant; None of no rows."""
+    if not rows:
+        return None
+    grants = tuple(_grant(row) for row in rows if row.models is not None)
+    first = rows[0]
+    return Principal(first.key_id, first.holder, first.tier, first.expires, first.revoked_at, grants)
 
 
 def _grant(row: Any) -> Grant:

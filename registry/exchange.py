@@ -9,21 +9,21 @@ import asyncio
 import base64
 import binascii
 import dataclasses
-import ipaddress
 import json
-import logging
 import os
 import re
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 from urllib.parse import parse_qsl, unquote
 
 from artifact.errors import AirlockError, Invalid, RangeInvalid, TooLarge, Unavailable
 from artifact.store import Call, Content, Page, Upload
+from registry.intake import take
 
 if TYPE_CHECKING:
     from registry.guard import Guard
@@ -34,13 +34,15 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 T = TypeVar("T")
 
-ACCESS = logging.getLogger("airlock.access")
-ERRORS = logging.getLogger("airlock.errors")
 SENDFILE = "airlock.sendfile"
 BODY = "airlock.body"
+POURING = "airlock.pouring"  # set in the scope while a request receives an upload: the server may end it then, and nothing is lost
+LENT = "airlock.lent"  # in the scope, how much of the body was read past receive()
 BATCH = 256 * 1024
 STALL_S = 60.0
+NICE = 5
 DISCARD = 8 * 1024 * 1024
+_HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::\d{1,5})?\Z")
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})\Z")
 
 
@@ -48,19 +50,26 @@ class Gone(Exception):
     """The client went away or stalled; nobody is left to answer."""
 
 
+def _yield() -> None:
+    """Lets the event loop and the lookups go first where processors are short: hashing can wait for some milliseconds, people cannot."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+
+
 class Pools:
     """Threads for statements and threads for bytes, apart, so that slow disks never block a lookup."""
 
     def __init__(self, sql: int = 16, io: int = 8) -> None:
         self.sql = ThreadPoolExecutor(sql, thread_name_prefix="sql")
-        self.io = ThreadPoolExecutor(io, thread_name_prefix="io")
+        self.io = ThreadPoolExecutor(io, thread_name_prefix="io", initializer=_yield)
 
 
 class Exchange:
     """One request and its answer."""
 
-    def __init__(self, guard: Guard, pools: Pools, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, guard: Guard, pools: Pools, scope: Scope, receive: Receive, send: Send, public_url: str = "", x_accel: str = "") -> None:
         self.guard, self.pools, self.scope, self._receive, self._send = guard, pools, scope, receive, send
+        self._public_url, self._x_accel = public_url, x_accel
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.raw_parts = [unquote(p) for p in scope.get("raw_path", b"").split(b"?")[0].decode("latin-1").split("/")]
@@ -102,39 +111,66 @@ class Exchange:
             raise Invalid(f"{name} is not a name", expected="at most 1024 characters without control characters", reason="cursor")
         return text
 
+    @property
+    def base_url(self) -> str:
+        """The URL by which this client knows us, without a last slash: the configured one, else scheme and host of its own request."""
+        if self._public_url:
+            return self._public_url.rstrip("/")
+        host, server = self.headers.get("host", ""), self.scope.get("server") or ("localhost", None)
+        own = f"[{server[0]}]" if ":" in server[0] else server[0]
+        return f"{self.scope.get('scheme', 'http')}://{host if _HOST.match(host) else f'{own}:{server[1]}' if server[1] else own}"
+
     def key(self) -> str | None:
-        """The presented key: Bearer, or the password of Basic whatever the user; None when there is none that can be read."""
-        kind, _, rest = self.headers.get("authorization", "").strip().partition(" ")
+        """The presented key or token: Bearer, or the password of Basic whatever the user; empty for one that cannot be read, None without any."""
+        if "authorization" not in self.headers:
+            return None
+        kind, _, rest = self.headers["authorization"].strip().partition(" ")
         rest = rest.strip()
         if kind.lower() == "bearer" and rest:
             return rest
         if kind.lower() == "basic":
             with suppress(binascii.Error, UnicodeDecodeError):
                 _, colon, password = base64.b64decode(rest, validate=True).decode("utf-8").partition(":")
-                return password if colon and password else None
-        return None
+                return password if colon else ""
+        return ""
 
-    def _network(self) -> str:
-        host = (self.scope.get("client") or ("",))[0]
-        with suppress(ValueError):
-            address = ipaddress.ip_address(host)
-            return str(ipaddress.ip_network((address, 24 if address.version == 4 else 64), strict=False))
-        return host
+    @property
+    def address(self) -> str:
+        """The client's address as the server sees it."""
+        return str((self.scope.get("client") or ("",))[0])
 
-    async def call(self, verb: Callable[[Call], T]) -> T:
-        """Identifies the caller and runs one guarded piece of work, both in one hop to a thread."""
+    async def call(self, verb: Callable[[Call], T], key: str | None = None, ask: tuple[str, ...] = ()) -> T:
+        """Identifies the caller and runs one guarded piece of work, both in one hop to a thread.
+
+        `key` is the credential where the request carries it elsewhere; `ask` what the work is about, found with the key (registry/lookup.py).
+        """
 
         def work() -> T:
-            call = self.guard.caller(self.key(), self.note["request_id"], time.time(), self._network())
+            call = self.guard.caller(self.key() if key is None else key, self.note["request_id"], time.time(), self.address, ask)
             self.note["key_id"] = call.principal.key_id
             self._caller = call
             return verb(call)
 
-        return await asyncio.get_running_loop().run_in_executor(self.pools.sql, work)
+        return await self._run(self.pools.sql, work)
+
+    async def sql(self, work: Callable[[], T]) -> T:
+        """Runs work for nobody in particular in the statement threads."""
+        return await self._run(self.pools.sql, work)
 
     async def io(self, work: Callable[[], T]) -> T:
         """Runs work on bytes in the byte threads."""
-        return await asyncio.get_running_loop().run_in_executor(self.pools.io, work)
+        return await self._run(self.pools.io, work)
+
+    async def _run(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        """Runs work in a thread; what made it fail is noted for figures and the access line, in words of ours."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, work)
+        except AirlockError as error:
+            self.note |= {"error": error.code, "reason": error.reason}
+            if isinstance(error, Unavailable):
+                driver = type(error.__cause__).__module__.split(".")[0]
+                self.note["fault"] = "database" if driver in ("sqlite3", "psycopg", "sqlalchemy") else "store"
+            raise
 
     async def pieces(self) -> AsyncIterator[list[bytes]]:
         """The request body as it comes; raises Gone when the client leaves or sends nothing for a stall time."""
@@ -169,14 +205,44 @@ class Exchange:
 
     async def pour(self, upload: Upload, most: int | None = None) -> None:
         """Streams the body into an upload, hashing and writing in a thread, one batch in flight; suspends it when anything goes wrong."""
+        self.scope[POURING] = True
         try:
             await self._pour(upload, most)
         except BaseException:
+            self.scope[POURING] = False
             with suppress(AirlockError):
                 await self.io(upload.suspend)
             raise
+        finally:
+            self.scope[POURING] = False
 
     async def _pour(self, upload: Upload, most: int | None) -> None:
+        with self.scope.get("extensions", {}).get(BODY, {}).get("lend", nullcontext)() as loan:
+            if loan is None:
+                await self._pour_pieces(upload, most)
+                return
+            total = loan.left + sum(map(len, loan.pieces))
+            if most is not None and total > most:
+                raise RangeInvalid("the body is longer than its Content-Range", expected=f"{most} bytes")
+            try:
+                whole = await take(loan, upload.write, self._settled, STALL_S)
+            finally:
+                self.scope[LENT], self.body_done = total - loan.left, loan.left == 0
+            if not whole:
+                raise Gone("the client left or sent nothing")
+            if most is not None and total != most:
+                raise Invalid("the body is shorter than its Content-Range", expected=f"{most} bytes", reason="size")
+
+    async def _settled(self, work: Callable[[], T]) -> T:
+        """Runs work on bytes and waits for its end even when cancelled, so that nobody touches the upload meanwhile."""
+        running = asyncio.ensure_future(self.io(work))
+        try:
+            return await asyncio.shield(running)
+        finally:
+            if not running.done():
+                await asyncio.wait({running})
+
+    async def _pour_pieces(self, upload: Upload, most: int | None) -> None:
         flying: asyncio.Future[None] | None = None
         batch: list[bytes] = []
         size = total = 0
@@ -194,7 +260,7 @@ class Exchange:
         except Gone:
             if flying is not None:
                 await flying
-            await self.io(_writes(upload, batch))  # what did arrive need not be sent again
+            await self._settled(_writes(upload, batch))  # what did arrive need not be sent again
             raise
         finally:
             if flying is not None:
@@ -202,7 +268,7 @@ class Exchange:
         if flying is not None:
             flying.result()
         if batch:
-            await self.io(_writes(upload, batch))
+            await self._settled(_writes(upload, batch))
         if most is not None and total != most:
             raise Invalid("the body is shorter than its Content-Range", expected=f"{most} bytes", reason="size")
 
@@ -256,7 +322,11 @@ class Exchange:
         return lo, hi
 
     async def content(self, content: Content, headers: Mapping[str, str], again: Callable[[int, int], Awaitable[Content]]) -> None:
-        """Sends an object or the asked range of it; `again` reads a part where the store sends by chunks."""
+        """Sends an object or the asked range of it, or says where it is; `again` reads a part where the store sends by chunks."""
+        elsewhere = self._elsewhere(content)
+        if elsewhere is not None:
+            await self.answer(elsewhere[0], {**headers, **elsewhere[1]})
+            return
         status = 200
         span = self.part(content.total) if self.headers.get("if-range", headers.get("etag")) == headers.get("etag") else None
         if span:
@@ -268,14 +338,23 @@ class Exchange:
             out["content-range"] = f"bytes {span[0]}-{span[1] - 1}/{content.total}"
         if self.method == "HEAD":
             await self.answer(status, out)
-        elif content.url is not None:
-            await self.answer(307, {**headers, "location": content.url})
         elif content.data is not None:
             await self.answer(status, out, content.data[content.lo : content.hi])
         elif content.path is not None:
             await self._file(status, out, content)
         else:
             await self._chunks(status, out, content)
+
+    def _elsewhere(self, content: Content) -> tuple[int, dict[str, str]] | None:
+        """Status and headers where somebody else sends the bytes, ranges included: the object store, or the nginx in front; never for HEAD."""
+        if self.method == "HEAD":
+            return None
+        if content.url is not None:
+            return 307, {"location": content.url}
+        if content.path is not None and self._x_accel:
+            place = "/".join((self._x_accel.rstrip("/"), *content.path.parts[-3:]))  # below blobs/
+            return 200, {"accept-ranges": "bytes", "x-accel-redirect": place}
+        return None
 
     async def served(self, repo: str, digest: str) -> None:
         """Counts the bytes that were streamed for the caller of this exchange."""
@@ -331,6 +410,8 @@ class Exchange:
 
 def _header(value: str) -> bytes:
     """A header value from any text: what HTTP cannot carry becomes a question mark."""
+    if value.isascii() and value.isprintable():
+        return value.encode("ascii")
     return "".join(c if 32 <= ord(c) < 127 else "?" for c in value).encode("ascii")
 
 
@@ -367,56 +448,3 @@ def all_items(page_of: Callable[[str], Page], most: int) -> list[Any]:
         if not after:
             break
     return items[:most]
-
-
-async def _bare(send: Send, status: int, value: Mapping[str, str]) -> None:
-    body = json.dumps(value).encode()
-    head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": status, "headers": head})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-class Front:
-    """The outermost layer: request id, one access log line as JSON, and a bare 500 for what nobody expected."""
-
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        began = time.monotonic()
-        note: dict[str, Any] = {"request_id": uuid.uuid4().hex, "key_id": ""}
-        scope["airlock"] = note
-        seen = {"status": 0, "bytes": 0}
-        wanted = next((v.decode("latin-1")[:64] for k, v in scope["headers"] if k == b"range"), "")
-
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                seen["status"] = message["status"]
-                message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", note["request_id"].encode())]}
-            await send(message)
-            seen["bytes"] += message.get("sent", message["count"]) if message["type"] == SENDFILE else len(message.get("body", b""))
-
-        try:
-            if not scope["path"].startswith("/") or not scope.get("raw_path", b"/").startswith(
-                b"/"
-            ):  # `GET *` is a request line, but names nothing here
-                await _bare(counted, 400, {"error": "invalid", "what": "the request target is not a path", "do": "ask for a path that begins with /"})
-                return
-            await self.app(scope, receive, counted)
-        except asyncio.CancelledError:  # the drain time is over: what was poured in is suspended by now
-            if seen["status"]:
-                raise
-            await _bare(
-                counted, 503, {"error": "unavailable", "what": "the server is stopping", "do": "try again later; an upload goes on where it is"}
-            )
-        except Exception:  # the top of the program: logged with the request id, never shown
-            ERRORS.exception("request %s failed", note["request_id"])
-            if seen["status"]:
-                raise
-            await _bare(counted, 500, {"error": "internal", "what": "the server failed", "do": f"quote request id {note['request_id']}"})
-        finally:
-            took = round(time.monotonic() - began, 6)
-            ACCESS.info(json.dumps({**note, "method": scope["method"], "path": scope["path"][:1024], "range": wanted, **seen, "seconds": took}))

@@ -6,60 +6,139 @@ A verb is written out here or it does not exist. Refusals say what decisions sec
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from string import hexdigits
 from typing import NoReturn
 
 from artifact.errors import Denied, Invalid, NotFound, Unauthenticated
-from artifact.grant import PROFILES, Decision, Principal, Subject, authenticate, date, decide, visible
+from artifact.grant import PROFILES, Access, Decision, Subject, authenticate, date, decide, insufficient, scoped, visible
 from artifact.manifest import PROFILES_TYPE, check_digest, check_name, check_ref, parse_manifest
 from artifact.profile import Profile
 from artifact.profile import parse as parse_profiles
 from artifact.store import Call, Content, Descriptor, File, Files, Page, Registry, Revision, Upload
 from artifact.trust import sign_jws
+from registry.admission import Admission, Policy
 from registry.audit import Audit
 from registry.catalog import Located, Repo
+from registry.collector import Collector
 from registry.entitlements import Entitlements, LeaseWish
 from registry.home import Home
-from registry.library import MAX_PAGE, Library, as_revision
+from registry.library import MAX_PAGE, Library, as_revision, damaged
+from registry.lookup import Ask, Lookup, Sought
+from registry.tokens import granted
+from registry.upkeep import Upkeep
 
 MAX_GPUS = 64
 MAX_NONCE = 64
 MAX_PROFILES_BYTES = 4 * 1024 * 1024
 SKEW_S = 60
+EVERYTHING = "every/name/of/this/site"  # a name that a grant on `**` covers, and no grant on some names
 
 
 class Guard(Registry, Files):
     """Access control over one library; holds no state of its own."""
 
     def __init__(
-        self, library: Library, entitlements: Entitlements, audit: Audit, home: Home, lease_life_s: int = 86400, lease_grace_s: int = 3 * 86400
+        self,
+        library: Library,
+        entitlements: Entitlements,
+        audit: Audit,
+        home: Home,
+        lease_life_s: int = 86400,
+        lease_grace_s: int = 3 * 86400,
+        policy: Policy | None = None,
     ) -> None:
         self._library = library
         self._entitlements = entitlements
         self._audit = audit
         self._home = home
         self._lease_life_s, self._lease_grace_s = lease_life_s, lease_grace_s
+        self._admission = Admission(entitlements, Lookup(library.catalog.engine), audit, home, policy or Policy())
 
-    def caller(self, key_text: str | None, request_id: str, now: float, network: str = "") -> Call:
-        """The call of a presented key, by one statement; raises Unauthenticated with reason key_absent, key_invalid, key_expired or key_revoked."""
-        principal = self._entitlements.principal(key_text) if key_text else None
-        call = Call(principal or Principal(), None, request_id, now)
-        alive = authenticate(call.principal, now)
-        if alive.allow:
-            return call
-        reason = "key_invalid" if key_text and principal is None else alive.reason
-        self._audit.denied(call, "login", "", reason, network)
-        raise Unauthenticated(alive.words, do=alive.remedy, reason=reason)
+    def caller(self, key_text: str | None, request_id: str, now: float, address: str = "", ask: Ask = ()) -> Call:
+        """The call of a presented key or token, and what it asks for, by one statement; raises Unauthenticated, Throttled (registry/admission.py)."""
+        return self._admission.caller(key_text, request_id, now, address, ask)
+
+    def _locate(self, call: Call, repo: str, ref: str) -> Located | None:
+        if isinstance(call, Sought) and call.ask[0] in ("manifest", "head") and call.ask[1:] == (repo, ref):
+            return call.found
+        return self._library.catalog.locate(repo, ref)
+
+    def _find(self, call: Call, repo: str, digest: str) -> Located | None:
+        if isinstance(call, Sought) and call.object(repo, digest):
+            return call.found
+        return self._library.catalog.find(repo, digest)
+
+    def _file(self, call: Call, repo: str, ref: str, path: str) -> Located | None:
+        if isinstance(call, Sought) and call.ask == ("file", repo, ref, path):
+            return call.found
+        return self._library.catalog.file(repo, ref, path)
+
+    def token(self, call: Call | None, asked: Sequence[Access], request_id: str = "", now: float = 0.0) -> tuple[str, tuple[Access, ...], int]:
+        """A token that opens what of `asked` this caller may do, what that is, and its life in seconds; a subset is no error.
+
+        Without a call it is nobody's token, which opens what everybody may read here. Raises Unauthenticated, TooLarge.
+        """
+        call = call or self._admission.nobody(request_id, now)
+        if call.principal.access is not None:
+            raise Unauthenticated("a token is not exchanged for another", do="present the API key", reason="token_invalid")
+        found: dict[str, Repo | None] = {}
+        named = []
+        for access in asked:
+            with suppress(Invalid):
+                repo = self._library.catalog.repository(check_name(access.name)) if access.kind == "repository" else None
+                named.append(replace(access, name=repo.name) if repo else access)  # an alias opens what it stands for now
+                found[named[-1].name] = repo
+        given = granted(named, lambda access, action: self._may(call, access, action, found))
+        token, life = self._admission.sign(call, given)
+        if call.principal.key_id:
+            self._audit.read(call, ",".join(map(str, given))[:400], "token", 0, "token")
+        return token, given, life
+
+    def _may(self, call: Call, access: Access, action: str, found: Mapping[str, Repo | None]) -> bool:
+        if access.kind == "registry":
+            return access.name == "catalog" and action == "*" and authenticate(call.principal, call.now).allow
+        if access.name not in found or (action == "delete" and found[access.name] is None):
+            return False
+        repo = found[access.name]
+        if action == "push":
+            return self._push_decision(call, access.name, repo).allow
+        subject = self._subject(call, access.name, repo)
+        return decide(call.principal, subject, action, call.now).allow
+
+    def attach(self, collector: Collector) -> None:
+        """Gives this guard the administrator's verbs over what is held (registry/upkeep.py)."""
+        self.upkeep = Upkeep(self._library, collector, self._allow, self._allow_site, self._demand_listing)
+
+    def _allow_site(self, call: Call) -> Call:
+        """The call of the site's administrator: a key with action admin on every name."""
+        decision = decide(call.principal, Subject(EVERYTHING, "", "public"), "admin", call.now)
+        if not decision.allow and decision.reason in ("no_grant", "action_missing"):
+            words = "this is the site administrator's: it needs a grant on '**' with action admin"
+            decision = replace(decision, words=words, remedy="ask for a key with --models '**' --actions admin")
+        if not decision.allow:
+            self._refuse(call, "admin", "", decision)
+        return replace(call, decision=decision)
+
+    def ping(self, call: Call) -> None:
+        """Returns where the caller presented something that is valid here, be it nobody's token; raises Unauthenticated."""
+        if call.principal.anonymous and call.principal.access is None:
+            self._demand_alive(call)
 
     def whoami(self, call: Call) -> dict[str, object]:
-        """The public facts of the presented key; `expires` is RFC 3339, empty for never."""
+        """The public facts of the presented key; `expires` is RFC 3339, empty for never; raises Unauthenticated."""
+        self._demand_alive(call)
         who = call.principal
         return {"key_id": who.key_id, "org": who.org, "tier": who.tier, "expires": date(who.expires) if who.expires else ""}
 
     def _refuse(self, call: Call, action: str, name: str, decision: Decision) -> NoReturn:
+        if decision.reason == "insufficient_scope":  # the key may: no denial, the client asks for another token
+            raise Unauthenticated(decision.words, do=decision.remedy, reason=decision.reason)
         self._audit.denied(call, action, name, decision.reason)
+        if call.principal.anonymous and call.principal.access is not None:
+            raise Unauthenticated(decision.words, do=decision.remedy, reason="insufficient_scope")
         if decision.reason.startswith("key_"):
             raise Unauthenticated(decision.words, do=decision.remedy, reason=decision.reason)
         if not decision.visible:
@@ -70,51 +149,82 @@ class Guard(Registry, Files):
         """The call with its decision, allowed by any of `actions`; a name that does not exist is refused as one that is not visible."""
         subject = repo.subject if repo else Subject(name, org="\0", visibility="private")
         decisions = [decide(call.principal, subject, action, call.now) for action in actions]
-        for decision in decisions:
-            if decision.allow:
-                return replace(call, decision=decision)
-        self._refuse(call, actions[0], name, decisions[0])
+        decision = _best(decisions)
+        if decision.allow:
+            return replace(call, decision=decision)
+        self._refuse(call, actions[0], name, decision)
 
-    def _allow_push(self, call: Call, name: str) -> Call:
-        """The call allowed to push; a new name needs an organisation of its first segment, or the action admin."""
-        found = self._library.catalog.repository(check_name(name))
-        if found is not None and found.subject.org:
-            return self._allow(call, name, found, "push")
-        if found is not None:  # the site's own names, mirrored ones among them, are the administrator's
-            return self._allow(call, name, found, "admin")
+    @contextmanager
+    def _recorded(self, call: Call, name: str) -> Iterator[None]:
+        """Records what the library refuses by the state that it finds: a ref that exists, a quota."""
+        try:
+            yield
+        except Denied as error:
+            self._audit.denied(call, "push", name, error.reason)
+            raise
+
+    def _subject(self, call: Call, name: str, found: Repo | None) -> Subject:
+        """What a name is decided as: its repository, or that which its first push would make."""
+        if found is not None:
+            return found.subject
         owner = name.split("/", 1)[0]
         own = owner == call.principal.org and "/" in name
         org = owner if own or ("/" in name and self._library.catalog.org_exists(owner)) else ""
-        subject = Subject(name, org, "org" if org else "public")
-        decision = decide(call.principal, subject, "push", call.now)
-        if decision.allow and not org and not decide(call.principal, subject, "admin", call.now).allow:
-            words = f"there is no organisation {owner}, and only a key with action admin may push under another first segment"
-            decision = Decision(False, "no_org", words, f"push as {call.principal.org}/…, or ask the administrator")
+        return Subject(name, org, "org" if org else "public")
+
+    def _push_decision(self, call: Call, name: str, found: Repo | None) -> Decision:
+        """Whether this caller may push, or create only; a new name needs an organisation of its first segment, or the action admin."""
+        subject = self._subject(call, name, found)
+        bare = replace(call.principal, access=None)  # what the key may comes first: a token does not change the words
+        decision = _best([decide(bare, subject, action, call.now) for action in ("push", "create")])
+        admin = decision if subject.org else decide(bare, subject, "admin", call.now)
+        if not admin.allow and found is not None:  # the site's own names, mirrored ones among them, are the administrator's
+            return admin
+        if decision.allow and not admin.allow:
+            words = f"there is no organisation {name.split('/', 1)[0]}, and only a key with action admin may push under another first segment"
+            return Decision(False, "no_org", words, f"push as {call.principal.org}/…, or ask the administrator")
+        if decision.allow and not scoped(call.principal, "repository", subject.name, "push"):
+            return insufficient(subject.name, "push")
+        return decision
+
+    def _allow_push(self, call: Call, name: str) -> Call:
+        """The call allowed to push; what it may push is in its decision's action: everything, or (create) no ref that exists."""
+        decision = self._push_decision(call, name, self._library.catalog.repository(check_name(name)))
         if not decision.allow:
             self._refuse(call, "push", name, decision)
         return replace(call, decision=decision)
 
+    def demand_push(self, call: Call, repo: str) -> None:
+        """Returns where this caller may push or create; raises NotFound, Denied, Unauthenticated."""
+        self._allow_push(call, repo)
+
     def resolve(self, call: Call, repo: str, ref: str) -> Descriptor:
         """The manifest that a tag, commit or digest names, for a key that may pull or push; raises NotFound, Denied."""
-        found = self._library.catalog.locate(repo, ref)
-        self._allow(call, repo, found.repo if found else None, "pull", "push")
+        found = self._locate(call, repo, ref)
+        self._allow(call, repo, found.repo if found else None, "stat")
         if found is None or not found.digest:
             raise NotFound(f"{repo} has no manifest {ref[:100]}", do="see the tags of the repository", reason="manifest")
         return found.descriptor()
 
     def stat(self, call: Call, repo: str, digest: str) -> Descriptor:
         """Type and size of a linked blob or manifest without its bytes, for a key that may pull or push; raises NotFound, Denied."""
-        found = self._library.catalog.find(repo, digest)
-        self._allow(call, repo, found.repo if found else None, "pull", "push")
+        found = self._find(call, repo, digest)
+        self._allow(call, repo, found.repo if found else None, "stat")
         if found is None or not found.digest:
+            raise NotFound(f"{repo} has no blob {digest[:100]}", reason="blob")
+        if not found.manifest_id and not found.location:
+            raise damaged(repo, digest)  # a 404: whoever pushes sends the bytes again
+        if self._library.leasable(call, found) and self._push_decision(call, repo, found.repo).allow and not self._library.lease(call, found):
             raise NotFound(f"{repo} has no blob {digest[:100]}", reason="blob")
         return Descriptor(found.media_type or "application/octet-stream", digest, found.size, found.artifact_type)
 
     def read(self, call: Call, repo: str, digest: str, lo: int = 0, hi: int | None = None) -> Content:
         """Bytes [lo, hi) of a blob or manifest; the first read is recorded before it returns; raises NotFound, Denied, RangeInvalid, Unavailable."""
-        found = self._library.catalog.find(repo, digest)
-        self._allow(call, repo, found.repo if found else None, "pull")
-        content = self._library.content(repo, digest, found, lo, hi)
+        found = self._find(call, repo, digest)
+        allowed = self._allow(call, repo, found.repo if found else None, "pull")
+        content = self._library.content(repo, digest, found, lo, hi, redirect=call.redirect)
+        if allowed.decision is not None and allowed.decision.warning:
+            content = replace(content, warning=allowed.decision.warning)
         self._audit.read(call, repo, digest if found and found.manifest_id else "blob", content.total)
         return content
 
@@ -124,17 +234,23 @@ class Guard(Registry, Files):
 
     def upload(self, call: Call, repo: str, *, digest: str | None = None, size: int | None = None, algorithm: str = "sha256") -> Upload:
         """Starts an upload; raises NotFound, Denied, Unsupported."""
-        return self._library.upload(self._allow_push(call, repo), repo, digest=digest, size=size, algorithm=algorithm)
+        allowed = self._allow_push(call, repo)
+        with self._recorded(call, repo):
+            return self._library.upload(allowed, repo, digest=digest, size=size, algorithm=algorithm)
 
     def resume(self, call: Call, repo: str, upload_id: str) -> Upload:
         """Continues a suspended upload of the same key; raises NotFound, Denied."""
         return self._library.resume(self._allow_push(call, repo), repo, upload_id)
 
-    def push(self, call: Call, repo: str, raw: bytes, media_type: str, *, refs: Sequence[str] = (), expect: str | None = None) -> Descriptor:
+    def push(
+        self, call: Call, repo: str, raw: bytes, media_type: str, *, refs: Sequence[str] = (), expect: str | None = None, over: str | None = None
+    ) -> Descriptor:
         """Stores a manifest and moves `refs` to it; raises NotFound, Denied, Invalid, Mismatch, Conflict, TooLarge."""
         for ref in refs:
             check_ref(ref)
-        return self._library.push(self._allow_push(call, repo), repo, raw, media_type, refs=refs, expect=expect)
+        allowed = self._allow_push(call, repo)
+        with self._recorded(call, repo):
+            return self._library.push(allowed, repo, raw, media_type, refs=refs, expect=expect, over=over)
 
     def mount(self, call: Call, repo: str, digest: str, source: str) -> Descriptor | None:
         """Links a blob of `source`, where this key may pull it; None otherwise, whatever the cause."""
@@ -146,15 +262,20 @@ class Guard(Registry, Files):
 
     def delete(self, call: Call, repo: str, ref: str) -> None:
         """Removes a ref, or a manifest or blob link; raises NotFound, Denied, Conflict."""
-        self._library.delete(self._allow(call, repo, self._library.catalog.repository(repo), "push"), repo, ref)
+        self._library.delete(self._allow(call, repo, self._library.catalog.repository(repo), "delete"), repo, ref)
 
     def _demand_alive(self, call: Call) -> None:
         alive = authenticate(call.principal, call.now)
         if not alive.allow:
             self._refuse(call, "list", "", alive)
 
-    def _seen(self, call: Call, prefix: str, after: str, limit: int) -> tuple[list[Repo], str]:
+    def _demand_listing(self, call: Call) -> None:
         self._demand_alive(call)
+        if not scoped(call.principal, "registry", "catalog", "catalog"):
+            self._refuse(call, "list", "", insufficient("the catalog", "catalog"))
+
+    def _seen(self, call: Call, prefix: str, after: str, limit: int) -> tuple[list[Repo], str]:
+        self._demand_listing(call)
         size = max(0, min(limit, MAX_PAGE))
         out: list[Repo] = []
         while len(out) < size:
@@ -177,13 +298,13 @@ class Guard(Registry, Files):
     def refs(self, call: Call, repo: str, after: str = "", limit: int = 100) -> Page:
         """Ref names of a repository; raises NotFound, Denied."""
         found = self._library.catalog.repository(repo)
-        self._allow(call, repo, found, "pull", "push")
+        self._allow(call, repo, found, "list")
         return self._library.refs_of(repo, found, after, limit)
 
     def referrers(self, call: Call, repo: str, digest: str, kind: str = "", after: str = "") -> Page:
         """Descriptors whose `subject` is `digest`; raises NotFound, Denied."""
         found = self._library.catalog.repository(repo)
-        self._allow(call, repo, found, "pull", "push")
+        self._allow(call, repo, found, "list")
         return self._library.referrers_of(repo, found, digest, kind, after)
 
     def _revision(self, call: Call, repo: str, ref: str, found: Located | None) -> Located:
@@ -194,18 +315,30 @@ class Guard(Registry, Files):
 
     def revision(self, call: Call, repo: str, ref: str) -> Revision:
         """The revision that a branch, tag or commit id names; raises NotFound `not_visible` or `revision`, Denied."""
-        return as_revision(self._revision(call, repo, ref, self._library.catalog.locate(repo, ref)), ref)
+        return as_revision(self._revision(call, repo, ref, self._locate(call, repo, ref)), ref)
 
     def file(self, call: Call, repo: str, ref: str, path: str) -> tuple[Revision, File]:
         """One file of a revision; raises NotFound `not_visible`, `revision` or `entry`, Denied."""
-        found = self._library.catalog.file(repo, ref, path)
+        found = self._file(call, repo, ref, path)
         self._allow(call, repo, found.repo if found else None, "pull")
         return self._library.file_of(repo, ref, path, found)
 
     def files(self, call: Call, repo: str, ref: str, prefix: str = "", after: str = "", limit: int = 1000) -> tuple[Revision, Page]:
         """Files of a revision below `prefix`; raises NotFound `not_visible` or `revision`, Denied."""
-        found = self._revision(call, repo, ref, self._library.catalog.locate(repo, ref))
+        found = self._revision(call, repo, ref, self._locate(call, repo, ref))
         return as_revision(found, ref), self._library.files_page(found, prefix, after, limit)
+
+    def recorded(self, call: Call, after: int = 0, limit: int = 100) -> dict[str, object]:
+        """A page of what is recorded about the key's own organisation, oldest first, for its auditor; `after` 0 is the end; raises Denied."""
+        who = call.principal
+        decision = decide(who, Subject(who.org, who.org), "auditor", call.now)
+        if decision.reason in ("no_grant", "action_missing"):
+            decision = replace(decision, words=f"what is recorded about {who.org} is its auditor's", remedy="ask for a key with action auditor")
+        if not decision.allow:
+            self._refuse(call, "audit", "", decision)
+        self._audit.read(call, who.org, "audit", 0, "audit")
+        items, onward = self._audit.rows(who.org, after, max(1, min(limit, MAX_PAGE)))
+        return {"items": items, "after": onward}
 
     def catalog_list(self, call: Call, after: str = "", limit: int = 100) -> dict[str, object]:
         """A page of what this key may see: items with name, display, kind, org, visibility, gated, entitled; `after` is the next cursor."""
@@ -219,7 +352,7 @@ class Guard(Registry, Files):
 
     def catalog_show(self, call: Call, name: str) -> dict[str, object]:
         """A repository's summary with its refs (digest, type, size, commit, files, bytes) and, for a model, its profiles' refs; raises NotFound."""
-        self._demand_alive(call)
+        self._demand_listing(call)
         found = self._library.catalog.repository(name)
         if found is None or not visible(call.principal, found.subject):
             self._allow(call, name, found, "pull")
@@ -287,6 +420,14 @@ class Guard(Registry, Files):
             if profile.id == profile_id:
                 return profile
         raise NotFound(f"the profile manifest has no profile {profile_id[:80]!r}", do="airlock runtime list-model-profiles", reason="profile")
+
+
+def _best(decisions: Sequence[Decision]) -> Decision:
+    """The first yes; else that only the token is too narrow, so that the client asks for a wider one; else the first no."""
+    for found in (next((d for d in decisions if d.allow), None), next((d for d in decisions if d.reason == "insufficient_scope"), None)):
+        if found is not None:
+            return found
+    return decisions[0]
 
 
 def _text(body: dict[str, object], key: str) -> str:

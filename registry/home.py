@@ -33,6 +33,7 @@ class Home:
     instance: str
     created: str
     database: bool = False  # whether registry.db was made once: from then on its absence is a loss, never a reason to make another
+    elsewhere: bool = False  # whether the site's rows lie in PostgreSQL: then no command may make a registry.db beside it
 
     @classmethod
     def open(cls, data: Path, create: bool = False) -> Home:
@@ -52,7 +53,7 @@ class Home:
         instance, created = doc.get("instance"), doc.get("created")
         if doc.get("schema") != 1 or not isinstance(instance, str) or not isinstance(created, str):
             raise Invalid(f"{site} is of another version", expected="schema 1", do="update Airlock, or restore the file from the backup")
-        return cls(data, instance, created, doc.get("database") is True)
+        return cls(data, instance, created, doc.get("database") is True, doc.get("database") == "postgresql")
 
     @property
     def database_path(self) -> Path:
@@ -60,7 +61,14 @@ class Home:
         return self.path / DATABASE
 
     def check_database(self) -> None:
-        """Returns where registry.db is there, or was never made yet; raises Unavailable."""
+        """Returns where registry.db is there, or was never made yet; raises Unavailable, and Conflict where the rows lie in PostgreSQL."""
+        if self.elsewhere:
+            raise Conflict(
+                "this site's database is PostgreSQL, and none was named",
+                expected="AIRLOCK_DATABASE as its server has it",
+                do="set AIRLOCK_DATABASE, or AIRLOCK_CONFIG to the server's file",
+                reason="database",
+            )
         if not self.database:
             return
         try:
@@ -76,11 +84,23 @@ class Home:
                 do="restore the backup of the data directory",
             )
 
-    def record_database(self) -> None:
-        """Notes in site.json that registry.db was made; raises Unavailable."""
+    def check_elsewhere(self) -> None:
+        """Returns where the rows may lie in PostgreSQL; raises Conflict for a site that began with registry.db."""
         if self.database:
+            raise Conflict(
+                f"this site's database is {DATABASE}, and AIRLOCK_DATABASE names another",
+                do="unset AIRLOCK_DATABASE, or make a new site over PostgreSQL",
+                reason="database",
+            )
+
+    def record_database(self, elsewhere: bool = False) -> None:
+        """Notes in site.json that registry.db was made, or that the rows lie in PostgreSQL; raises Unavailable."""
+        if self.elsewhere if elsewhere else self.database:
             return
-        site: dict[str, object] = {"schema": 1, "instance": self.instance, "created": self.created, "database": True}
+        if elsewhere and not os.access(self.path, os.W_OK):
+            return  # a directory of secrets that is mounted read-only; the database itself knows its site
+        kind: object = "postgresql" if elsewhere else True
+        site: dict[str, object] = {"schema": 1, "instance": self.instance, "created": self.created, "database": kind}
         temporary = self.path / f".{SITE}.{os.getpid()}.{secrets.token_hex(4)}.partial"
         try:
             _write_new(temporary, _line(site), 0o600)

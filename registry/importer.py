@@ -23,13 +23,15 @@ from artifact.disk import Disk
 from artifact.errors import Conflict, Mismatch, NotFound
 from artifact.grant import Principal
 from artifact.manifest import MAX_MANIFEST_BYTES, Manifest, check_name, digest_of, is_digest, parse_manifest
-from artifact.store import Call
+from artifact.store import Call, Content
 from registry import catalog
 from registry import tables as t
 from registry.audit import Audit
 from registry.blobs.file import location_of
+from registry.database import alone
 from registry.home import Home
 from registry.library import Library
+from registry.uploads import OCTETS, pieces_of
 
 BUFFER = 1024 * 1024
 RECEIPT_LIFE_S = 10 * 365 * 86400
@@ -81,13 +83,14 @@ def _import(site: Site, directory: Path, state: Path, now: float, progress: Call
     if (index.known or index.older) and done.exists() and done.read_text().strip() == index.digest and _held(site, index):
         return report | {"imported": False}
     disk = Disk(site.home.path)
-    reached = _reach(site, disk, directory, index)
-    blobs = {d: s for d, s in reached.blobs.items() if d in index.objects and disk.size(d) != s}
+    reached, places = _reach(site, disk, directory, index)
+    blobs = {d: s for d, s in reached.blobs.items() if d in index.objects and d not in places and disk.size(d) != s}
     need = sum(blobs.values())
     medium.check_space(site.home.path, need)
     begin(need)
     copied = sum(_copy(disk, directory, digest, blobs[digest], progress) for digest in sorted(blobs))
-    _store(site, disk, index, reached, now)
+    places |= {d: _place(site, disk, d, reached.blobs[d]) for d in sorted(reached.blobs.keys() - places.keys())}
+    _store(site, index, reached, places, now)
     for manifest in reached.manifests.values():
         if catalog.kind_of(manifest) == "model":
             site.library.fill_facts(manifest)
@@ -139,8 +142,28 @@ def _lost(imported: Path, index: medium.BundleIndex) -> list[int]:
     return [n for n in index.listed if n < index.sequence and not (imported / str(n)).exists()]
 
 
-def _reach(site: Site, disk: Disk, directory: Path, index: medium.BundleIndex) -> medium.Closure:
-    """What the names reach, read and verified; raises NotFound naming every digest that neither the medium nor the store holds."""
+def _places(site: Site, blobs: dict[str, int]) -> dict[str, str]:
+    """Where those of the blobs lie that the store holds whole."""
+    with site.catalog.reading() as conn:
+        found = catalog.blob_locations(conn, sorted(blobs))
+    return {digest: location for digest, location in found.items() if site.library.blobs.stat(location) == blobs[digest]}
+
+
+def _place(site: Site, disk: Disk, digest: str, size: int) -> str:
+    """Where a copied blob lies in the store: where it was copied to, or published anew where the store is elsewhere or waits to remove that place."""
+    uploads, location = site.library.uploads, location_of(digest)
+    generation = uploads.generation(digest)
+    own = site.library.blobs.stat(location) == size
+    if own and not generation:
+        return location
+    location = uploads.store(Content(digest, OCTETS, size, 0, size, path=disk.path(digest)), digest, generation)
+    if not own:
+        disk.delete(digest)
+    return location
+
+
+def _reach(site: Site, disk: Disk, directory: Path, index: medium.BundleIndex) -> tuple[medium.Closure, dict[str, str]]:
+    """What the names reach, read and verified, and where the store holds it; raises NotFound naming every digest that is nowhere."""
 
     def read(digest: str, limit: int) -> bytes | None:
         if digest in index.objects:
@@ -149,14 +172,14 @@ def _reach(site: Site, disk: Disk, directory: Path, index: medium.BundleIndex) -
             raw = conn.execute(select(t.manifest.c.raw).where(t.manifest.c.digest == digest)).scalar_one_or_none()
         if raw is not None:
             return bytes(raw)
-        return disk.read(digest, limit) if disk.size(digest) is not None else None
+        return _stored(site, disk, digest, limit)
 
     reached = medium.closure([(n.name, n.digest, n.media_type) for n in index.names], read)
-    missing = dict(reached.missing)
+    missing, places = dict(reached.missing), _places(site, reached.blobs)
     for digest, size in reached.blobs.items():
         if index.objects.get(digest, size) != size:
             raise Mismatch(f"the index gives {digest} another size than its manifest", expected=f"{size} bytes", reason="bundle_object")
-        if disk.size(digest) == size:
+        if digest in places or disk.size(digest) == size:
             continue
         if digest not in index.objects:
             missing[digest] = "blob"
@@ -174,7 +197,17 @@ def _reach(site: Site, disk: Disk, directory: Path, index: medium.BundleIndex) -
         raise Mismatch(
             f"{medium.object_path(Path(), strangers[0])} is reached by no name", expected="only what the names need", reason="foreign_file"
         )
-    return reached
+    return reached, places
+
+
+def _stored(site: Site, disk: Disk, digest: str, limit: int) -> bytes | None:
+    """A document that the store holds, or that an interrupted import copied."""
+    with site.catalog.reading() as conn:
+        location = catalog.blob_location(conn, digest)
+    size = site.library.blobs.stat(location) if location else None
+    if size is not None and size <= limit:
+        return b"".join(pieces_of(site.library.blobs.open(location)))
+    return disk.read(digest, limit) if disk.size(digest) is not None else None
 
 
 def _open(directory: Path, digest: str) -> int:
@@ -243,12 +276,19 @@ def _copy(disk: Disk, directory: Path, digest: str, size: int, progress: Callabl
 # ---- the one transaction ----
 
 
-def _store(site: Site, disk: Disk, index: medium.BundleIndex, reached: medium.Closure, now: float) -> None:
+def _add(conn: Connection, digest: str, size: int, location: str) -> None:
+    """The row of a blob of which the bytes are stored; raises Conflict where the sweep is about to remove them."""
+    held = catalog.add_blob(conn, digest, size, location)
+    if catalog.in_garbage(conn, [held]):
+        raise Conflict(f"{digest} was let go of in this moment", do="run the same command again", reason="swept")
+
+
+def _store(site: Site, index: medium.BundleIndex, reached: medium.Closure, places: dict[str, str], now: float) -> None:
     call = Call(Principal(key_id="site", org=""), None, f"import-{index.sender}-{index.sequence}", now)
     kinds = {n.name: n for n in index.names}
     with site.catalog.writing() as conn:
         for digest in sorted(reached.blobs):
-            catalog.add_blob(conn, digest, reached.blobs[digest], location_of(digest))
+            _add(conn, digest, reached.blobs[digest], places[digest])
         repos: dict[str, int] = {}
         for (name, _), manifest in reached.manifests.items():
             if name not in repos:
@@ -260,7 +300,7 @@ def _store(site: Site, disk: Disk, index: medium.BundleIndex, reached: medium.Cl
         moved = 0
         for named in () if index.older else index.names:
             if not is_digest(named.ref):  # a digest as ref: the manifest travels without a tag (a referrer)
-                moved += _move(site, conn, disk, repos[named.name], named, reached.manifests[named.name, named.digest], now)
+                moved += _move(site, conn, repos[named.name], named, reached.manifests[named.name, named.digest], now)
         site.audit.change(
             conn,
             call,
@@ -281,21 +321,23 @@ def _repository(conn: Connection, name: str, display: str, now: float) -> int:
     return catalog.ensure_repository(conn, name, display=display, org=org, visibility="org" if org else "public", at=now)
 
 
-def _move(site: Site, conn: Connection, disk: Disk, repo_id: int, named: medium.BundleName, manifest: Manifest, now: float) -> int:
+def _move(site: Site, conn: Connection, repo_id: int, named: medium.BundleName, manifest: Manifest, now: float) -> int:
     """Points a ref at an imported manifest, a `.sig` tag at the union of both sides' signatures; 1 if it moved."""
     old = ref_of(conn, repo_id, named.ref)
     if old is not None and old.digest == named.digest:
         return 0
     if old is not None and trust.is_sig_tag(named.ref):
-        manifest = _union(conn, disk, repo_id, old, manifest)
+        manifest = _union(site, conn, repo_id, old, manifest)
         if manifest.digest == old.digest:
             return 0
-    catalog.add_manifest(conn, repo_id, manifest, refs=(named.ref,), at=now, name=named.name)
+    rule = catalog.Rule(over=old.digest if old else "")  # a push that comes in between is not overwritten: the import is run again
+    catalog.add_manifest(conn, repo_id, manifest, refs=(named.ref,), at=now, name=named.name, rule=rule)
     return 1
 
 
 def ref_of(conn: Connection, repo_id: int, ref: str) -> Manifest | None:
-    """The manifest that a ref of a repository names, read inside the caller's transaction."""
+    """The manifest that a ref of a repository names, read inside the caller's transaction, which no other one of these reads joins before its end."""
+    alone(conn, "ref", str(repo_id), ref)
     found = select(t.manifest.c.raw, t.manifest.c.media_type).join(t.ref, t.ref.c.manifest_id == t.manifest.c.id)
     row = conn.execute(found.where(t.ref.c.repo_id == repo_id, t.ref.c.name == ref)).first()
     return parse_manifest(bytes(row.raw), row.media_type) if row is not None else None
@@ -309,21 +351,22 @@ def judged(conn: Connection, repo_id: int, digest: str, verdict: str) -> bool:
     return conn.execute(changed).rowcount > 0
 
 
-def _union(conn: Connection, disk: Disk, repo_id: int, ours: Manifest, theirs: Manifest) -> Manifest:
+def _union(site: Site, conn: Connection, repo_id: int, ours: Manifest, theirs: Manifest) -> Manifest:
     """The `.sig` manifest with both sides' signatures; theirs byte for byte where it holds all of ours."""
     have = {(d.digest, d.annotations.get(trust.SIGNATURE)) for d in theirs.layers}
     if all((d.digest, d.annotations.get(trust.SIGNATURE)) in have for d in ours.layers):
         return theirs
     merged = trust.merge_signatures(ours.raw, trust.signature_layers(theirs))
-    add_small(conn, disk, repo_id, merged.blobs)
+    add_small(site, conn, repo_id, merged.blobs)
     return parse_manifest(merged.manifest)
 
 
-def add_small(conn: Connection, disk: Disk, repo_id: int, blobs: dict[str, bytes]) -> None:
+def add_small(site: Site, conn: Connection, repo_id: int, blobs: dict[str, bytes]) -> None:
     """Stores small blobs that are in memory and links them into a repository, in the caller's transaction."""
     for digest, raw in sorted(blobs.items()):
-        disk.put(raw)
-        catalog.add_blob(conn, digest, len(raw), location_of(digest))
+        uploads = site.library.uploads
+        location = uploads.store(Content(digest, OCTETS, len(raw), 0, len(raw), data=raw), digest, uploads.generation(digest))
+        _add(conn, digest, len(raw), location)
         catalog.link_blob(conn, repo_id, digest)
 
 

@@ -6,20 +6,22 @@ It checks no right: a call whose decision is absent or a refusal is refused outr
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 
-from artifact.errors import Conflict, Denied, Invalid, Mismatch, NotFound, RangeInvalid, Unsupported
+from artifact.errors import Denied, Invalid, Mismatch, NotFound, RangeInvalid
 from artifact.grant import PROFILES, Decision, Principal
-from artifact.manifest import Manifest, check_digest, check_name, files_of, is_digest, parse_manifest
-from artifact.store import BlobStore, BlobWriter, Call, Content, Descriptor, File, Files, Page, Registry, Revision, Upload
+from artifact.manifest import Manifest, check_digest, files_of, is_digest, parse_manifest
+from artifact.store import BlobStore, Call, Content, Descriptor, File, Files, Page, Registry, Revision, Upload
 from registry import catalog as c
 from registry.audit import Audit
-from registry.catalog import Catalog, Located, Repo, UploadRow
+from registry.catalog import Catalog, Located, Repo
+from registry.uploads import OCTETS, Uploads, ensure_repository
+from registry.uploads import pieces_of as pieces_of
 
-OCTETS = "application/octet-stream"
 MAX_PAGE = 1000
+URL_LIFE_S = 600  # a location waits longer than this for its removal
+MAX_REFERRERS, MAX_REFERRER_BYTES = 1000, 4 * 1024 * 1024  # of one answer; the bytes are those of the manifests, which are read for it
 GIT_FACT_BYTES = 10 * 1024 * 1024
 
 
@@ -53,14 +55,21 @@ def absent(repo: str, ref: str, located: Located | None, reason: str = "manifest
     return NotFound(f"{repo} has no {ref}", do="airlock catalog show " + repo, reason=reason)
 
 
+def damaged(repo: str, digest: str) -> NotFound:
+    """The error for a blob whose bytes are missing or failed their verification."""
+    words = f"the bytes of {digest} in {repo} are missing or failed verification, and are not served"
+    return NotFound(words, do="push the file again, or import the bundle that brought it", reason="damaged")
+
+
 class Library(Registry, Files):
     """This site's content; `call.decision` must be a yes for every verb."""
 
-    def __init__(self, catalog: Catalog, blobs: BlobStore, audit: Audit, upload_ttl_s: float = 7 * 86400) -> None:
+    def __init__(self, catalog: Catalog, blobs: BlobStore, audit: Audit, upload_ttl_s: float = 7 * 86400, blob_lease_s: float = 86400) -> None:
         self.catalog = catalog
         self.blobs = blobs
         self.audit = audit
-        self.upload_ttl_s = upload_ttl_s
+        self.blob_lease_s = blob_lease_s
+        self.uploads = Uploads(catalog, blobs, audit, upload_ttl_s, blob_lease_s)
 
     @staticmethod
     def _demand(call: Call) -> None:
@@ -83,8 +92,8 @@ class Library(Registry, Files):
         self._demand(call)
         return self.content(repo, digest, self.catalog.find(repo, digest), lo, hi)
 
-    def content(self, repo: str, digest: str, found: Located | None, lo: int = 0, hi: int | None = None) -> Content:
-        """The bytes of what the catalog found; raises NotFound, RangeInvalid."""
+    def content(self, repo: str, digest: str, found: Located | None, lo: int = 0, hi: int | None = None, *, redirect: bool = False) -> Content:
+        """The bytes of what the catalog found, or where `redirect` allows it a URL of the store's own; raises NotFound, RangeInvalid."""
         if found is None or not found.digest:
             raise absent(repo, digest, found, "blob")
         end = found.size if hi is None else min(hi, found.size)
@@ -92,39 +101,27 @@ class Library(Registry, Files):
             raise RangeInvalid(f"bytes {lo} to {hi} of an object of {found.size}", expected="a range inside the object")
         if found.raw is not None:
             return Content(digest, found.media_type, found.size, lo, end, data=found.raw[lo:end])
+        if not found.location:
+            raise damaged(repo, digest)
+        url = self.blobs.url(found.location, URL_LIFE_S, "") if redirect else None
+        if url is not None:
+            return Content(digest, OCTETS, found.size, lo, end, url=url)
         got = self.blobs.open(found.location, lo, end)
         return Content(digest, OCTETS, found.size, lo, end, path=got.path, url=got.url, chunks=got.chunks, data=got.data)
 
     def upload(self, call: Call, repo: str, *, digest: str | None = None, size: int | None = None, algorithm: str = "sha256") -> Upload:
-        """Starts an upload; raises Unsupported for another algorithm than sha256."""
+        """Starts an upload, hashed by SHA-256 and by the algorithm announced; raises Unsupported, Denied `quota` where the size is known."""
         self._demand(call)
-        if algorithm != "sha256":
-            raise Unsupported(f"uploads by {algorithm[:20]} are not accepted", expected="sha256", reason="digest")
-        row = UploadRow(secrets.token_urlsafe(24), check_name(repo), call.principal.key_id, algorithm, 0, b"", 0)
-        with self.catalog.writing() as conn:
-            c.add_upload(conn, row, digest=check_digest(digest) if digest else "", size=size, at=call.now, ttl_s=self.upload_ttl_s)
-        return StoredUpload(self, call, row)
+        return self.uploads.begin(call, repo, digest=digest, size=size, algorithm=algorithm)
 
     def resume(self, call: Call, repo: str, upload_id: str) -> Upload:
         """Continues a suspended upload of the same caller; raises NotFound."""
         self._demand(call)
-        row = self.catalog.upload(upload_id)
-        if row is None or row.repo != repo or row.key_id != call.principal.key_id:
-            raise NotFound("there is no such upload", do="start it again", reason="upload")
-        return StoredUpload(self, call, row)
+        return self.uploads.resume(call, repo, upload_id)
 
     def sweep_uploads(self, now: float) -> int:
         """Forgets uploads that nobody continued in time, with their bytes; one that is being written stays; returns how many went."""
-        gone = 0
-        for upload_id in self.catalog.expired_uploads(now):
-            try:
-                self.blobs.writer(upload_id).discard()
-            except Conflict:
-                continue
-            with self.catalog.writing() as conn:
-                c.drop_upload(conn, upload_id)
-            gone += 1
-        return gone
+        return self.uploads.sweep(now)
 
     def put(self, call: Call, repo: str, raw: bytes) -> Descriptor:
         """Stores one small blob at once; raises Unavailable."""
@@ -132,26 +129,30 @@ class Library(Registry, Files):
         upload.write(raw)
         return upload.commit("sha256:" + hashlib.sha256(raw).hexdigest(), len(raw))
 
-    def push(self, call: Call, repo: str, raw: bytes, media_type: str, *, refs: Sequence[str] = (), expect: str | None = None) -> Descriptor:
-        """Stores a manifest byte for byte and moves `refs` to it; `expect` is the digest it must have.
+    def push(
+        self, call: Call, repo: str, raw: bytes, media_type: str, *, refs: Sequence[str] = (), expect: str | None = None, over: str | None = None
+    ) -> Descriptor:
+        """Stores a manifest byte for byte and moves `refs` to it; `expect` is the digest it must have, `over` that which the refs name.
 
         Raises Invalid, Mismatch, NotFound `manifest_blob` for what was not pushed before, Conflict, TooLarge.
         """
         self._demand(call)
-        manifest = parse_manifest(raw, media_type)
-        if expect is not None and manifest.digest != check_digest(expect):
-            if expect.startswith("sha512:"):
-                raise Unsupported("manifests by sha512 are not accepted", expected="sha256", reason="digest")
+        manifest = parse_manifest(raw, media_type, check_digest(expect).partition(":")[0] if expect else "sha256")
+        if expect is not None and manifest.digest != expect:
             raise Mismatch(f"the manifest has digest {manifest.digest}", expected=expect, do="send it again", reason="digest")
         if c.kind_of(manifest) == "model":
             if repo.endswith(PROFILES):
                 raise Invalid(f"{repo} is the place of a profile manifest", expected="a model under another name", reason="name")
             self.fill_facts(manifest)
-        with self.catalog.writing() as conn:
-            repo_id = self._ensure(conn, call, repo)
-            out = c.add_manifest(conn, repo_id, manifest, refs=refs, at=call.now, name=repo)
+
+        def work(conn: c.Connection) -> Descriptor:
+            repo_id = ensure_repository(conn, call, repo)
+            rule = c.Rule(call.decision is not None and call.decision.action == "create", over)
+            out = c.add_manifest(conn, repo_id, manifest, refs=refs, at=call.now, name=repo, key_id=call.principal.key_id, rule=rule)
             self.audit.change(conn, call, "push", f"{repo}@{manifest.digest}", refs=[*refs][:20])
-        return out
+            return out
+
+        return self.catalog.change(work)
 
     def fill_facts(self, manifest: Manifest) -> int:
         """Learns the git object ids of a model's plain files of at most 10 MiB, reading each once; returns how many were new."""
@@ -173,15 +174,7 @@ class Library(Registry, Files):
         return self._whole(found.location)
 
     def _whole(self, location: str) -> bytes:
-        got = self.blobs.open(location)
-        if got.path is not None:
-            return got.path.read_bytes()
-        return got.data if got.data is not None else b"".join(got.chunks or ())
-
-    def _ensure(self, conn: c.Connection, call: Call, repo: str) -> int:
-        """The repository's id, made by its first push: the first segment's organisation owns it, none owns an origin's name."""
-        org = c.owning_org(conn, repo)
-        return c.ensure_repository(conn, repo, org=org, visibility="org" if org else "public", at=call.now)
+        return b"".join(pieces_of(self.blobs.open(location)))
 
     def mount(self, call: Call, repo: str, digest: str, source: str) -> Descriptor | None:
         """Links a blob of `source` into `repo`; None when it is not there."""
@@ -189,10 +182,27 @@ class Library(Registry, Files):
         found = self.catalog.find(source, check_digest(digest))
         if found is None or not found.location:
             return None
-        with self.catalog.writing() as conn:
-            c.link_blob(conn, self._ensure(conn, call, repo), digest)
+
+        def work(conn: c.Connection) -> None:
+            repo_id = ensure_repository(conn, call, repo)
+            c.check_quota(conn, repo, found.digest, found.size)
+            c.link_blob(conn, repo_id, found.digest, lease_until=call.now + self.blob_lease_s)
             self.audit.change(conn, call, "mount", f"{repo}@{digest}", source=source)
+
+        try:
+            self.catalog.change(work)
+        except NotFound:  # the sweep took it in this moment
+            return None
         return Descriptor(OCTETS, digest, found.size)
+
+    def leasable(self, call: Call, found: Located) -> bool:
+        """Whether this is a blob of whose lease less than half is left."""
+        return bool(found.location) and found.lease_until - call.now < self.blob_lease_s / 2
+
+    def lease(self, call: Call, found: Located) -> bool:
+        """Leases a blob again; False where the sweep took it."""
+        with self.catalog.writing() as conn:
+            return c.refresh_lease(conn, found.repo.id, found.digest, call.now + self.blob_lease_s)
 
     def delete(self, call: Call, repo: str, ref: str) -> None:
         """Removes a ref, or a manifest or blob link by digest; the bytes stay until they are swept; raises NotFound, Conflict."""
@@ -200,14 +210,18 @@ class Library(Registry, Files):
         found = self.catalog.repository(repo)
         if found is None:
             raise absent(repo, ref, None)
-        with self.catalog.writing() as conn:
+        who = call.principal.key_id
+
+        def work(conn: c.Connection) -> None:
             if is_digest(ref):
-                done = c.unlink_manifest(conn, found.id, ref, call.now) or c.unlink_blob(conn, found.id, ref, call.now)
+                done = c.unlink_manifest(conn, found.id, ref, call.now, key_id=who) or c.unlink_blob(conn, found.id, ref, call.now)
             else:
-                done = c.delete_ref(conn, found.id, ref)
+                done = c.delete_ref(conn, found.id, ref, at=call.now, key_id=who)
             if not done:
                 raise NotFound(f"{repo} has no {ref}", reason="blob" if is_digest(ref) else "manifest")
             self.audit.change(conn, call, "delete", f"{repo}@{ref}")
+
+        self.catalog.change(work)
 
     def list(self, call: Call, prefix: str = "", after: str = "", limit: int = 100) -> Page:
         """Repository names in byte order; the caller of this verb filters what may be seen."""
@@ -235,12 +249,20 @@ class Library(Registry, Files):
         return self.referrers_of(repo, self.catalog.repository(repo), digest, kind, after)
 
     def referrers_of(self, repo: str, found: Repo | None, digest: str, kind: str, after: str) -> Page:
-        """Referrers in what the catalog found; raises NotFound, Invalid."""
+        """A page of referrers in what the catalog found, bounded in number and in bytes; raises NotFound, Invalid."""
         if found is None:
             raise absent(repo, digest, None)
-        rows = self.catalog.referrers(found.id, check_digest(digest), kind, after, 100)
-        items = tuple(Descriptor(media, d, size, kind_, parse_manifest(raw).annotations) for d, media, kind_, size, raw in rows)
-        return Page(items, items[-1].digest if len(items) == 100 else "")
+        rows = self.catalog.referrers(found.id, check_digest(digest), kind, after, MAX_REFERRERS + 1)
+        shown: list[str] = []
+        size = 0
+        for name, length in rows[:MAX_REFERRERS]:
+            size += length
+            if shown and size > MAX_REFERRER_BYTES:
+                break
+            shown.append(name)
+        found_ = self.catalog.manifests(shown) if shown else []
+        items = tuple(replace(d, annotations=parse_manifest(raw, d.media_type).annotations) for d, raw in found_)
+        return Page(items, shown[-1] if shown and len(shown) < len(rows) else "")
 
     def revision(self, call: Call, repo: str, ref: str) -> Revision:
         """The revision that a branch, tag, commit id or digest names; raises NotFound `repo` or `revision`."""
@@ -281,95 +303,3 @@ def as_revision(found: Located, ref: str) -> Revision:
         raise NotFound(f"{found.repo.name} at {ref} is not a model revision", reason="revision")
     repo = found.repo
     return Revision(repo.name, repo.display, found.commit, found.digest, ref, repo.gated, repo.subject.visibility != "public", found.at)
-
-
-class StoredUpload(Upload):
-    """An upload over its row and staging object, opened at the first write."""
-
-    def __init__(self, library: Library, call: Call, row: UploadRow) -> None:
-        self._library, self._call, self._row = library, call, row
-        self._writer: BlobWriter | None = None
-        self.id = row.id
-        self.offset = row.offset
-
-    def _open(self) -> BlobWriter:
-        if self._writer is None:
-            row = self._row
-            fresh = self._library.catalog.upload(row.id)
-            if fresh is None:
-                raise NotFound("there is no such upload", do="start it again", reason="upload")
-            try:
-                writer = self._library.blobs.writer(row.id, None, algorithm=row.algorithm, offset=row.offset, state=row.state)
-            except Mismatch as error:
-                self._forget()
-                raise NotFound("the bytes of this upload are gone", do="start it again", reason="upload") from error
-            current = self._library.catalog.upload(row.id)  # read under the writer's lock: nobody can move it any more
-            if current is None or (current.offset, current.generation) != (row.offset, row.generation):
-                if current is None:
-                    writer.discard()
-                writer.close()
-                raise RangeInvalid("another request moved this upload on", do="ask for its offset and continue there", reason="upload")
-            self._writer = writer
-        return self._writer
-
-    def write(self, view: bytes | memoryview) -> None:
-        """Appends bytes at `offset`; raises Unavailable, Conflict while another request writes, RangeInvalid when one has written."""
-        writer = self._open()
-        writer.write(view)
-        self.offset = writer.offset
-
-    def commit(self, digest: str, size: int | None = None) -> Descriptor:
-        """Makes the bytes visible under `digest`, or raises Mismatch and keeps nothing."""
-        library, call, repo = self._library, self._call, self._row.repo
-        check_digest(digest)
-        if not digest.startswith("sha256:"):
-            raise Unsupported("uploads by sha512 are not accepted", expected="sha256", reason="digest")
-        writer = self._open()
-        total = writer.offset
-        try:
-            if size is not None and size != total:
-                writer.discard()
-                raise Mismatch(f"the upload has {total} bytes", expected=f"{size} bytes", do="send them again", reason="size")
-            location = writer.publish(digest)
-        except Mismatch:
-            self._forget()
-            raise
-        self._writer = None
-        with library.catalog.writing() as conn:
-            repo_id = library._ensure(conn, call, repo)
-            c.add_blob(conn, digest, total, location)
-            c.link_blob(conn, repo_id, digest)
-            c.drop_upload(conn, self.id)
-            library.audit.change(conn, call, "upload", f"{repo}@{digest}", bytes=total)
-        return Descriptor(OCTETS, digest, total)
-
-    def suspend(self) -> None:
-        """Makes the bytes so far durable and lets go; raises Conflict when another request took the upload over."""
-        if self._writer is None:
-            return
-        writer, self._writer = self._writer, None
-        try:
-            writer.sync()
-            with self._library.catalog.writing() as conn:
-                state = writer.state()
-                if not c.advance_upload(conn, self._row, writer.offset, state, self._call.now + self._library.upload_ttl_s):
-                    raise Conflict("another request took this upload over", do="ask for its offset and continue there", reason="upload")
-            self._row = replace(self._row, offset=writer.offset, state=state, generation=self._row.generation + 1)
-        finally:
-            writer.close()
-
-    def cancel(self) -> None:
-        """Forgets the upload and its bytes."""
-        if self._writer is None:
-            try:
-                self._writer = self._open()
-            except NotFound:
-                self._writer = None  # gone already
-        if self._writer is not None:
-            self._writer.discard()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._writer = None
-        with self._library.catalog.writing() as conn:
-            c.drop_upload(conn, self.id)

@@ -6,7 +6,6 @@ It is the only caller of the release key besides receipts. It must not sign what
 from __future__ import annotations
 
 from artifact import trust
-from artifact.disk import Disk
 from artifact.errors import Invalid, NotFound
 from artifact.grant import PROFILES, Principal
 from artifact.manifest import MAX_MANIFEST_BYTES, PROFILES_TYPE, Reference, parse_manifest
@@ -28,13 +27,12 @@ def promote(site: Site, wanted: Reference, now: float) -> dict[str, object]:
             do=f"airlock model push DIR {model}:{wanted.ref} --profiles FILE, or import a bundle that brings it",
             reason="profiles",
         )
-    disk = Disk(site.home.path)
     key = site.home.release_key()
     with site.catalog.writing() as conn:
         manifest = ref_of(conn, found.repo.id, wanted.ref)
         if manifest is None:
             raise NotFound(f"{name} has no {wanted.ref}", expected=f"{name}:{wanted.ref}", reason="profiles")
-        documents = [_document(disk, layer) for layer in manifest.layers if layer.media_type == PROFILES_TYPE]
+        documents = [_document(site, name, layer) for layer in manifest.layers if layer.media_type == PROFILES_TYPE]
         pins = [pin for raw in documents for pin in references(raw, PROFILES_TYPE)]
         _check_own(site, model, wanted.ref, documents)
         _check_models(site, name, wanted.ref, pins)
@@ -43,8 +41,9 @@ def promote(site: Site, wanted: Reference, now: float) -> dict[str, object]:
         made = trust.release_artifacts(key, f"{name}:{wanted.ref}", subject, old.raw if old else None)
         changed = judged(conn, found.repo.id, manifest.digest, "promoted") or old is None or made.sig_manifest != old.raw
         if changed:
-            add_small(conn, disk, found.repo.id, made.blobs)
-            catalog.add_manifest(conn, found.repo.id, parse_manifest(made.sig_manifest), refs=(made.sig_tag,), at=now, name=name)
+            rule = catalog.Rule(over=old.digest if old else "")  # a signature that is pushed in between is not lost: the command is run again
+            add_small(site, conn, found.repo.id, made.blobs)
+            catalog.add_manifest(conn, found.repo.id, parse_manifest(made.sig_manifest), refs=(made.sig_tag,), at=now, name=name, rule=rule)
             catalog.add_manifest(conn, found.repo.id, parse_manifest(made.referrer_manifest), at=now, name=name)
             call = Call(Principal(key_id="site"), None, "promote", now)
             kid = trust.kid(trust.public_pem(key))
@@ -60,8 +59,11 @@ def promote(site: Site, wanted: Reference, now: float) -> dict[str, object]:
     }
 
 
-def _document(disk: Disk, layer: Descriptor) -> bytes:
-    return disk.read(layer.digest, MAX_MANIFEST_BYTES)
+def _document(site: Site, name: str, layer: Descriptor) -> bytes:
+    found = site.catalog.find(name, layer.digest)
+    if found is None or not found.location or found.size > MAX_MANIFEST_BYTES:
+        raise NotFound(f"{name} has no document {layer.digest}", do="push the profiles again", reason="profiles")
+    return site.library.small(found)
 
 
 def _check_own(site: Site, model: str, ref: str, documents: list[bytes]) -> None:

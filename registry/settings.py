@@ -1,40 +1,129 @@
-"""The registry's settings: one frozen value, read from the environment in one place; it opens nothing and knows no default path of a machine."""
+"""The registry's settings: one frozen value, each setting described once, read in one place: argument, environment, file, default.
+
+Here because every command of the registry starts with them. It opens no database, makes nothing and knows no default path of a machine.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
-from artifact.errors import Invalid
+from artifact.errors import Invalid, NotFound
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+PREFIX = "AIRLOCK_"
+CONFIG = "AIRLOCK_CONFIG"
+FILE = "registry.yaml"
+MAX_FILE_BYTES = 1024 * 1024
+_PASSWORD = re.compile(r"(://[^/@:\s]*:)[^/\s]*(?=@)|([?&]password=)[^&\s]*")
+Parser = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How one setting is written: its parser (raises ValueError), what is expected, one sentence, and whether its value may hold a secret."""
+
+    parse: Parser
+    expected: str
+    about: str
+    secret: bool = False
+
+
+def _setting(default: Any, about: str, parse: Parser, expected: str, *, secret: bool = False) -> Any:
+    return field(default=default, repr=not secret, metadata={"spec": Spec(parse, expected, about, secret)})
+
+
+def _word(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(text)
+    return text
+
+
+def _text(default: str, about: str, expected: str = "text", *, secret: bool = False) -> Any:
+    return _setting(default, about, _word, expected, secret=secret)
+
+
+def _whole(default: int, low: int, high: int, about: str) -> Any:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or len(text) > 18 or not low <= int(text) <= high:
+            raise ValueError(text)
+        return int(text)
+
+    return _setting(default, about, parse, f"a whole number from {low} to {high}")
+
+
+def _flag(default: bool, about: str) -> Any:
+    def parse(text: str) -> bool:
+        if text.lower() not in ("0", "1", "false", "true", "no", "yes", "off", "on"):
+            raise ValueError(text)
+        return text.lower() in ("1", "true", "yes", "on")
+
+    return _setting(default, about, parse, "on or off")
+
+
+def _choice(default: str, words: tuple[str, ...], about: str) -> Any:
+    def parse(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError(text)
+        return text.lower()
+
+    return _setting(default, about, parse, ", ".join(words))
+
+
+def _names(about: str, expected: str) -> Any:
+    return _setting((), about, lambda text: tuple(part.strip() for part in _word(text).split(",") if part.strip()), expected)
+
+
+def _place(text: str) -> str:
+    host, colon, port = _word(text).rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(text)
+    return text
+
+
+def _web(text: str) -> str:
+    parts = urlsplit(_word(text))
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
+        raise ValueError(text)
+    return text.rstrip("/")
 
 
 @dataclass(frozen=True)
 class Settings:
     """What `airlock registry serve` and the commands beside it need; units are in the names."""
 
-    data: Path
-    host: str = "127.0.0.1"
-    port: int = 5000
-    public_url: str = ""
-    log_level: str = "info"
-    upload_ttl_s: int = 7 * 86400
-    lease_life_s: int = 86400
-    lease_grace_s: int = 3 * 86400
-    drain_timeout_s: int = 30
-    database: str = ""
-    blobs: str = ""
-    redirect: bool = True
-    stream_to: tuple[str, ...] = ()
-    x_accel: str = ""
-    anonymous: bool = False
-    token_life_s: int = 600
-    blob_lease_s: int = 86400
-    garbage_delay_s: int = 3600
-    gc_every_s: int = 3600
+    data: Path = field(metadata={"spec": Spec(lambda text: Path(_word(text)), "a directory", "The data directory made by `airlock site init`.")})
+    host: str = _text("127.0.0.1", "Address that the registry listens on.", "an address of this host")
+    port: int = _whole(5000, 0, 65535, "Port that the registry listens on; 0 takes any free one.")
+    public_url: str = _setting("", "URL that clients are told, where it is not the one they used.", _web, "http[s]://HOST[:PORT]")
+    log_level: str = _choice("info", LOG_LEVELS, "The least severe log line that is written.")
+    upload_ttl_s: int = _whole(7 * 86400, 60, 365 * 86400, "How long an unfinished upload can be resumed.")
+    lease_life_s: int = _whole(86400, 60, 30 * 86400, "Life of a runtime's lease.")
+    lease_grace_s: int = _whole(3 * 86400, 0, 30 * 86400, "How long after its end a runtime may still start on a lease.")
+    drain_delay_s: int = _whole(0, 0, 3600, "How long after SIGTERM requests are still taken while /readyz says 503.")
+    drain_timeout_s: int = _whole(30, 0, 3600, "How long open pulls may go on once no connection is accepted.")
+    database: str = _text("", "URL of the database; empty is SQLite in the data directory.", "postgresql://USER@HOST/NAME", secret=True)
+    blobs: str = _text("", "URL of the store of bytes; empty is the data directory.", "file: or s3://BUCKET/PREFIX?endpoint=…", secret=True)
+    redirect: bool = _flag(True, "Whether pulls from an S3 store are redirected to it.")
+    stream_to: tuple[str, ...] = _names("Networks whose pulls are streamed, never redirected.", "CIDRs with commas between")
+    x_accel: str = _text("", "Internal location of an nginx in front that sends the bytes.", "a path such as /blobs/")
+    anonymous: bool = _flag(False, "Whether public repositories can be read without a key.")
+    token_life_s: int = _whole(600, 60, 86400, "Life of a token of the token endpoint.")
+    blob_lease_s: int = _whole(86400, 60, 30 * 86400, "How long a blob without a manifest is kept for its uploader.")
+    garbage_delay_s: int = _whole(3600, 0, 30 * 86400, "How long the bytes of a removed blob stay; longer than any signed URL lives.")
+    gc_every_s: int = _whole(3600, 0, 30 * 86400, "Time between two garbage collections; 0 runs none.")
+    metrics: str = _setting("", "Listener of /healthz, /readyz and /metrics; empty is none.", _place, "HOST:PORT")
+    tls: str = _choice("off", ("off", "self-signed"), "self-signed makes a key and certificate in the data directory once.")
+    tls_cert: str = _text("", "File of the certificate chain, PEM.", "a file")
+    tls_key: str = _text("", "File of the certificate's private key, PEM.", "a file")
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)  # setting to where its value came from
 
     @property
     def database_url(self) -> str:
@@ -47,9 +136,15 @@ class Settings:
         return self.blobs or "file:"
 
     @property
+    def secure(self) -> bool:
+        """Whether the registry's listener speaks TLS itself."""
+        return self.tls != "off" or bool(self.tls_cert)
+
+    @property
     def url(self) -> str:
         """The URL that clients are told."""
-        return self.public_url or f"http://{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return self.public_url or f"{'https' if self.secure else 'http'}://{host}:{self.port}"
 
     @classmethod
     def load(
@@ -60,48 +155,122 @@ class Settings:
         port: int | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> Settings:
-        """Settings from arguments first, then AIRLOCK_* variables; raises Invalid for a missing data directory or a wrong value."""
+        """Settings from arguments, else AIRLOCK_* variables, else the file, else the defaults; raises Invalid, NotFound."""
         env = os.environ if environ is None else environ
-        chosen = str(data) if data else env.get("AIRLOCK_DATA", "")
-        if not chosen:
+        given = {"data": data, "host": host, "port": port}
+        texts = {name: (str(value), "argument", f"--{name}") for name, value in given.items() if value is not None and value != ""}
+        for name in specs():
+            variable = PREFIX + name.upper()
+            if name not in texts and env.get(variable):
+                texts[name] = (env[variable], f"environment {variable}", variable)
+        file = _file(env.get(CONFIG, ""), texts)
+        for name, text in _read(file).items() if file else ():
+            texts.setdefault(name, (text, f"file {file}", f"{name} in {file}"))
+        if "data" not in texts:
             raise Invalid("no data directory was given", expected="--data DIR or AIRLOCK_DATA", do="airlock site init --data DIR --trust-root FILE")
-        level = env.get("AIRLOCK_LOG_LEVEL", "info").lower()
-        if level not in LOG_LEVELS:
-            raise Invalid(f"AIRLOCK_LOG_LEVEL is {level[:40]!r}", expected=", ".join(LOG_LEVELS))
-        return cls(
-            data=Path(chosen).absolute(),
-            host=host or env.get("AIRLOCK_HOST", "127.0.0.1"),
-            port=port if port is not None else _whole(env, "AIRLOCK_PORT", 5000, 0, 65535),
-            public_url=env.get("AIRLOCK_PUBLIC_URL", "").rstrip("/"),
-            log_level=level,
-            upload_ttl_s=_whole(env, "AIRLOCK_UPLOAD_TTL_S", 7 * 86400, 60, 365 * 86400),
-            lease_life_s=_whole(env, "AIRLOCK_LEASE_LIFE_S", 86400, 60, 30 * 86400),
-            lease_grace_s=_whole(env, "AIRLOCK_LEASE_GRACE_S", 3 * 86400, 0, 30 * 86400),
-            drain_timeout_s=_whole(env, "AIRLOCK_DRAIN_TIMEOUT_S", 30, 0, 3600),
-            database=env.get("AIRLOCK_DATABASE", ""),
-            blobs=env.get("AIRLOCK_BLOBS", ""),
-            redirect=_flag(env, "AIRLOCK_REDIRECT", True),
-            stream_to=tuple(part.strip() for part in env.get("AIRLOCK_STREAM_TO", "").split(",") if part.strip()),
-            x_accel=env.get("AIRLOCK_X_ACCEL", ""),
-            anonymous=_flag(env, "AIRLOCK_ANONYMOUS", False),
-            token_life_s=_whole(env, "AIRLOCK_TOKEN_LIFE_S", 600, 60, 86400),
-            blob_lease_s=_whole(env, "AIRLOCK_BLOB_LEASE_S", 86400, 60, 30 * 86400),
-            garbage_delay_s=_whole(env, "AIRLOCK_GARBAGE_DELAY_S", 3600, 0, 30 * 86400),
-            gc_every_s=_whole(env, "AIRLOCK_GC_EVERY_S", 3600, 0, 30 * 86400),
-        )
+        values = {name: _parsed(name, *found) for name, found in texts.items()}
+        values["data"] = values["data"].absolute()
+        settings = cls(**values, sources={name: source for name, (_, source, _) in texts.items()})
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise Invalid(f"{'tls_cert' if self.tls_cert else 'tls_key'} is set alone", expected="tls_cert and tls_key together, or neither")
+        if self.tls != "off" and self.tls_cert:
+            raise Invalid(f"tls is {self.tls} and tls_cert is set", expected="one of the two", do="remove AIRLOCK_TLS or AIRLOCK_TLS_CERT")
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Name, value as it would be written, source and sentence of every setting; passwords are masked."""
+        out = []
+        for name, spec in specs().items():
+            text = written(getattr(self, name))
+            out.append(
+                (name, _PASSWORD.sub(lambda m: f"{m[1] or m[2]}***", text) if spec.secret else text, self.sources.get(name, "default"), spec.about)
+            )
+        return out
 
 
-def _flag(env: Mapping[str, str], name: str, default: bool) -> bool:
-    text = env.get(name, "").lower()
-    if text not in ("", "0", "1", "false", "true", "no", "yes", "off", "on"):
-        raise Invalid(f"{name} is {text[:40]!r}", expected="on or off")
-    return default if not text else text in ("1", "true", "yes", "on")
+def specs() -> dict[str, Spec]:
+    """Every setting by name, in the order of the documentation."""
+    return {f.name: f.metadata["spec"] for f in dataclasses.fields(Settings) if "spec" in f.metadata}
 
 
-def _whole(env: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
-    text = env.get(name, "")
-    if not text:
-        return default
-    if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
-        raise Invalid(f"{name} is {text[:40]!r}", expected=f"a whole number from {low} to {high}")
-    return int(text)
+def table() -> str:
+    """The settings as the Markdown table of docs/operations.md."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Settings) if f.default is not dataclasses.MISSING}
+    lines = ["| setting and file key | environment | default | expected | what it is |", "|---|---|---|---|---|"]
+    for name, spec in specs().items():
+        default = written(defaults.get(name))
+        lines.append(f"| `{name}` | `{PREFIX}{name.upper()}` | {f'`{default}`' if default else ''} | {spec.expected} | {spec.about} |")
+    return "\n".join(lines)
+
+
+def written(value: object) -> str:
+    """A setting's value as text that its parser takes."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return "" if value is None else str(value)
+
+
+def _parsed(name: str, text: str, _source: str, where: str) -> Any:
+    spec = specs()[name]
+    try:
+        return spec.parse(text)
+    except ValueError:
+        shown = "not acceptable" if spec.secret else repr(text[:40])
+        raise Invalid(f"{where} is {shown}", expected=spec.expected, do="airlock registry config shows every setting", reason="setting") from None
+
+
+def _file(named: str, texts: Mapping[str, tuple[str, str, str]]) -> Path | None:
+    """The settings file: the one that AIRLOCK_CONFIG names, or registry.yaml of the data directory where it exists."""
+    if named:
+        return Path(named)
+    beside = Path(texts["data"][0]) / FILE if "data" in texts else None
+    return beside if beside and beside.is_file() else None
+
+
+def _read(file: Path) -> dict[str, str]:
+    """The file's settings as text; raises NotFound, and Invalid for what is no mapping of known names to plain values."""
+    import yaml  # only where there is a file
+
+    try:
+        with file.open("rb") as source:
+            raw = source.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise NotFound(f"the settings file {file} cannot be read: {error.strerror}", expected=f"a YAML file ({CONFIG})") from error
+    if len(raw) > MAX_FILE_BYTES:
+        raise Invalid(f"{file} is too large", expected=f"at most {MAX_FILE_BYTES} bytes", reason="setting")
+    try:
+        doc = yaml.safe_load(raw.decode("utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f", line {mark.line + 1}" if mark else ""
+        raise Invalid(f"{file} is no YAML{at}", expected="lines of `name: value`", reason="setting") from None
+    if doc is None:
+        return {}
+    if not isinstance(doc, dict):
+        raise Invalid(f"{file} holds no settings", expected="lines of `name: value`", reason="setting")
+    known = specs()
+    out = {}
+    for key, value in doc.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            wanted = f"did you mean {near[0]}?" if near else "a name of `airlock registry config`"
+            raise Invalid(f"{file} has the unknown setting {str(key)[:60]!r}", expected=wanted, reason="setting")
+        text = _plain(value)
+        if text is None:
+            raise Invalid(f"{key} in {file} is {type(value).__name__}", expected=known[key].expected, reason="setting")
+        if text:
+            out[key] = text
+    return out
+
+
+def _plain(value: object) -> str | None:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return ",".join(value) if all(isinstance(v, str) for v in value) else None
+    return written(value) if isinstance(value, str | int | bool) else None

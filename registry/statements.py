@@ -5,7 +5,7 @@ They decide nothing and change nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Select, and_, bindparam, case, func, literal, select
@@ -45,6 +45,7 @@ class Located:
     commit: str = ""
     at: float = 0.0
     file: File | None = None
+    lease_until: float = 0.0  # of a blob: until when the sweep leaves it alone without a manifest that names it
 
     def descriptor(self) -> Descriptor:
         """The manifest as a descriptor."""
@@ -122,15 +123,23 @@ def _file(join: Any) -> Select[Any]:
 
 BY_REF, BY_DIGEST = _manifest(_by_ref()), _manifest(_linked(M.c.digest == bindparam("ref")))
 FILE_BY_REF, FILE_BY_DIGEST = _file(_by_ref()), _file(_linked(M.c.digest == bindparam("ref")))
-OBJECT = (
-    select(*COLUMNS, *_HEAD, M.c.raw, t.blob.c.digest.label("bdigest"), t.blob.c.size.label("bsize"), t.blob.c.location)
-    .select_from(
-        _FROM.outerjoin(M, _linked(M.c.digest == bindparam("digest")))
-        .outerjoin(t.repo_blob, and_(t.repo_blob.c.repo_id == R.c.id, t.repo_blob.c.digest == bindparam("digest")))
-        .outerjoin(t.blob, t.blob.c.digest == t.repo_blob.c.digest)
-    )
-    .where(_named())
-    .limit(1)
+
+
+def _object(held: Any) -> Select[Any]:
+    """The manifest of the asked digest, or the blob whose own digest is `held`."""
+    link, b = t.repo_blob, t.blob
+    until = case((link.c.lease_until < b.c.lease_until, link.c.lease_until), else_=b.c.lease_until).label("lease_until")
+    source = _FROM.outerjoin(M, _linked(M.c.digest == bindparam("digest")))
+    source = source.outerjoin(link, and_(link.c.repo_id == R.c.id, link.c.digest == held))
+    source = source.outerjoin(b, b.c.digest == link.c.digest)
+    place = case((b.c.state == "ready", b.c.location), else_="").label("location")  # missing or damaged: told so, served never
+    columns = (b.c.digest.label("bdigest"), b.c.size.label("bsize"), place, until)
+    return select(*COLUMNS, *_HEAD, M.c.raw, *columns).select_from(source).where(_named()).limit(1)
+
+
+OBJECT = _object(bindparam("digest"))
+OBJECT_BY_ALIAS = _object(
+    select(t.blob_alias.c.blob).where(t.blob_alias.c.algorithm == "sha512", t.blob_alias.c.digest == bindparam("digest")).scalar_subquery()
 )
 
 
@@ -140,8 +149,22 @@ def as_repo(row: Any) -> Repo:
     return Repo(row.id, row.name, row.display, row.kind, subject, bool(row.gated), bool(row.immutable))
 
 
-def as_located(row: Any) -> Located:
-    """A Located from a row of BY_REF, BY_DIGEST or a file statement."""
+def as_located(row: Any, raw: bytes | None = None) -> Located:
+    """A Located from a row of BY_REF, BY_DIGEST or a file statement, with the manifest's bytes where they were read as well."""
     if row.mid is None:
         return Located(as_repo(row))
-    return Located(as_repo(row), row.mid, row.digest, row.media_type, row.artifact_type, row.size, None, "", row.commit or "", row.at or 0.0)
+    return Located(as_repo(row), row.mid, row.digest, row.media_type, row.artifact_type, row.size, raw, "", row.commit or "", row.at or 0.0)
+
+
+def as_object(row: Any) -> Located:
+    """A Located from a row of OBJECT or OBJECT_BY_ALIAS: a manifest with its bytes, or a blob with its location."""
+    if row.mid is not None:
+        return Located(as_repo(row), row.mid, row.digest, row.media_type, row.artifact_type, row.size, row.raw)
+    lease = row.lease_until or 0.0
+    return Located(as_repo(row), digest=row.bdigest or "", size=row.bsize or 0, location=row.location or "", lease_until=lease)
+
+
+def as_file(row: Any) -> Located:
+    """A Located from a row of a file statement, without a file where the revision has none of that path."""
+    found = as_located(row)
+    return found if row.path is None else replace(found, file=File(row.path, row.fdigest, row.fsize, bool(row.lfs), row.git_oid or ""))

@@ -1,24 +1,17 @@
-"""The tables of the registry and the two kinds of transaction over them; no queries here.
+"""The tables of the registry; no queries here, and the transactions over them are those of registry/database.py.
 
 Columns may be added by later migrations, none renamed. Names and paths compare by bytes: SQLite does so by default, PostgreSQL gets COLLATE "C".
 """
 
 from __future__ import annotations
 
-import sqlite3
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
-    Connection,
     Double,
-    Engine,
     ForeignKey,
     Index,
     Integer,
@@ -27,16 +20,13 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    create_engine,
-    event,
 )
-from sqlalchemy.exc import DatabaseError, IntegrityError, ProgrammingError
 
-from artifact.errors import Unavailable
-from registry.home import free_bytes
+from registry.database import open_engine as open_engine
+from registry.database import reading as reading
+from registry.database import retried as retried
+from registry.database import writing as writing
 
-BUSY_TIMEOUT_S = 30
-POOL = 40  # at least as large as the limiter of the threads that serve requests
 NAMING = {"ix": "ix_%(table_name)s_%(column_0_name)s", "uq": "uq_%(table_name)s_%(column_0_name)s", "fk": "fk_%(table_name)s_%(column_0_name)s"}
 
 metadata = MetaData(naming_convention=NAMING)
@@ -120,6 +110,8 @@ retention = Table(
     Column("keep_tags", Text, nullable=False, server_default=""),
     Column("at", Double, nullable=False),
 )
+# Whose database this is: servers with another site's secrets are refused.
+site = Table("site", metadata, Column("instance", Text, primary_key=True), Column("pepper_check", Text, nullable=False))
 # Where a long job of this site stands, so that it goes on after a restart.
 job = Table(
     "job",
@@ -149,6 +141,7 @@ repo_manifest = Table(
     Column("manifest_id", Id, ForeignKey("manifest.id"), primary_key=True, index=True),
     Column("verdict", Text, nullable=False, server_default=""),
     Column("policy_version", Integer, nullable=False, server_default="0"),
+    Column("at", Double, nullable=False, server_default="0"),  # of the last push of it; 0 where nobody noted it
 )
 blob = Table(
     "blob",
@@ -167,7 +160,7 @@ edge = Table(
     Column("parent_id", Id, ForeignKey("manifest.id"), primary_key=True),
     Column("child_digest", Name, primary_key=True, index=True),
     Column("kind", Text, primary_key=True),
-    Column("blob", Name, ForeignKey("blob.digest"), nullable=True),
+    Column("blob", Name, ForeignKey("blob.digest"), nullable=True, index=True),
 )
 repo_blob = Table(
     "repo_blob",
@@ -208,6 +201,7 @@ garbage = Table(
     Column("location", Text, primary_key=True),
     Column("delete_after", Double, nullable=False, index=True),
     Column("size", BigInteger, nullable=False, server_default="0"),
+    Column("digest", Name, nullable=False, server_default=""),
 )
 upload = Table(
     "upload",
@@ -293,75 +287,3 @@ audit_count = Table(
     Column("body", Text, nullable=False),
     UniqueConstraint("class", "key", "since", name="uq_audit_count_window"),
 )
-
-
-def open_engine(url: str) -> Engine:
-    """An engine whose SQLite connections run WAL, synchronous FULL, foreign keys on; writes begin IMMEDIATE (see writing)."""
-    if not url.startswith("sqlite"):
-        return create_engine(url, pool_size=POOL)
-    engine = create_engine(url, pool_size=POOL, max_overflow=POOL, connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False})
-    event.listen(engine, "connect", _configure)
-    event.listen(engine, "begin", _begin)
-    return engine
-
-
-def _configure(connection: sqlite3.Connection, _record: object) -> None:
-    connection.isolation_level = None  # the driver's own implicit BEGIN would be a deferred one
-    _to_wal(connection)
-    for pragma in ("synchronous=FULL", "foreign_keys=ON", "temp_store=MEMORY"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _to_wal(connection: sqlite3.Connection) -> None:
-    """WAL mode, waited for up to BUSY_TIMEOUT_S: SQLite answers two processes that switch one file at once with BUSY, without its busy handler."""
-    end = time.monotonic() + BUSY_TIMEOUT_S
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
-                raise
-        time.sleep(0.02)
-
-
-def _begin(connection: Connection) -> None:
-    if connection.get_execution_options().get("writes"):
-        connection.connection.execute("BEGIN IMMEDIATE")  # on the DBAPI connection: not counted as a statement
-
-
-@contextmanager
-def reading(engine: Engine) -> Iterator[Connection]:
-    """A connection for one read statement, outside any transaction; raises Unavailable when the database does not answer."""
-    try:
-        with engine.connect() as connection:
-            yield connection
-    except DatabaseError as error:
-        raise _unavailable(engine, error) from error.orig
-
-
-@contextmanager
-def writing(engine: Engine) -> Iterator[Connection]:
-    """One write transaction, all or nothing; raises Unavailable when the database is locked, full or gone."""
-    try:
-        with engine.connect().execution_options(writes=True) as connection, connection.begin():
-            yield connection
-    except DatabaseError as error:
-        raise _unavailable(engine, error) from error.orig
-
-
-def _unavailable(engine: Engine, error: DatabaseError) -> Exception:
-    if isinstance(error, IntegrityError | ProgrammingError):
-        return error  # a defect of ours, not a database that does not answer
-    cause = str(error.orig)[:200] if error.orig else "no answer"
-    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF  # the primary code; the upper bits only say where
-    if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-        free = free_bytes(Path(engine.url.database or ".").parent)
-        return Unavailable(
-            f"the database cannot be written: {cause}; its disk has {free} bytes free",
-            do="free space, then the same command again",
-            reason="disk_full",
-        )
-    if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-        return Unavailable(f"the database is damaged: {cause}", do="restore it from the backup", reason="damaged")
-    return Unavailable(f"the database did not take the statement: {cause}", do="retry; see free space and locks of the data directory")

@@ -2,21 +2,26 @@
 
 `airlock.sendfile`: the message {"type": "airlock.sendfile", "file": f, "offset": lo, "count": n} is the whole body of a started response,
 sent by the kernel. `airlock.body`: an application that sets scope["extensions"]["airlock.body"]["pieces"] = True receives `pieces`, a list
-of bytes, in place of one joined `body`.
+of bytes, in place of one joined `body`. Its `lend` is a context manager in which the application reads the rest of the body from the socket itself.
 uvicorn is pinned, since the class below repeats one of its methods (docs/adr/0001-wire.md); both abilities are absent on TLS and on other servers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import struct
 import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import httptools
 from uvicorn.protocols.http.flow_control import service_unavailable
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from registry.intake import Loan
 
 SENDFILE = "airlock.sendfile"
 BODY = "airlock.body"
@@ -39,21 +44,52 @@ def _acknowledged(transport: asyncio.Transport) -> int:
 
 
 class Cycle(RequestResponseCycle):
-    """One request and its answer: request pieces are kept as a list, and a file may be the answer's body."""
+    """One request and its answer: request pieces are kept as a list or read by the application, and a file may be the answer's body."""
 
-    def __init__(self, *args: Any, stall_s: float = STALL_S, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, stall_s: float = STALL_S, go_on: Callable[[int], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.pieces: list[bytes] = []
-        self.held = 0
+        self.held = self.fed = 0
         self.stall_s = stall_s
+        self.go_on = go_on
 
     def feed(self, piece: bytes) -> None:
         """Keeps one piece of the request body and stops reading when enough is held."""
         self.pieces.append(piece)
         self.held += len(piece)
+        self.fed += len(piece)
         if self.held > HIGH_WATER:
             self.flow.pause_reading()
         self.message_event.set()
+
+    def _length(self) -> int:
+        """The Content-Length; 0 where the end of the body is told otherwise. The parser has refused what contradicts itself."""
+        fields = {k: v for k, v in self.scope["headers"] if k in (b"content-length", b"transfer-encoding")}
+        length = fields.get(b"content-length", b"").decode("latin-1").strip()
+        return int(length) if length.isascii() and length.isdigit() and len(fields) == 1 else 0
+
+    @contextmanager
+    def lend(self) -> Iterator[Loan | None]:
+        """Lends the rest of the body; None where its length is not told or all of it is here. What is not read from the loan comes by receive()."""
+        left = self._length() - self.fed
+        if left <= 0 or not self.more_body or self.disconnected or self.response_started or self.transport.is_closing():
+            yield None
+            return
+        if self.waiting_for_100_continue:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.waiting_for_100_continue = False
+        self.flow.pause_reading()
+        sock = socket.socket(fileno=os.dup(self.transport.get_extra_info("socket").fileno()))
+        sock.setblocking(False)
+        loan = Loan(self.pieces, sock, left)
+        self.pieces, self.held = [], 0
+        try:
+            yield loan
+        finally:
+            sock.close()
+            if not self.disconnected and not self.transport.is_closing():
+                self.go_on(loan.left)
+                self.flow.resume_reading()
 
     async def receive(self) -> Any:
         if self.disconnected and self.pieces and not self.response_complete:
@@ -122,6 +158,7 @@ class WireProtocol(HttpToolsProtocol):
     """HttpToolsProtocol that builds our Cycle, bounds the request head and never upgrades."""
 
     stall_s = STALL_S
+    seeding = False  # while a new parser is brought to where the old one would be
     head_bytes = -1  # received since the piece in which an unfinished request head began; -1 between heads
     field_bytes = 0  # of the header fields of this request so far
 
@@ -133,11 +170,28 @@ class WireProtocol(HttpToolsProtocol):
             if self.head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self.send_400_response("The request head is too long.")
 
+    def _go_on(self, left: int) -> None:
+        """A parser inside the body of the present request with `left` bytes to come: the old one does not know of those that were read past it."""
+        keep = "keep-alive" if self.cycle.keep_alive else "close"
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.seeding = True
+        self.parser.feed_data(f"POST / HTTP/1.1\r\nConnection: {keep}\r\nContent-Length: {left}\r\n\r\n".encode())
+        self.seeding = False
+
     def on_message_begin(self) -> None:
+        if self.seeding:
+            return
         super().on_message_begin()
         self.head_bytes = self.field_bytes = 0
 
+    def on_url(self, url: bytes) -> None:
+        if not self.seeding:
+            super().on_url(url)
+
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self.seeding:
+            return
         super().on_header(name, value)
         self.field_bytes += len(name) + len(value) + 4
         self._bound()
@@ -152,6 +206,8 @@ class WireProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         # The body of uvicorn 0.54.0's method without its WebSocket branch; it names its cycle class itself, so it cannot be parametrised.
+        if self.seeding:
+            return
         self._bound()
         self.head_bytes = -1
         version = self.parser.get_http_version()
@@ -165,8 +221,6 @@ class WireProtocol(HttpToolsProtocol):
         scope["raw_path"] = self.root_path.encode("ascii") + url.path
         scope["query_string"] = url.query or b""
         scope["extensions"] = {BODY: {}}
-        if self.transport.get_extra_info("sslcontext") is None:
-            scope["extensions"][SENDFILE] = {}
         limit = self.limit_concurrency
         busy = limit is not None and (len(self.connections) >= limit or len(self.tasks) >= limit)
         existing = self.cycle
@@ -183,7 +237,10 @@ class WireProtocol(HttpToolsProtocol):
             keep_alive=version != "1.0" and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
             stall_s=self.stall_s,
+            go_on=self._go_on,
         )
+        if self.transport.get_extra_info("sslcontext") is None:
+            scope["extensions"] = {BODY: {"lend": self.cycle.lend}, SENDFILE: {}}
         app: Any = service_unavailable if busy else self.app
         if existing is None or existing.response_complete:
             self._start_asgi_task(self.cycle, app)

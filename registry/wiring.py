@@ -1,30 +1,36 @@
-"""Puts the parts of one site together over its data directory, and brings its database to the newest schema; nothing is decided here."""
+"""Puts the parts of one site together: database and store of bytes by the scheme of their URLs; nothing is decided here."""
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import cast
 
-from alembic import command
-from alembic.config import Config
-from sqlalchemy import Engine
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy import Engine, text
 
-from artifact.errors import Unavailable
+from artifact.errors import Conflict, Invalid, NotFound, Unavailable
+from artifact.store import BlobStore
+from registry import blobs as backends
+from registry.admission import Policy
 from registry.audit import Audit
-from registry.blobs.file import FileBlobs
 from registry.catalog import Catalog
+from registry.collector import Collector
+from registry.database import is_postgresql, open_engine, reading
 from registry.entitlements import Entitlements
 from registry.guard import Guard
 from registry.home import Home
 from registry.library import Library
+from registry.schema import claim, move
 from registry.settings import Settings
-from registry.tables import open_engine, writing
 
-MIGRATIONS = "airlock_migrations"  # the directory migrations/, under this name where it is installed
 LOG = logging.getLogger("airlock.registry")
 
 
@@ -38,19 +44,24 @@ class Site:
     catalog: Catalog
     entitlements: Entitlements
     audit: Audit
-    blobs: FileBlobs
+    blobs: BlobStore
     library: Library
     guard: Guard
+    collector: Collector
     inode: int
 
     def check(self) -> None:
-        """Returns while the open database is the one in the data directory; raises Unavailable once it was removed or replaced."""
-        if _inode(self.home) != self.inode:
+        """Returns while the database answers and is the one that was opened; raises Unavailable."""
+        if is_postgresql(self.settings.database_url):
+            with reading(self.engine) as connection:
+                connection.execute(text("SELECT 1"))
+        elif _inode(self.home) != self.inode:
             raise Unavailable("registry.db was removed or replaced under the running server", do="restore it from the backup, then start again")
 
     def close(self) -> None:
         """Stores the last audit counts and closes the database."""
         try:
+            self.collector.close()
             self.audit.close()
         finally:
             self.engine.dispose()
@@ -69,38 +80,80 @@ def _inode(home: Home) -> int:
         return 0
 
 
-def _upgrade(engine: Engine) -> None:
-    config = Config()
-    config.set_main_option("script_location", str(Path(import_module(MIGRATIONS).__path__[0])).replace("%", "%%"))
-    with writing(engine) as connection:  # one write transaction: two processes that start at once run the migration once
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+def _engine(settings: Settings) -> Engine:
+    url = settings.database_url
+    if not is_postgresql(url) and url != Settings(settings.data).database_url:
+        raise Invalid("AIRLOCK_DATABASE names another place", expected="postgresql://USER@HOST/NAME, or nothing for SQLite in the data directory")
+    return open_engine(url)
 
 
-def migrate(settings: Settings) -> None:
-    """Brings the database of a data directory to the newest schema; makes it only where there never was one; raises NotFound, Unavailable."""
-    home = Home.open(settings.data)
-    home.check_database()
-    engine = open_engine(settings.database_url)
+def open_blobs(url: str, data: Path) -> BlobStore:
+    """The store of a URL, by the module of registry/blobs that its scheme names; raises Invalid, Unavailable."""
+    scheme = url.split(":", 1)[0]
+    known = sorted(p.stem for folder in backends.__path__ for p in Path(folder).glob("*.py") if re.fullmatch(r"[a-z][a-z0-9]*", p.stem))
+    if scheme not in known:
+        raise Invalid(f"there is no store {scheme[:40]!r}", expected=" or ".join(f"{name}:…" for name in known), do="check AIRLOCK_BLOBS")
+    return cast(BlobStore, import_module(f"{backends.__name__}.{scheme}").open_blobs(url, data))
+
+
+@contextmanager
+def sole_server(settings: Settings) -> Iterator[None]:
+    """Holds the data directory for one server process; with PostgreSQL any number may serve; raises Conflict, NotFound."""
+    if not settings.data.is_dir():
+        raise NotFound(f"{settings.data} is not a data directory", do="airlock site init --data DIR --trust-root FILE")
+    if is_postgresql(settings.database_url):
+        yield
+        return
+    lock = os.open(settings.data / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        _upgrade(engine)
-    except DatabaseError as error:
-        raise Unavailable(f"registry.db cannot be used: {str(error.orig)[:200]}", do="restore it from the backup") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Conflict(
+                f"another server is using {settings.data}",
+                expected="one server process, as its database is SQLite",
+                do="stop the other one, or set AIRLOCK_DATABASE to a PostgreSQL that both use",
+            ) from error
+        yield
+    finally:
+        os.close(lock)
+
+
+def migrate(settings: Settings, revision: str = "head") -> str:
+    """Brings the database to a revision of the schema and returns where it was.
+
+    SQLite's file is made only where there never was one; raises NotFound, Invalid, Conflict, Unavailable.
+    """
+    home = Home.open(settings.data)
+    own = not is_postgresql(settings.database_url)
+    if own:
+        home.check_database()
+    else:
+        home.check_elsewhere()
+    engine = _engine(settings)
+    try:
+        before = move(engine, revision)
     finally:
         engine.dispose()
-    home.record_database()
+    home.record_database(elsewhere=not own)
+    return before
 
 
 def open_site(settings: Settings, *, background: bool = True) -> Site:
     """Opens a site made by `airlock site init` at the newest schema; `background` flushes audit counts every 5 s; raises NotFound, Unavailable."""
     home = Home.open(settings.data)
     migrate(settings)
-    engine = open_engine(settings.database_url)
+    engine = _engine(settings)
+    claim(engine, home.instance, home.pepper())
     catalog, entitlements, audit = Catalog(engine), Entitlements(engine, home.pepper()), Audit(engine, home.instance)
-    blobs = FileBlobs(settings.data)
-    library = Library(catalog, blobs, audit, settings.upload_ttl_s)
-    guard = Guard(library, entitlements, audit, home, settings.lease_life_s, settings.lease_grace_s)
+    blobs = open_blobs(settings.blobs_url, settings.data)
+    library = Library(catalog, blobs, audit, settings.upload_ttl_s, settings.blob_lease_s)
+    policy = Policy(settings.anonymous, settings.token_life_s, settings.redirect, settings.stream_to)
+    guard = Guard(library, entitlements, audit, home, settings.lease_life_s, settings.lease_grace_s, policy)
+    collector = Collector(library, settings.garbage_delay_s)
+    guard.attach(collector)
     if background:
+        blobs.probe()
         library.sweep_uploads(time.time())
         audit.start(lambda error: LOG.error("audit counters could not be stored: %s", type(error).__name__))
-    return Site(settings, home, engine, catalog, entitlements, audit, blobs, library, guard, _inode(home))
+    return Site(settings, home, engine, catalog, entitlements, audit, blobs, library, guard, collector, _inode(home))

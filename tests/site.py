@@ -7,8 +7,12 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from artifact import manifest as m
 from artifact import profile
@@ -18,6 +22,10 @@ from registry.catalog import ensure_org
 from registry.home import Home
 from registry.settings import Settings
 from registry.wiring import Site, open_site
+from tests.services import postgres
+
+BACKENDS = ["sqlite", pytest.param("postgresql", marks=pytest.mark.server)]  # for @pytest.fixture(params=BACKENDS)
+SQLITE_ONLY = pytest.mark.parametrize("site", ["sqlite"], indirect=True)  # for what only SQLite has, on a fixture `site` of these
 
 
 @functools.cache
@@ -30,9 +38,40 @@ def _template() -> tempfile.TemporaryDirectory[str]:
     return folder
 
 
-def make_site(path: Path) -> Site:
-    shutil.copytree(Path(_template().name) / "data", path / "data")
-    return open_site(Settings.load(path / "data", environ={}), background=False)
+def _migrated(data: Path, url: str) -> None:
+    shutil.rmtree(data, ignore_errors=True)  # of a run that failed half-way
+    Home.open(data, create=True)
+    open_site(Settings.load(data, environ={"AIRLOCK_DATABASE": url}), background=False).close()
+
+
+def new_database(path: Path) -> str:
+    """The URL of a new, migrated database, and at `path`/data the data directory whose secrets fit it."""
+    server = postgres.shared()
+    data = server.folder / "site-template"
+    name = server.template("site_template", lambda url: _migrated(data, url))
+    shutil.copytree(data, path / "data")
+    return server.database(name)
+
+
+def make_site(path: Path, backend: str = "sqlite", **env: str) -> Site:
+    """An empty site over SQLite or over a new database of the run's PostgreSQL, with more settings from `env`."""
+    if backend == "postgresql":
+        env["AIRLOCK_DATABASE"] = new_database(path)
+    else:
+        shutil.copytree(Path(_template().name) / "data", path / "data")
+    return open_site(Settings.load(path / "data", environ=env), background=False)
+
+
+@contextmanager
+def running_site(path: Path, backend: str = "sqlite", **env: str) -> Iterator[Site]:
+    """The same, closed at the end and its database removed."""
+    site = make_site(path, backend, **env)
+    try:
+        with site:
+            yield site
+    finally:
+        if backend == "postgresql":
+            postgres.shared().drop(site.settings.database)
 
 
 def make_key(

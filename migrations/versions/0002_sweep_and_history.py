@@ -20,6 +20,9 @@ def upgrade() -> None:
     op.add_column("manifest", sa.Column("gc_after", sa.Double(), nullable=True))
     op.create_index("ix_manifest_gc_after", "manifest", ["gc_after"])
     op.add_column("garbage", sa.Column("size", sa.BigInteger(), server_default="0", nullable=False))
+    op.add_column("garbage", sa.Column("digest", NAME, server_default="", nullable=False))
+    op.add_column("repo_manifest", sa.Column("at", sa.Double(), server_default="0", nullable=False))
+    op.create_index("ix_edge_blob", "edge", ["blob"])
     op.create_table(
         "ref_history",
         sa.Column("id", ID, autoincrement=True, nullable=False),
@@ -52,13 +55,19 @@ def upgrade() -> None:
         sa.Column("report", sa.Text(), server_default="", nullable=False),
         sa.PrimaryKeyConstraint("name"),
     )
+    op.create_table(
+        "site",
+        sa.Column("instance", sa.Text(), nullable=False),
+        sa.Column("pepper_check", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("instance"),
+    )
 
 
 def downgrade() -> None:
     """Takes them away; the history, rules and job states in them go."""
-    for table in ("job", "retention", "ref_history"):
+    for table in ("site", "job", "retention", "ref_history"):
         op.drop_table(table)
+    op.drop_index("ix_edge_blob", "edge")
     op.drop_index("ix_manifest_gc_after", "manifest")
-    for table, column in (("garbage", "size"), ("manifest", "gc_after"), ("org", "quota_bytes")):
-        with op.batch_alter_table(table) as batch:
-            batch.drop_column(column)
+    for table, column in (("repo_manifest", "at"), ("garbage", "digest"), ("garbage", "size"), ("manifest", "gc_after"), ("org", "quota_bytes")):
+        op.drop_column(table, column)  # in place: SQLite would run into its own foreign keys while it makes the table anew

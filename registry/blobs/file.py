@@ -9,7 +9,9 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from artifact.digest import Hasher, new, update_fd
@@ -29,8 +31,17 @@ def location_of(digest: str, generation: int = 0) -> str:
     return f"{algorithm}/{text[:2]}/{text}" + (f".g{generation}" if generation else "")
 
 
+def open_blobs(url: str, data: Path) -> FileBlobs:
+    """The store of a URL `file:`, which lies in the data directory; raises Invalid for another."""
+    if url != "file:":
+        raise Invalid(f"{url[:100]!r} is no place for blobs", expected="file: (the data directory), or s3://BUCKET")
+    return FileBlobs(data)
+
+
 class FileBlobs(BlobStore):
     """The BlobStore over a directory that holds `blobs/` and `partial/` on one file system."""
+
+    exclusive = True
 
     def __init__(self, root: Path) -> None:
         self._blobs = root / "blobs"
@@ -91,6 +102,29 @@ class FileBlobs(BlobStore):
                     if location > after and _LOCATION.match(location):
                         yield location, path.stat().st_size
 
+    def probe(self) -> dict[str, object]:
+        """That the directory can be written, and the room in it; raises Unavailable."""
+        try:
+            with tempfile.TemporaryFile(dir=self._partial) as file:
+                file.write(b"probe")
+                file.flush()
+        except OSError as error:
+            raise _unavailable(error, "write", self._partial) from error
+        return {"backend": "file", "free_bytes": free_bytes(self._partial)}
+
+    def sweep(self, keep: Collection[str], older_than: float) -> int:
+        """Removes staging files last written before `older_than` (seconds since 1970) of uploads not in `keep`; returns how many went."""
+        gone = 0
+        for path in sorted(self._partial.glob("upload-*")):
+            upload_id = path.name.removeprefix("upload-")
+            with suppress(Conflict, Mismatch):  # one that is being written stays
+                if upload_id not in keep and path.stat().st_mtime < older_than:
+                    fd = _open_locked(path, create=False)
+                    path.unlink(missing_ok=True)
+                    os.close(fd)
+                    gone += 1
+        return gone
+
     def url(self, location: str, ttl_s: int, name: str) -> str | None:
         """None: a file has no URL of its own."""
         return None
@@ -147,6 +181,10 @@ class FileWriter(BlobWriter):
     def state(self) -> bytes:
         """The exported hash state of bytes [0, offset); empty when the library cannot export it."""
         return self._hasher.state()
+
+    def digest(self) -> str:
+        """The digest of the bytes [0, offset)."""
+        return self._hasher.digest()
 
     def sync(self) -> None:
         """Makes all written bytes durable."""

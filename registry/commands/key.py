@@ -18,6 +18,14 @@ from registry.wiring import Site, open_site
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 MAX_LIFE_S = 3660 * 86400
+WORDS = {
+    "pull": "reads",
+    "create": "pushes new tags and moves none",
+    "push": "pushes, moves and deletes",
+    "run": "takes leases for the runtime",
+    "admin": "does all of it, and owns the site's own names",
+    "auditor": "lists all of its organisation and its audit rows, without content",
+}
 
 
 def seconds(text: str) -> float:
@@ -44,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "--models", action="append", required=True, metavar="PATTERN", help="model names: * is one segment, a last ** any rest; repeatable"
     )
     create.add_argument("--expires", default="90d", help="life of the key: 90d, 12h, never (90d)")
-    create.add_argument("--actions", default="pull,run", help="of pull, push, run, admin (pull,run)")
+    create.add_argument("--actions", default="pull,run", help="comma-separated (pull,run): " + "; ".join(f"{a} {w}" for a, w in WORDS.items()))
     create.add_argument("--note", default="", help="who holds it, for the list")
     show = verbs.add_parser("list", help="list keys by their public facts", epilog="example: airlock key list --data /srv/airlock --json")
     show.add_argument("--org", default="", help="of one organisation only")

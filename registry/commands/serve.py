@@ -1,87 +1,105 @@
-"""`airlock registry serve|migrate`: one process that holds the data directory, serves every door, and stops by suspending what is open."""
+"""`airlock registry serve`: one process that holds the data directory, serves every door, and stops by suspending what is open."""
 
 from __future__ import annotations
 
 import argparse
-import fcntl
+import asyncio
+import datetime
 import json
 import logging
 import os
 import signal
 import socket
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import FrameType
 
 import uvicorn
 
-from artifact.errors import Conflict, Invalid, NotFound, Unavailable
+from artifact.errors import AirlockError, Unavailable
+from registry import health, telemetry, tls
 from registry.app import create_app
+from registry.front import Front
+from registry.logs import log_to_stderr
+from registry.metrics import Metrics
 from registry.settings import Settings
 from registry.wire import WireProtocol
-from registry.wiring import migrate, open_site
+from registry.wiring import open_site, sole_server
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 30
+TICK_S = 0.2
+WATCH_S = 2.0
+END_S = 10.0  # how long after a second SIGTERM an orderly end may take
+LOG = logging.getLogger("airlock.registry")
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server that says once, on stdout, that it accepts connections."""
+    """uvicorn's server with our own stop: not ready first, then no more connections, uploads suspended, pulls to their end."""
 
-    ready = ""
+    def __init__(self, config: uvicorn.Config, front: Front, state: health.Health, settings: Settings) -> None:
+        super().__init__(config)
+        self.front, self.state, self.settings = front, state, settings
+        self.certificate: tls.Certificate | None = None
+        self.ready: Callable[[], None] = lambda: None
+        self.stops = 0
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self.state.loop = asyncio.get_running_loop()
+        self.state.loop.add_signal_handler(signal.SIGHUP, self._reload)
+        if self.certificate is not None:
+            self._tasks.append(asyncio.create_task(self._watch(self.certificate)))
         if self.started:
-            print(self.ready, flush=True)
+            self.ready()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second ends at once; it is not raised again, as stopping when told to is success."""
+        self.stops += 1
+        loop = self.state.loop
+        if self.stops == 1 and loop is not None:
+            loop.call_soon_threadsafe(self._begin_to_stop)
+        else:
+            self.should_exit = self.force_exit = True
+            signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + sig))
+            signal.setitimer(signal.ITIMER_REAL, END_S)
 
-class _JsonLines(logging.Formatter):
-    """One JSON object a line; a record that is one already passes as it is."""
+    def _begin_to_stop(self) -> None:
+        self._tasks.append(asyncio.create_task(self._drain()))
 
-    def format(self, record: logging.LogRecord) -> str:
-        """The record as JSON, with the traceback of an unexpected failure."""
-        out: dict[str, object] = {"at": round(record.created, 3), "level": record.levelname.lower(), "log": record.name}
-        text = record.getMessage()
-        if record.name == "airlock.access":
-            return json.dumps(out | json.loads(text))
-        out["message"] = text
-        if record.exc_info:
-            out["trace"] = self.formatException(record.exc_info)
-        return json.dumps(out)
+    async def _drain(self) -> None:
+        self.state.draining = True
+        LOG.info("draining", extra={"facts": {"delay_s": self.settings.drain_delay_s, "timeout_s": self.settings.drain_timeout_s}})
+        end = asyncio.get_running_loop().time() + self.settings.drain_delay_s
+        while not self.force_exit and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(TICK_S)
+        self.should_exit = True
+        suspended = 0
+        while True:  # until the loop ends: a request that was let in late may begin to pour yet
+            found = self.front.suspend_uploads()
+            suspended += found
+            if found:
+                LOG.info("uploads suspended", extra={"facts": {"uploads": suspended}})
+            await asyncio.sleep(TICK_S)
 
+    async def _watch(self, certificate: tls.Certificate) -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            if certificate.changed():
+                self._reload()
 
-def _log_to_stderr(level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonLines())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
-    for quiet in ("uvicorn.error", "uvicorn.access", "alembic", "asyncio"):
-        logging.getLogger(quiet).setLevel(logging.WARNING)
-
-
-@contextmanager
-def _sole_server(data: Path) -> Iterator[None]:
-    """Holds the data directory's server lock; raises Conflict when another server has it."""
-    if not data.is_dir():
-        raise NotFound(f"{data} is not a data directory", do="airlock site init --data DIR --trust-root FILE")
-    lock = os.open(data / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
+    def _reload(self) -> None:
+        if self.certificate is None:
+            return  # nothing else is read again, and a signal that says "read again" must not end the server
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise Conflict(f"another server is using {data}", expected="one server process per data directory", do="stop the other one") from error
-        yield
-    finally:
-        os.close(lock)
+            LOG.info("certificate loaded", extra={"facts": {"sha256": self.certificate.reload()}})
+        except AirlockError as error:
+            LOG.error("the certificate was not loaded, the old one stays: %s", error)
 
 
 def _listen(host: str, port: int) -> socket.socket:
     """A bound socket; raises Unavailable when the address is taken or not ours."""
-    if not 0 <= port <= 65535:
-        raise Invalid(f"{port} is not a port", expected="0 to 65535")
     try:
         family, kind, proto, _name, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         sock = socket.socket(family, kind, proto)
@@ -94,36 +112,72 @@ def _listen(host: str, port: int) -> socket.socket:
     return sock
 
 
+def _certificate(settings: Settings) -> tuple[tls.Certificate | None, bool]:
+    """The certificate where the listener speaks TLS, and whether it was made now."""
+    if not settings.secure:
+        return None, False
+    made = settings.tls == "self-signed" and tls.make_self_signed(settings, datetime.datetime.now(datetime.UTC))
+    return tls.Certificate(tls.files(settings)), made
+
+
+def _config(front: Front, settings: Settings, certificate: tls.Certificate | None) -> uvicorn.Config:
+    return uvicorn.Config(
+        front,
+        http=WireProtocol,
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=settings.drain_timeout_s,
+        ssl_context_factory=(lambda _config, _default: certificate.context) if certificate else None,
+    )
+
+
+def _tell(as_json: bool, url: str, operator: str, certificate: tls.Certificate | None, trust: list[str]) -> None:
+    """What an operator must know once the server listens; nothing of it is a secret."""
+    facts = {"listening": url, "metrics": operator, "certificate_sha256": certificate.fingerprint if certificate else ""}
+    facts = {name: value for name, value in facts.items() if value}
+    if as_json:
+        print(json.dumps(facts), flush=True)
+    else:
+        lines = [f"listening on {url}", *([f"health and metrics on {operator}"] if operator else [])]
+        lines += [f"certificate SHA-256 {certificate.fingerprint}"] if certificate else []
+        print("\n".join([*lines, *trust]), flush=True)
+    LOG.info("started", extra={"facts": facts})
+
+
 def _serve(settings: Settings, as_json: bool) -> int:
-    with _sole_server(settings.data):
-        sock = _listen(settings.host, settings.port)
+    with ExitStack() as stack:
+        stack.enter_context(sole_server(settings))
+        certificate, made = _certificate(settings)
+        sock = stack.enter_context(_listen(settings.host, settings.port))
         port = sock.getsockname()[1]
+        site = stack.enter_context(open_site(settings))
+        stack.callback(site.collector.start(settings.gc_every_s, lambda error: LOG.error("the collection failed: %s", error)))
+        metrics, tracing = Metrics(), telemetry.start(os.environ)
+        if tracing is not None:
+            stack.callback(tracing.close)
+        state = health.Health(site, metrics)
+        operator = ""
+        if settings.metrics:
+            operator, end = health.listen(settings.metrics, state)
+            stack.callback(end)
+        front = create_app(site, settings, metrics, tracing)
+        server = _Server(_config(front, settings, certificate), front, state, settings)
+        server.certificate = certificate
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        site = open_site(settings)
-        try:
-            config = uvicorn.Config(
-                create_app(site, settings),
-                http=WireProtocol,
-                loop="asyncio",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                backlog=BACKLOG,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=settings.drain_timeout_s,
-            )
-            server = _Server(config)
-            url = f"http://{host}:{port}"
-            server.ready = json.dumps({"listening": url}) if as_json else f"listening on {url}"
-            for stop in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(stop, lambda *_: None)  # uvicorn raises the signal again once it has stopped; stopping when told to is success
-            server.run(sockets=[sock])
-        finally:
-            site.close()
-            sock.close()
+        url = f"{'https' if certificate else 'http'}://{host}:{port}"
+        trust = tls.trust_commands(settings, port) if made else []
+        server.ready = lambda: _tell(as_json, url, operator, certificate, trust)
+        for stop in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(stop, lambda *_: None)  # what the server puts back when it has stopped: a late signal must not cut the end short
+        server.run(sockets=[sock])
+        LOG.info("stopped", extra={"facts": {"forced": server.force_exit}})
     return 0
 
 
@@ -131,20 +185,15 @@ def main(argv: list[str]) -> int:
     """Entry point of `airlock registry`."""
     parser = argparse.ArgumentParser(
         prog="airlock registry",
-        description="Serves the registry, or brings its database to this version.",
+        description="Serves the registry. Its other words: config, csr, migrate, backup, restore, verify, rebuild.",
         epilog="example: airlock registry serve --data /srv/airlock --port 5000",
     )
-    parser.add_argument("action", choices=("serve", "migrate"))
+    parser.add_argument("action", choices=("serve",))
     parser.add_argument("--data", help="data directory (AIRLOCK_DATA)")
     parser.add_argument("--host", help="address to listen on (AIRLOCK_HOST, 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on, 0 for any free one (AIRLOCK_PORT, 5000)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     settings = Settings.load(args.data, host=args.host, port=args.port)
-    _log_to_stderr(settings.log_level)
-    if args.action == "serve":
-        return _serve(settings, args.json)
-    with _sole_server(settings.data):
-        migrate(settings)
-    print(json.dumps({"migrated": str(settings.data)}) if args.json else f"the database in {settings.data} is at this version")
-    return 0
+    log_to_stderr(settings.log_level)
+    return _serve(settings, args.json)

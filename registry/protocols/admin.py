@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from artifact import errors
 from artifact.manifest import check_name, parse_json
 from artifact.store import Call
 from registry.exchange import Exchange, Gone
+from registry.upkeep import Upkeep
 
 _STATUS: dict[type[errors.AirlockError], int] = {
     errors.Unauthenticated: 401,
@@ -19,9 +20,21 @@ _STATUS: dict[type[errors.AirlockError], int] = {
     errors.RangeInvalid: 416,
     errors.TooLarge: 413,
     errors.Unsupported: 405,
+    errors.Throttled: 429,
     errors.Unavailable: 503,
 }
 _LEASE_BYTES = 64 * 1024
+_BODY_BYTES = 64 * 1024
+_PREFIX = "/airlock/v1/"
+# What an administrator changes, by the last word of the path: a JSON object in, a JSON object out (docs/format.md, the admin API).
+_CHANGES: dict[str, Callable[[Upkeep, Call, Mapping[str, object]], dict[str, object]]] = {
+    "remove": Upkeep.remove,
+    "rollback": Upkeep.roll_back,
+    "immutable": Upkeep.set_immutable,
+    "quota": Upkeep.set_quota,
+    "retention": Upkeep.set_rule,
+    "gc": Upkeep.collect,
+}
 
 
 class AdminDoor:
@@ -41,6 +54,8 @@ class AdminDoor:
                 raise
             status = next((s for cls, s in _STATUS.items() if isinstance(error, cls)), 500)
             headers = {401: {"www-authenticate": 'Basic realm="airlock"'}, 503: {"retry-after": "5"}}.get(status, {})
+            if isinstance(error, errors.Throttled):
+                headers = {"retry-after": error.ids["retry_after"]}
             body = {"error": error.code, "reason": error.reason, "what": error.what, "expected": error.expected, "do": error.do}
             await x.json(status, body, headers)
 
@@ -65,5 +80,41 @@ class AdminDoor:
         elif route[0] == "GET" and x.path.startswith("/airlock/v1/catalog/"):
             name = check_name(x.path[len("/airlock/v1/catalog/") :])
             await x.json(200, await x.call(lambda call: x.guard.catalog_show(call, name)))
+        elif route[0] == "POST" and x.path.removeprefix(_PREFIX) in _CHANGES:
+            change = _CHANGES[x.path.removeprefix(_PREFIX)]
+            await x.call(x.guard.whoami)  # a body is read for nobody who has no key
+            body = parse_json(await x.read_body(_BODY_BYTES, "the request"), "the request")
+            await x.json(200, await x.call(lambda call: change(x.guard.upkeep, call, body)))
+        elif route[0] == "GET":
+            await self._look(x)
         else:
-            raise errors.NotFound(f"no route {x.method} {x.path[:200]!r}", expected="whoami, leases or catalog below /airlock/v1/")
+            raise _no_route(x)
+
+    async def _look(self, x: Exchange) -> None:
+        """Answers the questions of an administrator, and the search of everybody."""
+        word, _, rest = x.path.removeprefix(_PREFIX).partition("/")
+        upkeep, limit = x.guard.upkeep, max(1, x.number("limit", 100, 1000))
+        if not x.path.startswith(_PREFIX) or (word in ("search", "audit", "retention", "gc")) == bool(rest):
+            raise _no_route(x)
+        if word == "search":
+            text, after = x.param("q"), x.cursor("after")
+            await x.json(200, await x.call(lambda call: upkeep.search(call, text, after, limit)))
+        elif word == "audit":
+            behind = x.number("after", 0, 1 << 62)
+            await x.json(200, await x.call(lambda call: x.guard.recorded(call, behind, limit)))
+        elif word == "history":
+            tag, before, name = x.param("tag"), x.number("before", 0, 1 << 62), check_name(rest)
+            await x.json(200, await x.call(lambda call: upkeep.history(call, name, tag, before, limit)))
+        elif word == "quota":
+            await x.json(200, await x.call(lambda call: upkeep.quota(call, rest)))
+        elif word == "retention":
+            await x.json(200, await x.call(upkeep.rules))
+        elif word == "gc":
+            await x.json(200, await x.call(upkeep.collection))
+        else:
+            raise _no_route(x)
+
+
+def _no_route(x: Exchange) -> errors.NotFound:
+    words = "whoami, leases, catalog, search, audit, history, quota, retention, gc, remove, rollback or immutable below /airlock/v1/"
+    return errors.NotFound(f"no route {x.method} {x.path[:200]!r}", expected=words)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
@@ -30,6 +31,7 @@ _STATUS: dict[type[errors.AirlockError], int] = {
     errors.RangeInvalid: 416,
     errors.TooLarge: 413,
     errors.Unsupported: 405,
+    errors.Throttled: 429,
     errors.Unavailable: 503,
 }
 
@@ -119,6 +121,8 @@ class HubDoor:
             headers["x-error-code"] = "GatedRepo"
         elif status == 401:  # the exact text keeps clients from turning it into "repository not found"; our words are in the body
             headers |= {"x-error-message": "Invalid credentials in Authorization header", "www-authenticate": "Bearer"}
+        elif status == 429:
+            headers["retry-after"] = error.ids["retry_after"]
         elif status == 416 and "total" in error.ids:
             headers["content-range"] = f"bytes */{error.ids['total']}"
         await x.json(status, {"error": words, "reason": error.reason}, headers)
@@ -202,7 +206,8 @@ class HubDoor:
         """The revision's facts layer (docs/format.md section 3), empty where there is none."""
         manifest = parse_manifest(_bytes(x.guard.read(call, name, digest)))
         layer = next((d for d in manifest.layers if d.media_type == FACTS_TYPE and d.size <= _FACTS_BYTES), None)
-        return parse_json(_bytes(x.guard.read(call, name, layer.digest)), "the facts") if layer else {}
+        here = replace(call, redirect=False)  # read by the door itself
+        return parse_json(_bytes(x.guard.read(here, name, layer.digest)), "the facts") if layer else {}
 
     async def _info(self, x: Exchange, repo_id: str, ref: str) -> None:
         blobs = x.param("blobs").lower() == "true"

@@ -6,19 +6,21 @@ Names hold slashes, so a path is read from its end: the last /blobs/, /manifests
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from urllib.parse import quote
 
 from artifact import errors
-from artifact.manifest import INDEX, MAX_MANIFEST_BYTES, check_digest, check_name, is_digest, is_tag, parse_manifest
+from artifact.manifest import INDEX, MAX_MANIFEST_BYTES, check_digest, check_name, digest_of, is_digest, is_name, is_tag, parse_manifest
 from artifact.store import Call, Content, Descriptor, Upload
 from registry.exchange import Exchange, Gone
+from registry.tokens import challenge
 
 _CHUNK = re.compile(r"(\d{1,18})-(\d{1,18})\Z")
 _UPLOAD = re.compile(r"[A-Za-z0-9_-]{1,128}\Z")
+_PULLS = ("GET tags", "GET blobs", "GET manifests")
+_CHUNK_BYTES = 1024 * 1024  # smaller chunks are taken too, but each is a request of its own
 _PAGE, _MOST = 500, 900  # the store gives at most 1,000 a page, and one more is asked for to know whether to go on
 _KINDS = {
     "manifest": ("MANIFEST_UNKNOWN", "MANIFEST_INVALID"),
@@ -28,11 +30,13 @@ _KINDS = {
 }
 _REASONS = {"digest": "DIGEST_INVALID", "name": "NAME_INVALID", "size": "SIZE_INVALID", "manifest_blob": "MANIFEST_BLOB_UNKNOWN"}
 _REASONS |= {"repo": "NAME_UNKNOWN", "not_visible": "NAME_UNKNOWN"}
+_FORMS = {"immutable": (403, "DENIED"), "moved": (412, "PRECONDITION_FAILED")}
 _TABLE: dict[type[errors.AirlockError], tuple[int, str]] = {
     errors.Unauthenticated: (401, "UNAUTHORIZED"),
     errors.Denied: (403, "DENIED"),
     errors.Mismatch: (400, "DIGEST_INVALID"),
     errors.Conflict: (409, "CONFLICT"),
+    errors.Throttled: (429, "TOOMANYREQUESTS"),
     errors.Unavailable: (503, "UNAVAILABLE"),
     errors.Unsupported: (405, "UNSUPPORTED"),
     errors.RangeInvalid: (416, "BLOB_UPLOAD_INVALID"),
@@ -42,6 +46,8 @@ _TABLE: dict[type[errors.AirlockError], tuple[int, str]] = {
 def error_form(error: errors.AirlockError, kind: str) -> tuple[int, str]:
     """Status and OCI error code of a failure on a route of that kind (distribution-spec, error codes)."""
     unknown, invalid = _KINDS[kind]
+    if error.reason in _FORMS:
+        return _FORMS[error.reason]
     if isinstance(error, errors.NotFound):
         return 404, _REASONS.get(error.reason, unknown)
     if isinstance(error, errors.Invalid) or (isinstance(error, errors.Unsupported) and error.reason == "digest"):
@@ -108,15 +114,22 @@ class OciDoor:
         verb = verbs.get(route)
         if verb is None:
             raise errors.Unsupported(f"{x.method} is not served here")
-        await verb(x, repo, rest)
+        space = x.param("ns") if route in _PULLS else ""
+        if space and is_name(f"{space}/{repo}"):  # a mirror asked for another registry's content: kept under that registry's name
+            with suppress(errors.NotFound):
+                return await verb(x, f"{space}/{repo}", rest)
+            if x.started:
+                return None
+        return await verb(x, repo, rest)
 
     async def _refuse(self, x: Exchange, error: errors.AirlockError, kind: str) -> None:
         status, code = error_form(error, kind)
         headers = {"docker-distribution-api-version": "registry/2.0"}
         if status == 401:
-            headers["www-authenticate"] = 'Basic realm="airlock"'
-        if status == 503:
-            headers["retry-after"] = "5"
+            failure = {"insufficient_scope": error.reason, "key_absent": ""}.get(error.reason, "invalid_token")
+            headers["www-authenticate"] = challenge(x.base_url, self._scope(x), failure)
+        if status in (429, 503):
+            headers["retry-after"] = error.ids.get("retry_after", "5")
         if status == 416:
             headers |= {k: error.ids[k] for k in ("location", "range", "docker-upload-uuid") if k in error.ids}
             if "total" in error.ids:
@@ -125,8 +138,19 @@ class OciDoor:
         message = error.what + (f"; {error.do}" if error.do else "")
         await x.json(status, {"errors": [{"code": code, "message": message, "detail": detail}]}, headers)
 
+    def _scope(self, x: Exchange) -> str:
+        """The scope that this request needs, as a token request names it (distribution token specification)."""
+        repo, kind, _rest = self._route(x.path)
+        if not repo:
+            return "registry:catalog:*" if kind == "catalog" else ""
+        actions = "pull" if x.method in ("GET", "HEAD") else "delete" if x.method == "DELETE" else "pull,push"
+        if kind == "uploads" or (kind == "blobs" and x.method == "HEAD"):  # who asks for a blob's presence is about to push, and oras asks once
+            actions = "pull,push"
+        source = x.param("from") if x.method == "POST" and x.param("mount") else f"{x.param('ns')}/{repo}" if actions == "pull" else ""
+        return f"repository:{repo}:{actions}" + (f" repository:{source}:pull" if source and is_name(source) else "")
+
     async def _ping(self, x: Exchange, _repo: str, _rest: str) -> None:
-        await x.call(x.guard.whoami)
+        await x.call(x.guard.ping)
         await x.json(200, {}, {"docker-distribution-api-version": "registry/2.0"})
 
     # ---- reading
@@ -151,7 +175,8 @@ class OciDoor:
                     return found[:count], len(found) > count
 
         tags, more = await x.call(work)
-        await x.json(200, {"name": repo, "tags": tags}, _next(f"/v2/{repo}/tags/list", count, tags if more else []))
+        headers = _next(f"/v2/{repo}/tags/list", count, tags if more else []) | _space(x, repo)
+        await x.json(200, {"name": repo, "tags": tags}, headers)
 
     async def _referrers(self, x: Exchange, repo: str, digest: str) -> None:
         check_digest(digest)
@@ -169,17 +194,18 @@ class OciDoor:
 
     async def _blob(self, x: Exchange, repo: str, digest: str) -> None:
         check_digest(digest)
-        headers = {"content-type": "application/octet-stream", "docker-content-digest": digest, "etag": f'"{digest}"'}
+        headers = {"content-type": "application/octet-stream", "docker-content-digest": digest, "etag": f'"{digest}"', **_space(x, repo)}
+        ask = ("object", repo, digest)
         if x.method == "HEAD":
-            size = (await x.call(lambda call: x.guard.stat(call, repo, digest))).size
+            size = (await x.call(lambda call: x.guard.stat(call, repo, digest), ask=ask)).size
             content = Content(digest, "", size, 0, size, data=b"")
         else:
-            content = await x.call(lambda call: x.guard.read(call, repo, digest))
+            content = await x.call(lambda call: x.guard.read(call, repo, digest), ask=ask)
 
         async def again(lo: int, hi: int) -> Content:
-            return await x.call(lambda call: x.guard.read(call, repo, digest, lo, hi))
+            return await x.call(lambda call: x.guard.read(call, repo, digest, lo, hi), ask=ask)
 
-        await x.content(content, headers, again)
+        await x.content(content, headers | _warning(content), again)
         await x.served(repo, digest)
 
     async def _manifest(self, x: Exchange, repo: str, ref: str) -> None:
@@ -189,9 +215,9 @@ class OciDoor:
             found = x.guard.resolve(call, repo, ref)
             return found, None if x.method == "HEAD" else x.guard.read(call, repo, found.digest)
 
-        found, content = await x.call(work)
+        found, content = await x.call(work, ask=("head" if x.method == "HEAD" else "manifest", repo, ref))
         shown = ref if is_digest(ref) else found.digest
-        headers = {"content-type": found.media_type, "docker-content-digest": shown, "etag": f'"{shown}"'}
+        headers = {"content-type": found.media_type, "docker-content-digest": shown, "etag": f'"{shown}"', **_space(x, repo)}
         if content is None:
             await x.answer(200, {**headers, "content-length": str(found.size)})
             return
@@ -200,7 +226,7 @@ class OciDoor:
         async def again(_lo: int, _hi: int) -> Content:
             raise errors.Unsupported("manifests are served whole")
 
-        await x.content(content, headers, again)
+        await x.content(content, headers | _warning(content), again)
 
     @staticmethod
     def _check_ref(ref: str) -> None:
@@ -218,15 +244,16 @@ class OciDoor:
             raise errors.TooLarge(f"{len(tags)} tags in one request", expected="at most 100")
         for tag in tags:
             self._check_ref(tag)
-        await x.call(x.guard.whoami)  # a body is read for nobody who has no key
+        over = _condition(x)
+        await x.call(lambda call: x.guard.demand_push(call, repo))  # a body is read for nobody who may not push
         raw = await x.read_body(MAX_MANIFEST_BYTES, "the manifest")
         stated = x.headers.get("content-type", "").split(";")[0].strip()
 
         def work(call: Call) -> tuple[Descriptor, str]:
-            if is_digest(ref) and hashlib.new(ref.split(":")[0], raw).hexdigest() != ref.split(":")[1]:
+            if is_digest(ref) and digest_of(raw, ref.split(":")[0]) != ref:
                 raise errors.Mismatch("the manifest does not match the digest it was pushed under", expected=ref)
             parsed = parse_manifest(raw, stated)
-            pushed = x.guard.push(call, repo, raw, parsed.media_type, refs=tags, expect=ref if is_digest(ref) else None)
+            pushed = x.guard.push(call, repo, raw, parsed.media_type, refs=tags, expect=ref if is_digest(ref) else None, over=over)
             return pushed, parsed.subject.digest if parsed.subject else ""
 
         pushed, subject = await x.call(work)
@@ -252,7 +279,7 @@ class OciDoor:
 
     async def _begin(self, x: Exchange, repo: str, _rest: str) -> None:
         digest, mount, source = x.param("digest"), x.param("mount"), x.param("from")
-        algorithm = x.param("digest-algorithm") or (digest.partition(":")[0] if digest else "sha256")
+        algorithm = x.param("digest-algorithm") or (digest or mount).partition(":")[0] or "sha256"
         if algorithm not in ("sha256", "sha512"):
             raise errors.Invalid(f"digests of {algorithm[:20]!r} are not kept", expected="sha256 or sha512", reason="digest")
         for given in filter(None, (digest, mount)):
@@ -273,7 +300,7 @@ class OciDoor:
             await self._commit(x, repo, upload, digest)
         else:
             await x.io(upload.suspend)
-            await x.answer(202, self._state(repo, upload))
+            await x.answer(202, self._state(repo, upload) | {"oci-chunk-min-length": str(_CHUNK_BYTES)})
 
     @staticmethod
     def _state(repo: str, upload: Upload) -> dict[str, str]:
@@ -335,6 +362,28 @@ class OciDoor:
         upload = await self._resume(x, repo, upload_id)
         await x.io(upload.cancel)
         await x.answer(204, {})
+
+
+def _space(x: Exchange, repo: str) -> dict[str, str]:
+    """Tells a client that named another registry by `ns` that this is that registry's content (distribution-spec, pulling through proxies)."""
+    space = x.param("ns")
+    return {"oci-namespace": space} if space and repo.startswith(space + "/") else {}
+
+
+def _condition(x: Exchange) -> str | None:
+    """The digest that the tags must name now, from If-Match; empty for none at all, from If-None-Match; raises Invalid (RFC 9110 section 13.1)."""
+    given, none = x.headers.get("if-match"), x.headers.get("if-none-match")
+    if none is not None and (none.strip() != "*" or given is not None):
+        raise errors.Invalid("only If-None-Match: * is understood, and without If-Match", expected="*, or If-Match with one ETag", reason="condition")
+    if given is None:
+        return None if none is None else ""
+    return check_digest(given.strip().strip('"'))
+
+
+def _warning(content: Content) -> dict[str, str]:
+    """The decision's warning in the header's one allowed form (distribution-spec, warnings)."""
+    text = content.warning.replace("\\", "\\\\").replace('"', '\\"')
+    return {"warning": f'299 - "{text}"'} if text else {}
 
 
 def _next(path: str, count: int, shown: list[str]) -> dict[str, str]:

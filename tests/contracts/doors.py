@@ -97,12 +97,12 @@ class Door:
         return sha(raw), raw
 
 
-def new_site(data: Path) -> dict[str, str]:
-    """Makes the data directory with the keys above and returns the keys."""
+def new_site(data: Path, **env: str) -> dict[str, str]:
+    """Makes the data directory with the keys above and returns the keys; settings from `env` too."""
     Home.open(data, create=True)
     keys = {}
     now = time.time()
-    with open_site(Settings.load(data), background=False) as site, site.catalog.writing() as conn:
+    with open_site(Settings.load(data, environ={**os.environ, **env}), background=False) as site, site.catalog.writing() as conn:
         for name, (org, models, actions, life) in KEYS.items():
             grant = Grant(models, actions)
             org_id = ensure_org(conn, org, now)

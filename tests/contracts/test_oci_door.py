@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -9,11 +10,19 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from artifact.grant import Grant
+from registry import tables
+from registry.catalog import ensure_org
+from registry.library import local_call
+from registry.settings import Settings
+from registry.wiring import Site, open_site
 from tests.contracts.doors import EMPTY, INDEX, MANIFEST, Door, new_site, serving, sha
 
 pytestmark = pytest.mark.server
@@ -29,7 +38,8 @@ def start(door: Door, repo: str = R, who: str = "acme") -> str:
 
 def test_ping_wants_a_key_and_says_how(door: Door) -> None:
     refused = door.ask("GET", "/v2/", who=None)
-    assert (refused.status, refused.headers["www-authenticate"], refused.code) == (401, 'Basic realm="airlock"', "UNAUTHORIZED")
+    told = f'Bearer realm="{door.url}/token",service="127.0.0.1:{door.port}"'
+    assert (refused.status, refused.headers["www-authenticate"], refused.code) == (401, told, "UNAUTHORIZED")
     assert door.ask("GET", "/v2/").status == 200
     assert door.ask("GET", "/v2/", basic=True).status == 200
 
@@ -216,12 +226,22 @@ def test_deletes(door: Door) -> None:
 
 def test_catalog_shows_only_what_a_key_sees(door: Door) -> None:
     door.image("other/secret", "1", [b"secret"], who="other")
-    door.image("acme/seen", "1", [b"seen"])
+    for repo in ("acme/seen", "acme/seen/too"):
+        door.image(repo, "1", [b"seen"])
     acme, other = (door.ask("GET", "/v2/_catalog", who=w).json()["repositories"] for w in ("acme", "other"))
     assert "acme/seen" in acme and "other/secret" not in acme
     assert other == ["other/secret"] or "acme/seen" not in other
     first = door.ask("GET", "/v2/_catalog?n=1")
     assert len(first.json()["repositories"]) == 1 and first.headers["link"].startswith("</v2/_catalog?n=1&last=")
+    none = door.ask("GET", "/v2/_catalog?n=0")
+    assert none.json()["repositories"] == [] and "link" not in none.headers
+    seen: list[str] = []
+    path = "/v2/_catalog?n=2"
+    while path:
+        page = door.ask("GET", path)
+        seen += page.json()["repositories"]
+        path = page.headers.get("link", "").partition(">")[0].removeprefix("<")
+    assert seen == sorted(acme) and door.ask("GET", f"/v2/_catalog?last={seen[-2]}").json()["repositories"] == seen[-1:]
     assert door.ask("GET", "/v2/_catalog", who=None).status == 401
 
 
@@ -244,9 +264,217 @@ def test_an_upload_belongs_to_its_key(door: Door) -> None:
     assert door.ask("GET", place, who=None).status == 401
 
 
-def test_sha512_is_refused_with_its_code(door: Door) -> None:
-    refused = door.ask("POST", f"/v2/{R}/blobs/uploads/?digest-algorithm=sha512")
+def sha512(data: bytes) -> str:
+    return "sha512:" + hashlib.sha512(data).hexdigest()
+
+
+@contextmanager
+def behind(door: Door) -> Iterator[Site]:
+    """The running registry's own site, for what an administrator changes beside it."""
+    with open_site(Settings.load(door.data), background=False) as site:
+        yield site
+
+
+def test_uploads_by_sha512_announced_or_not(door: Door) -> None:
+    for form in ("post", "announced", "unannounced", "parts"):
+        data = os.urandom(40_000)
+        if form == "post":
+            done = door.ask("POST", f"/v2/{R}/blobs/uploads/?digest={sha512(data)}", data)
+        else:
+            begun = door.ask("POST", f"/v2/{R}/blobs/uploads/" + ("?digest-algorithm=sha512" if form == "announced" else ""))
+            assert begun.status == 202 and int(begun.headers["oci-chunk-min-length"]) > 0
+            place = begun.headers["location"]
+            if form == "parts":
+                for lo in (0, 10_000):
+                    assert door.ask("PATCH", place, data[lo : lo + 10_000], Content_Range=f"{lo}-{lo + 9_999}").status == 202
+            done = door.ask("PUT", f"{place}?digest={sha512(data)}", data[20_000:] if form == "parts" else data)
+        assert (done.status, done.headers.get("docker-content-digest")) == (201, sha512(data)), form
+        for digest in (sha512(data), sha(data)):
+            read = door.ask("GET", f"/v2/{R}/blobs/{digest}")
+            assert (read.status, read.body, read.headers["docker-content-digest"]) == (200, data, digest)
+        assert door.ask("HEAD", done.headers["location"]).headers["docker-content-digest"] == sha512(data)
+        assert len([p for p in (door.data / "blobs").rglob(sha(data)[7:] + "*")]) == 1
+        wrong = door.ask("POST", f"/v2/{R}/blobs/uploads/?digest={sha512(data + b'x')}", data)
+        assert (wrong.status, wrong.code) == (400, "DIGEST_INVALID")
+    refused = door.ask("POST", f"/v2/{R}/blobs/uploads/?digest-algorithm=md5")
     assert (refused.status, refused.code) == (400, "DIGEST_INVALID")
+
+
+def test_manifests_by_sha512_with_tags_and_referrers(door: Door) -> None:
+    repo = "acme/sha512"
+    door.blob(repo, b"{}")
+    layer = b"layer by sha512"
+    assert door.ask("POST", f"/v2/{repo}/blobs/uploads/?digest={sha512(layer)}", layer).status == 201
+    config = {"mediaType": EMPTY, "digest": sha(b"{}"), "size": 2}
+    doc: dict[str, Any] = {"schemaVersion": 2, "mediaType": MANIFEST, "config": config}
+    doc["layers"] = [{"mediaType": "x/y", "digest": sha512(layer), "size": len(layer)}]
+    raw = json.dumps(doc).encode()
+    done = door.ask("PUT", f"/v2/{repo}/manifests/{sha512(raw)}?tag=a&tag=b", raw, Content_Type=MANIFEST)
+    assert (done.status, done.headers["oci-tag"], done.headers["docker-content-digest"]) == (201, "a, b", sha512(raw))
+    for ref in ("a", "b", sha512(raw)):
+        for method in ("GET", "HEAD"):
+            found = door.ask(method, f"/v2/{repo}/manifests/{ref}")
+            assert (found.status, found.headers["docker-content-digest"], found.headers["content-type"]) == (200, sha512(raw), MANIFEST)
+    assert door.ask("GET", done.headers["location"]).body == raw
+    refused = door.ask("PUT", f"/v2/{repo}/manifests/{sha512(raw)}", raw + b" ", Content_Type=MANIFEST)
+    assert (refused.status, refused.code) == (400, "DIGEST_INVALID")
+    subject = {"mediaType": MANIFEST, "digest": sha512(raw), "size": len(raw)}
+    made = json.dumps({**doc, "layers": [], "artifactType": "t/x", "subject": subject}).encode()
+    done = door.ask("PUT", f"/v2/{repo}/manifests/{sha512(made)}", made, Content_Type=MANIFEST)
+    assert (done.status, done.headers["oci-subject"]) == (201, sha512(raw))
+    found = door.ask("GET", f"/v2/{repo}/referrers/{sha512(raw)}")
+    assert [d["digest"] for d in found.json()["manifests"]] == [sha512(made)]
+    assert door.ask("DELETE", f"/v2/{repo}/manifests/{sha512(raw)}").status == 202
+    assert door.ask("HEAD", f"/v2/{repo}/manifests/a").status == 404
+    blob = f"/v2/{repo}/blobs/{sha512(layer)}"
+    assert door.ask("DELETE", blob).status == 202 and door.ask("HEAD", blob).status == 404
+
+
+DOCKER = "application/vnd.docker.distribution.manifest.v2+json"
+
+
+def test_docker_types_are_kept_and_schema_1_is_refused(door: Door) -> None:
+    door.blob(R, b"{}")
+    config = {"mediaType": "application/vnd.docker.container.image.v1+json", "digest": sha(b"{}"), "size": 2}
+    foreign = {"mediaType": "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", "digest": NO_DIGEST, "size": 5, "urls": ["http://x/"]}
+    image = json.dumps({"schemaVersion": 2, "mediaType": DOCKER, "config": config, "layers": [foreign]}).encode()
+    entry = {"mediaType": DOCKER, "digest": sha(image), "size": len(image), "platform": {"architecture": "amd64", "os": "linux"}}
+    fat_type = "application/vnd.docker.distribution.manifest.list.v2+json"
+    fat = json.dumps({"schemaVersion": 2, "mediaType": fat_type, "manifests": [entry]}).encode()
+    for tag, raw, kind in (("docker", image, DOCKER), ("fat", fat, fat_type)):
+        assert door.ask("PUT", f"/v2/{R}/manifests/{tag}", raw, Content_Type=kind + "; charset=utf-8").status == 201
+        found = door.ask("GET", f"/v2/{R}/manifests/{tag}", Accept=MANIFEST)
+        assert (found.status, found.body, found.headers["content-type"]) == (200, raw, kind)
+    for kind in ("application/vnd.docker.distribution.manifest.v1+json", "application/vnd.docker.distribution.manifest.v1+prettyjws"):
+        old = json.dumps({"schemaVersion": 1, "name": R, "tag": "old", "fsLayers": [], "history": []}).encode()
+        refused = door.ask("PUT", f"/v2/{R}/manifests/old", old, Content_Type=kind)
+        assert (refused.status, refused.code) == (400, "MANIFEST_INVALID")
+    assert door.ask("GET", f"/v2/{R}/manifests/old").status == 404
+
+
+def test_bytes_without_a_type_keep_the_type_of_their_push(door: Door) -> None:
+    door.blob(R, b"{}")
+    raw = json.dumps({"schemaVersion": 2, "config": {"mediaType": EMPTY, "digest": sha(b"{}"), "size": 2}, "layers": [], "x": "typeless"}).encode()
+    assert door.ask("PUT", f"/v2/{R}/manifests/typeless", raw, Content_Type=MANIFEST).status == 201
+    again = door.ask("PUT", f"/v2/{R}/manifests/typeless", raw, Content_Type=DOCKER)
+    assert again.status == 409, "one digest cannot answer with two types"
+    assert door.ask("GET", f"/v2/{R}/manifests/typeless").headers["content-type"] == MANIFEST
+
+
+def test_immutable_tags_refuse_admins_in_words(door: Door) -> None:
+    repo = "acme/frozen"
+    digest, _raw = door.image(repo, "v1", [b"frozen"])
+    with behind(door) as site, site.catalog.writing() as conn:
+        conn.execute(tables.repository.update().where(tables.repository.c.name == repo).values(immutable=True))
+    _other, raw = door.image(repo, "v2", [b"moved"])
+    answers = [door.ask("PUT", f"/v2/{repo}/manifests/v1", raw, Content_Type=MANIFEST)]
+    answers += [door.ask("DELETE", f"/v2/{repo}/manifests/{ref}") for ref in ("v1", digest)]
+    for refused in answers:
+        assert (refused.status, refused.code) == (403, "DENIED") and "immutable" in refused.json()["errors"][0]["message"]
+    assert door.ask("HEAD", f"/v2/{repo}/manifests/v1").headers["docker-content-digest"] == digest
+
+
+def test_a_conditional_push_loses_against_a_newer_one(door: Door) -> None:
+    repo = "acme/conditional"
+    first, _raw = door.image(repo, "v", [b"one"])
+    second, raw = door.image(repo, "", [b"two"])
+    etag = door.ask("HEAD", f"/v2/{repo}/manifests/v").headers["etag"]
+    path = f"/v2/{repo}/manifests/v"
+    assert door.ask("PUT", path, raw, Content_Type=MANIFEST, If_None_Match="*").status == 412
+    assert door.ask("PUT", path, raw, Content_Type=MANIFEST, If_Match=etag).status == 201
+    late = door.ask("PUT", path, raw, Content_Type=MANIFEST, If_Match=etag)
+    assert (late.status, late.code) == (412, "PRECONDITION_FAILED") and first in etag
+    assert door.ask("HEAD", path).headers["docker-content-digest"] == second
+    assert door.ask("PUT", path, raw, Content_Type=MANIFEST, If_Match="W/x").status == 400
+
+
+def test_referrers_in_pages_by_their_bytes(door: Door) -> None:
+    repo = "acme/many"
+    digest, raw = door.image(repo, "1", [b"subject of many"])
+    subject = {"mediaType": MANIFEST, "digest": digest, "size": len(raw)}
+    notes = {f"key{i}": "x" * 10_000 for i in range(150)}
+    made = [door.image(repo, "", [], subject=subject, artifactType="t/large", annotations={**notes, "n": str(i)})[0] for i in range(5)]
+    seen: list[str] = []
+    path, pages = f"/v2/{repo}/referrers/{digest}?artifactType=t%2Flarge", 0
+    while path:
+        found = door.ask("GET", path)
+        assert found.status == 200 and len(found.body) < 5_000_000 and found.headers["oci-filters-applied"] == "artifactType"
+        seen += [d["digest"] for d in found.json()["manifests"]]
+        link = re.match(r'<([^>]+)>; rel="next"$', found.headers.get("link", ""))
+        path, pages = link.group(1) if link else "", pages + 1
+    assert pages == 3 and seen == sorted(made)
+
+
+def test_fallback_tags_are_referrers_too_and_stay(door: Door) -> None:
+    """What a client pushes that found no referrers API elsewhere: its artifacts, and an index of them under the subject's digest as a tag."""
+    repo = "acme/fallback"
+    digest, raw = door.image(repo, "1", [b"the subject"])
+    subject = {"mediaType": MANIFEST, "digest": digest, "size": len(raw)}
+    made, size = door.image(repo, "", [b"signature"], subject=subject, artifactType="t/sig")
+    entry = {"mediaType": MANIFEST, "digest": made, "size": len(size), "artifactType": "t/sig"}
+    index = json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": [entry]}).encode()
+    tag = digest.replace(":", "-")
+    assert door.ask("PUT", f"/v2/{repo}/manifests/{tag}", index, Content_Type=INDEX).status == 201
+    assert [d["digest"] for d in door.ask("GET", f"/v2/{repo}/referrers/{digest}").json()["manifests"]] == [made]
+    assert door.ask("GET", f"/v2/{repo}/manifests/{tag}").body == index
+    assert tag in door.ask("GET", f"/v2/{repo}/tags/list").json()["tags"]
+
+
+def test_the_namespace_of_another_registry(door: Door) -> None:
+    with behind(door) as site:
+        call = local_call(time.time())
+        for raw in (b"{}", b"mirrored"):
+            site.library.put(call, "nvcr.io/acme/mirrored", raw)
+        layer = {"mediaType": "x/y", "digest": sha(b"mirrored"), "size": 8}
+        raw = json.dumps(
+            {"schemaVersion": 2, "mediaType": MANIFEST, "config": {"mediaType": EMPTY, "digest": sha(b"{}"), "size": 2}, "layers": [layer]}
+        ).encode()
+        site.library.push(call, "nvcr.io/acme/mirrored", raw, MANIFEST, refs=["1"])
+        now = time.time()
+        with site.catalog.writing() as conn:
+            grant = Grant(("nvcr.io/**", "acme/**"), ("pull",))
+            org = ensure_org(conn, "acme", now)
+            door.keys["mirror"] = site.entitlements.add_key(conn, org, tier="enterprise", grant=grant, expires=0, at=now)[1]
+    door.image("acme/plain", "1", [b"plain"])
+    for path in ("manifests/1", f"blobs/{sha(b'mirrored')}", "tags/list"):
+        for method in ("GET", "HEAD") if path != "tags/list" else ("GET",):
+            found = door.ask(method, f"/v2/acme/mirrored/{path}?ns=nvcr.io", who="mirror")
+            assert (found.status, found.headers["oci-namespace"]) == (200, "nvcr.io"), path
+        assert door.ask("GET", f"/v2/acme/mirrored/{path}", who="mirror").status == 404
+    own = door.ask("GET", "/v2/acme/plain/manifests/1?ns=nvcr.io", who="mirror")
+    assert own.status == 200 and "oci-namespace" not in own.headers
+    assert door.ask("GET", "/v2/acme/plain/manifests/1?ns=..%2F..", who="mirror").status == 200
+    none = door.ask("GET", "/v2/acme/plain/manifests/2?ns=nvcr.io", who="mirror")
+    assert (none.status, none.code) == (404, "MANIFEST_UNKNOWN")
+
+
+def test_a_grant_in_grace_warns_in_the_header(door: Door) -> None:
+    door.image("acme/graced", "1", [b"graced"])
+    now = time.time()
+    with behind(door) as site, site.catalog.writing() as conn:
+        grant = Grant(("acme/graced",), ("pull",), expires=now - 60, grace_s=3600)
+        org = ensure_org(conn, "acme", now)
+        door.keys["graced"] = site.entitlements.add_key(conn, org, tier="enterprise", grant=grant, expires=0, at=now)[1]
+    for path in ("manifests/1", f"blobs/{sha(b'graced')}"):
+        found = door.ask("GET", f"/v2/acme/graced/{path}", who="graced")
+        assert found.status == 200 and re.fullmatch(r'299 - "the grant on acme/graced expired on [^"]+"', found.headers["warning"])
+        assert "warning" not in door.ask("GET", f"/v2/acme/graced/{path}").headers
+
+
+def test_a_quota_is_told_with_its_figures(door: Door) -> None:
+    with behind(door) as site, site.catalog.writing() as conn:
+        conn.execute(tables.org.update().where(tables.org.c.name == "other").values(quota_bytes=1000))
+    door.blob("other/bounded", b"q" * 700, who="other")
+    for method, data in (("POST", b"r" * 400), ("PUT", b"r" * 400)):
+        path = (
+            f"/v2/other/bounded/blobs/uploads/?digest={sha(data)}"
+            if method == "POST"
+            else f"{start(door, 'other/bounded', 'other')}?digest={sha(data)}"
+        )
+        refused = door.ask(method, path, data, who="other")
+        assert (refused.status, refused.code, refused.json()["errors"][0]["detail"]["reason"]) == (403, "DENIED", "quota")
+        assert all(word in refused.json()["errors"][0]["message"] for word in ("1000", "400"))
+        assert door.ask("HEAD", f"/v2/other/bounded/blobs/{sha(data)}", who="other").status == 404
 
 
 def cut(door: Door, place: str, data: bytes) -> None:

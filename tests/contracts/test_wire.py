@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import socket
 import threading
@@ -15,10 +16,11 @@ from typing import Any
 import pytest
 import uvicorn
 
-from artifact.errors import AirlockError
-from artifact.store import Content
-from registry import wire
-from registry.exchange import Exchange, Front, Gone, Pools
+from artifact.errors import AirlockError, Unavailable
+from artifact.store import Content, Descriptor, Upload
+from registry import exchange, intake, wire
+from registry.exchange import Exchange, Gone, Pools
+from registry.front import Front
 
 pytestmark = pytest.mark.server
 SIZE = 20 * 1024 * 1024 + 17
@@ -30,6 +32,31 @@ class Quick(wire.WireProtocol):
     stall_s = 0.5
 
 
+class Sink(Upload):
+    """Takes what is poured in; full at 1 MiB where it is told so."""
+
+    id = "sink"
+
+    def __init__(self, room: int | None = None) -> None:
+        self.offset, self.room, self.suspended, self.hash = 0, room, False, hashlib.sha256()
+
+    def write(self, view: bytes | memoryview) -> None:
+        assert not self.suspended
+        if self.room is not None and self.offset + len(view) > self.room:
+            raise Unavailable("the disk is full", reason="disk_full")
+        self.hash.update(view)
+        self.offset += len(view)
+
+    def commit(self, digest: str, size: int | None = None) -> Descriptor:
+        raise AssertionError
+
+    def suspend(self) -> None:
+        self.suspended = True
+
+    def cancel(self) -> None:
+        raise AssertionError
+
+
 @dataclass
 class Site:
     """A running server over one file, and what its application saw."""
@@ -39,6 +66,7 @@ class Site:
     data: bytes
     kind: str
     bodies: list[tuple[int, bool]] = field(default_factory=list)
+    sinks: list[Sink] = field(default_factory=list)
 
     def connect(self, rcvbuf: int = 0) -> socket.socket:
         sock = socket.socket()
@@ -67,6 +95,12 @@ def application(site: Site) -> Any:
                 site.bodies.append((total, "airlock.body" in scope.get("extensions", {})))
                 await x.answer(200, {}, str(total).encode())
                 return
+            if x.path in ("/upload", "/full"):
+                sink = Sink(1 << 20 if x.path == "/full" else None)
+                site.sinks.append(sink)
+                await x.pour(sink, int(x.param("most")) if x.param("most") else None)
+                await x.answer(201, {"sha256": sink.hash.hexdigest()})
+                return
             total = SIZE + 5 if x.path == "/long" else SIZE
             content = Content("sha256:x", "", total, 0, total, path=site.path)
             if x.path == "/after":
@@ -83,7 +117,7 @@ def application(site: Site) -> Any:
         except AirlockError as error:
             await x.answer(416 if error.code == "range_invalid" else 503, {}, error.what.encode())
         except Gone:
-            return
+            await x.gone()
 
     return Front(app)
 
@@ -340,3 +374,156 @@ def test_a_whole_head_over_the_bound_is_refused_however_it_arrives(site: Site, h
     with site.connect() as sock:
         sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: a\r\n" * 150 + b"\r\n")
         assert Reader(sock).head()[0] == 200
+
+
+# ---- uploads: by a loan of the socket, and by pieces
+
+
+@pytest.mark.parametrize("size", [1, 70_000, 700_001, 9_000_003])
+@pytest.mark.parametrize("pause", [False, True])
+def test_an_upload_arrives_whole_and_the_next_request_behind_it_too(site: Site, size: int, pause: bool) -> None:
+    data, small = os.urandom(size), os.urandom(100_000)
+    with site.connect() as sock:
+        reader = Reader(sock)
+        head = b"PUT /upload HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+        both = head % size + data + head % len(small) + small + b"GET / HTTP/1.1\r\nHost: x\r\nRange: bytes=5-9\r\n\r\n"
+        sender = threading.Thread(target=send_all, args=(sock, both, len(both) // 7 + 77 if pause else len(both)))
+        sender.start()
+        for body in (data, small):
+            status, headers, _ = reader.answer()
+            assert (status, headers["sha256"]) == (201, hashlib.sha256(body).hexdigest())
+        assert reader.answer()[2] == site.data[5:10]
+        sender.join(20)
+        for _ in range(2):  # and the connection goes on
+            ask(sock, "/upload", "PUT", Content_Length="3")
+            sock.sendall(b"abc")
+            assert reader.answer()[1]["sha256"] == hashlib.sha256(b"abc").hexdigest()
+
+
+def send_all(sock: socket.socket, data: bytes, step: int) -> None:
+    for at in range(0, len(data), step):
+        sock.sendall(data[at : at + step])
+        time.sleep(0.2)
+
+
+def test_a_chunked_upload_arrives_whole(site: Site) -> None:
+    data = os.urandom(2_500_000)
+    with site.connect() as sock:
+        ask(sock, "/upload", "PATCH", Transfer_Encoding="chunked")
+        for at in range(0, len(data), 32768):
+            part = data[at : at + 32768]
+            sock.sendall(b"%x\r\n" % len(part) + part + b"\r\n")
+        sock.sendall(b"0\r\n\r\nGET / HTTP/1.1\r\nHost: x\r\nRange: bytes=0-1\r\n\r\n")
+        reader = Reader(sock)
+        assert reader.answer()[1]["sha256"] == hashlib.sha256(data).hexdigest()
+        assert reader.answer()[2] == site.data[:2]
+
+
+@pytest.mark.parametrize("sent", [10, 3_000_000])
+@pytest.mark.parametrize("how", ["close", "half", "reset"])
+def test_a_client_that_leaves_in_its_upload_leaves_what_came(site: Site, sent: int, how: str) -> None:
+    data = os.urandom(sent)
+    sock = site.connect()
+    ask(sock, "/upload", "PUT", Content_Length="9000000")
+    sock.sendall(data)
+    assert settled(lambda: site.sinks)
+    if how == "half":
+        sock.shutdown(socket.SHUT_WR)
+    elif how == "reset":
+        assert settled(lambda: site.sinks[0].offset >= sent - 600_000)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        sock.close()
+    else:
+        sock.close()
+    assert settled(lambda: site.sinks[0].suspended)
+    assert site.sinks[0].offset <= sent
+    if how != "reset":  # a reset may take what the kernel still held
+        assert site.sinks[0].hash.hexdigest() == hashlib.sha256(data).hexdigest()
+    sock.close()
+    with site.connect() as other:
+        ask(other, Range="bytes=0-9")
+        assert Reader(other).answer()[2] == site.data[:10]
+
+
+def test_a_stalled_upload_is_ended_and_told(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "STALL_S", 0.5)
+    with site.connect() as sock:
+        ask(sock, "/upload", "PUT", Content_Length="9000000")
+        sock.sendall(b"x" * 2_000_000)
+        status, headers, _ = Reader(sock).answer()
+        assert (status, headers["connection"]) == (408, "close")
+    assert site.sinks[0].suspended and site.sinks[0].offset == 2_000_000
+
+
+def test_slow_uploads_hold_no_thread(site: Site) -> None:
+    socks = [site.connect() for _ in range(12)]  # the server of this test has two byte threads
+    for sock in socks:
+        ask(sock, "/upload", "PUT", Content_Length="1000000")
+        sock.sendall(b"y" * 400_000)
+    assert settled(lambda: len(site.sinks) == 12)
+    with site.connect() as other:
+        ask(other, "/upload", "PUT", Content_Length="5000000")
+        other.sendall(b"z" * 5_000_000)
+        assert Reader(other).answer()[0] == 201
+    for sock in socks:
+        sock.sendall(b"y" * 600_000)
+        assert Reader(sock).answer()[1]["sha256"] == hashlib.sha256(b"y" * 1_000_000).hexdigest()
+        sock.close()
+
+
+def test_a_full_disk_is_told_and_the_connection_goes_on(site: Site) -> None:
+    with site.connect() as sock:
+        reader = Reader(sock)
+        ask(sock, "/full", "PUT", Content_Length="5000000")
+        sock.sendall(b"x" * 5_000_000)
+        status, _headers, body = reader.answer()
+        assert (status, body) == (503, b"the disk is full")
+        assert site.sinks[0].suspended
+        ask(sock, Range="bytes=0-9")
+        assert reader.answer()[2] == site.data[:10]
+
+
+def test_a_body_of_another_length_than_its_range_is_refused_unread(site: Site) -> None:
+    with site.connect() as sock:
+        reader = Reader(sock)
+        ask(sock, "/upload?most=1000000", "PATCH", Content_Length="2000000")
+        sock.sendall(b"x" * 2_000_000)
+        assert reader.answer()[0] == 416
+        ask(sock, Range="bytes=0-9")
+        assert reader.answer()[2] == site.data[:10]
+
+
+def test_a_client_that_expects_100_is_told_to_go_on(site: Site) -> None:
+    data = os.urandom(2_000_000)
+    with site.connect() as sock:
+        reader = Reader(sock)
+        ask(sock, "/upload", "PUT", Content_Length=str(len(data)), Expect="100-continue")
+        assert reader.head()[0] == 100
+        sock.sendall(data)
+        assert reader.answer()[1]["sha256"] == hashlib.sha256(data).hexdigest()
+        ask(sock, Range="bytes=0-9")
+        assert reader.answer()[2] == site.data[:10]
+
+
+@pytest.mark.parametrize("head", ["HTTP/1.1\r\nConnection: close", "HTTP/1.0\r\nX: y"])
+def test_an_upload_on_a_connection_that_ends_with_it(site: Site, head: str) -> None:
+    data = os.urandom(2_000_000)
+    with site.connect() as sock:
+        sock.sendall(f"PUT /upload {head}\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+        reader = Reader(sock)
+        assert reader.answer()[1]["sha256"] == hashlib.sha256(data).hexdigest()
+        assert reader.file.read() == b""
+
+
+@pytest.mark.parametrize("site", ["sendfile"], indirect=True)
+def test_a_turn_is_bounded(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "TURN", 1)
+    monkeypatch.setattr(intake, "BUFFER", 1000)
+    data = os.urandom(1_500_017)
+    with site.connect() as sock:
+        reader = Reader(sock)
+        ask(sock, "/upload", "PUT", Content_Length=str(len(data)))
+        sock.sendall(data)
+        assert reader.answer()[1]["sha256"] == hashlib.sha256(data).hexdigest()
+        ask(sock, Range="bytes=0-9")
+        assert reader.answer()[2] == site.data[:10]

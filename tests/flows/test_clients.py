@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from tests.conftest import missing
 from tests.contracts.doors import Door, new_site, serving, sha
+from tests.contracts.oci_client import EMPTY, IMAGE, Client, descriptor, digest, image
 from tests.contracts.test_hub_door import FILES, push
 
 pytestmark = pytest.mark.server
@@ -98,7 +100,6 @@ def layout(folder: Path) -> tuple[str, bytes]:
     """An OCI image layout with one image of one layer; returns its manifest's digest and bytes."""
     import gzip
     import io
-    import json
     import tarfile
 
     buffer = io.BytesIO()
@@ -169,6 +170,57 @@ def test_skopeo_is_refused(door: Door, tmp_path: Path, who: str | None, words: s
     assert not any(key in pulled.stderr + pushed.stderr for key in door.keys.values())
 
 
+def requests(door: Door) -> list[dict[str, object]]:
+    """The registry's access log."""
+    return [e for e in map(json.loads, (line for line in door.log.read_text().splitlines() if line.startswith("{"))) if e["log"] == "airlock.access"]
+
+
+def test_skopeo_lists_tags_and_deletes(door: Door, tmp_path: Path) -> None:
+    layout(tmp_path / "from")
+    user = f"--creds=$oauthtoken:{door.keys['acme']}"
+    for tag in ("b", "a", "c"):
+        pushed = skopeo("copy", "--dest-tls-verify=false", f"--dest-{user[2:]}", f"oci:{tmp_path}/from:1", place(door, f"acme/listed:{tag}"))
+        assert pushed.returncode == 0, pushed.stderr
+    listed = skopeo("list-tags", "--tls-verify=false", user, place(door, "acme/listed"))
+    assert listed.returncode == 0 and json.loads(listed.stdout)["Tags"] == ["a", "b", "c"], listed.stderr
+    reader = skopeo("delete", "--tls-verify=false", f"--creds=$oauthtoken:{door.keys['reader']}", place(door, "acme/listed:a"))
+    assert reader.returncode and door.ask("GET", "/v2/acme/listed/manifests/a").status == 200
+    deleted = skopeo("delete", "--tls-verify=false", user, place(door, "acme/listed:a"))
+    assert deleted.returncode == 0, deleted.stderr
+    assert [door.ask("GET", f"/v2/acme/listed/manifests/{t}").status for t in "abc"] == [404] * 3  # skopeo deletes the digest behind the tag
+
+
+def test_skopeo_syncs_a_repository_out_and_in(door: Door, tmp_path: Path) -> None:
+    user = f"$oauthtoken:{door.keys['acme']}"
+    digests = []
+    for tag in ("1", "2"):
+        digests.append(layout(tmp_path / tag)[0])
+        pushed = skopeo("copy", "--dest-tls-verify=false", f"--dest-creds={user}", f"oci:{tmp_path}/{tag}:1", place(door, f"acme/synced:{tag}"))
+        assert pushed.returncode == 0, pushed.stderr
+    source = f"127.0.0.1:{door.port}/acme/synced"
+    out = skopeo("sync", "--src", "docker", "--dest", "dir", "--src-tls-verify=false", f"--src-creds={user}", source, str(tmp_path / "out"))
+    assert out.returncode == 0, out.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["synced:1", "synced:2"]
+    target = f"127.0.0.1:{door.port}/acme/back"
+    back = skopeo("sync", "--src", "dir", "--dest", "docker", "--dest-tls-verify=false", f"--dest-creds={user}", str(tmp_path / "out"), target)
+    assert back.returncode == 0, back.stderr
+    assert [sha(door.ask("GET", f"/v2/acme/back/synced/manifests/{tag}").body) for tag in ("1", "2")] == digests
+
+
+def test_skopeo_shows_what_is_named_by_sha512(door: Door) -> None:
+    """All that skopeo 1.9 can do with such names: it copies them from no registry, since it takes every digest for SHA-256."""
+    client, config, layer = Client(door.port, door.keys["acme"]), b'{"architecture":"amd64","os":"linux"}', b"512"
+    for data in (config, layer):
+        client.blob("acme/long", data, "sha512")
+    raw = image(config, [layer], "sha512")
+    client.put("acme/long", f"{digest(raw, 'sha512')}?tag=1", raw)
+    client.put("acme/long", "2", raw)
+    user = f"--creds=$oauthtoken:{door.keys['acme']}"
+    for name in (f"docker://127.0.0.1:{door.port}/acme/long@{digest(raw, 'sha512')}", place(door, "acme/long:1"), place(door, "acme/long:2")):
+        shown = skopeo("inspect", "--raw", "--tls-verify=false", user, name)
+        assert shown.returncode == 0 and shown.stdout.encode() == raw, shown.stderr
+
+
 ORAS = """
 import sys, time, oras.client
 time.sleep = lambda _s: None  # the library tries five times with pauses up to 83 s, also when it was refused
@@ -178,6 +230,15 @@ if key:
     client.auth.set_basic_auth(user, key)
 if action == "push":
     client.push(target=f"{host}/{name}", files=files, disable_path_validation=True)
+elif action == "push-chunks":
+    client.push(target=f"{host}/{name}", files=files, disable_path_validation=True, do_chunked=True, chunk_size=1_000_000)
+elif action == "attach":
+    import oras.oci
+    *files, kind, digest, size = files
+    subject = oras.oci.Subject("application/vnd.oci.image.manifest.v1+json", digest, int(size))
+    client.push(target=f"{host}/{name}", files=files, disable_path_validation=True, subject=subject, manifest_annotations={"kind": kind})
+elif action == "tags":
+    print(",".join(client.get_tags(f"{host}/{name}")))
 else:
     client.pull(target=f"{host}/{name}", outdir=folder)
 """
@@ -217,3 +278,33 @@ def test_oras_is_refused(door: Door, tmp_path: Path, who: str | None) -> None:
     pushed = oras(door, "push", "acme/stolen:1", who, tmp_path, "a.txt")
     assert pulled.returncode != 0 and pushed.returncode != 0
     assert not (tmp_path / "config.json").exists() and door.ask("GET", "/v2/acme/stolen/tags/list").status == 404
+
+
+def test_oras_pushes_by_chunks_and_lists_tags(door: Door, tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(os.urandom(3_500_000))
+    seen = len(requests(door))
+    pushed = oras(door, "push-chunks", "acme/chunks:1", "acme", tmp_path, "w.bin")
+    assert pushed.returncode == 0, pushed.stderr
+    assert len([e for e in requests(door)[seen:] if e["method"] == "PATCH" and e["status"] == 202]) >= 4
+    assert door.ask("GET", f"/v2/acme/chunks/blobs/{sha((tmp_path / 'w.bin').read_bytes())}").body == (tmp_path / "w.bin").read_bytes()
+    listed = oras(door, "tags", "acme/chunks", "acme", tmp_path)
+    assert listed.stdout.strip() == "1", listed.stderr
+
+
+def test_oras_attaches_what_the_referrers_api_lists(door: Door, tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(os.urandom(1000))
+    (tmp_path / "sbom.json").write_bytes(b'{"sbom":1}')
+    assert oras(door, "push", "acme/attached:1", "acme", tmp_path, "w.bin").returncode == 0
+    raw = door.ask("GET", "/v2/acme/attached/manifests/1").body
+    done = oras(door, "attach", "acme/attached:sbom", "acme", tmp_path, "sbom.json", "sbom", sha(raw), str(len(raw)))
+    assert done.returncode == 0, done.stderr
+    client = Client(door.port, door.keys["acme"])
+    listed = client.ask("GET", f"/v2/acme/attached/referrers/{sha(raw)}").json()["manifests"]
+    attached = door.ask("GET", "/v2/acme/attached/manifests/sbom").body
+    assert [(d["digest"], d["annotations"]["kind"]) for d in listed] == [(sha(attached), "sbom")]
+    # as `oras attach` does: by digest, without a tag, and it looks at OCI-Subject to know that no fallback tag is needed
+    client.blob("acme/attached", b"{}")
+    more = image(b"{}", [], config=descriptor(b"{}", EMPTY), artifactType="application/vnd.example.note", subject=descriptor(raw, IMAGE))
+    assert client.put("acme/attached", digest(more), more).get("oci-subject") == sha(raw)
+    assert len(client.ask("GET", f"/v2/acme/attached/referrers/{sha(raw)}").json()["manifests"]) == 2
+    assert door.ask("GET", "/v2/acme/attached/tags/list").json()["tags"] == ["1", "sbom"]

@@ -1,18 +1,28 @@
-"""Attack cases A01-A05, A09, A14 and A15 of the registry protocol, as raw bytes on a socket: refused in the protocol's own form, never a 500."""
+"""Attack cases A01 to A15 of the registry protocol, as raw bytes on a socket: refused in the protocol's own form, never a 500, and nothing kept."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
+import sqlite3
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from artifact.grant import Grant
+from artifact.manifest import build_manifest
+from registry import tables
+from registry.catalog import add_manifest, ensure_org
+from registry.library import local_call
+from registry.settings import Settings
+from registry.wiring import open_site
 from tests.contracts.doors import EMPTY, INDEX, MANIFEST, Door, new_site, serving, sha
 
 pytestmark = pytest.mark.server
@@ -79,6 +89,29 @@ def send(door: Door, head: str, body: bytes = b"", who: str = "acme", chunked: b
     return Raw(int(start.split()[1]), start, rest, closed)
 
 
+TABLES = ("repository", "manifest", "ref", "ref_history", "repo_manifest", "edge", "blob", "blob_alias", "repo_blob", "upload", "garbage")
+
+
+def state(door: Door) -> dict[str, object]:
+    """Every row that content leaves, and every file of the store: a refused request changes none of it."""
+    with closing(sqlite3.connect(f"file:{door.data}/registry.db?mode=ro", uri=True)) as db:
+        # Not when the sweep looks again, which it moves at any time itself.
+        columns = {table: [c[1] for c in db.execute(f"PRAGMA table_info({table})") if c[1] != "gc_after"] for table in TABLES}
+        rows: dict[str, object] = {
+            table: sorted(map(repr, db.execute(f"SELECT {', '.join(map(json.dumps, names))} FROM {table}"))) for table, names in columns.items()
+        }
+    return rows | {"files": sorted(str(p) for folder in ("blobs", "partial") for p in (door.data / folder).rglob("*") if p.is_file())}
+
+
+@contextmanager
+def unchanged(door: Door) -> Iterator[None]:
+    """Nothing that is kept differs afterwards."""
+    before = state(door)
+    yield
+    after = state(door)
+    assert after == before, {k: (before[k], after[k]) for k in before if before[k] != after[k]}
+
+
 def put(door: Door, raw: bytes, ref: str = "evil", media_type: str = MANIFEST, chunked: bool = False) -> Raw:
     return send(door, f"PUT /v2/{R}/manifests/{ref} HTTP/1.1\r\nContent-Type: {media_type}", raw, chunked=chunked)
 
@@ -94,7 +127,8 @@ def refused(found: Raw, status: int, *codes: str) -> None:
 def test_a01_a_manifest_that_is_two_things(door: Door, media_type: str, fields: tuple[str, ...]) -> None:
     values: dict[str, Any] = {"manifests": [], "layers": [], "config": CONFIG}
     doc = {"schemaVersion": 2, "mediaType": media_type, **{f: values[f] for f in fields}}
-    refused(put(door, json.dumps(doc).encode(), media_type=media_type), 400, "MANIFEST_INVALID")
+    with unchanged(door):
+        refused(put(door, json.dumps(doc).encode(), media_type=media_type), 400, "MANIFEST_INVALID")
     assert send(door, f"GET /v2/{R}/manifests/evil HTTP/1.1").status == 404
 
 
@@ -107,11 +141,15 @@ def peak(door: Door) -> int:
 def test_a02_a_manifest_over_the_limit(door: Door, chunked: bool) -> None:
     before = peak(door)
     raw = b"{" + b" " * (4 * 1024 * 1024)
-    for _ in range(5):
-        found = put(door, raw, chunked=chunked)
-        refused(found, 413, "MANIFEST_INVALID")
-        assert found.closed
+    with unchanged(door):
+        for _ in range(5):
+            found = put(door, raw, chunked=chunked)
+            refused(found, 413, "MANIFEST_INVALID")
+            assert found.closed
     assert peak(door) - before < 40_000, "KiB"
+    fits = json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "config": CONFIG, "layers": []}).encode().ljust(4 * 1024 * 1024)
+    assert put(door, fits, "fits", chunked=chunked).status == 201
+    assert send(door, f"GET /v2/{R}/manifests/fits HTTP/1.1").body == fits
 
 
 HOSTILE_JSON = {
@@ -142,7 +180,8 @@ HOSTILE_JSON = {
 
 @pytest.mark.parametrize("name", sorted(HOSTILE_JSON))
 def test_a03_hostile_json(door: Door, name: str) -> None:
-    refused(put(door, HOSTILE_JSON[name]), 400, "MANIFEST_INVALID", "DIGEST_INVALID", "MANIFEST_BLOB_UNKNOWN")
+    with unchanged(door):
+        refused(put(door, HOSTILE_JSON[name]), 400, "MANIFEST_INVALID", "DIGEST_INVALID", "MANIFEST_BLOB_UNKNOWN")
 
 
 BAD_DIGESTS = [
@@ -164,6 +203,11 @@ BAD_DIGESTS = [
 
 @pytest.mark.parametrize("digest", BAD_DIGESTS)
 def test_a04_digests_outside_the_grammar(door: Door, digest: str) -> None:
+    with unchanged(door):
+        _a04(door, digest)
+
+
+def _a04(door: Door, digest: str) -> None:
     for method in ("GET", "DELETE"):
         refused(send(door, f"{method} /v2/{R}/blobs/{digest} HTTP/1.1"), 400, "DIGEST_INVALID", "NAME_INVALID")
     assert send(door, f"HEAD /v2/{R}/blobs/{digest} HTTP/1.1").status == 400
@@ -176,6 +220,11 @@ def test_a04_digests_outside_the_grammar(door: Door, digest: str) -> None:
 
 
 def test_a05_an_upload_that_lies_about_its_digest(door: Door) -> None:
+    with unchanged(door):
+        _a05(door)
+
+
+def _a05(door: Door) -> None:
     data, other = os.urandom(100_000), sha(os.urandom(10))
     place = send(door, f"POST /v2/{R}/blobs/uploads/ HTTP/1.1")
     where = next(row.split(b": ")[1].decode() for row in place.head.split(b"\r\n") if row.lower().startswith(b"location"))
@@ -186,6 +235,52 @@ def test_a05_an_upload_that_lies_about_its_digest(door: Door) -> None:
     refused(send(door, f"PUT {where}?digest={sha(data)} HTTP/1.1"), 404, "BLOB_UPLOAD_UNKNOWN")
     store = door.data / "blobs"
     assert not [p for p in store.rglob("*") if p.name.startswith((other[7:], sha(data)[7:]))]
+
+
+def test_a06_mounts_from_where_the_key_may_not_pull(door: Door) -> None:
+    secret = door.blob("other/secret", os.urandom(1000), who="other")
+    door.blob("acme/closed/tool", b"closed", who="acme")
+    before = state(door)
+    for source in ("other/secret", "other/nothing", "acme/none"):
+        found = door.ask("POST", f"/v2/{R}/blobs/uploads/?mount={secret}&from={source}")
+        assert found.status == 202 and "docker-content-digest" not in found.headers, "the same answer whether it exists or not"
+        assert door.ask("DELETE", found.headers["location"]).status == 204
+    assert door.ask("HEAD", f"/v2/{R}/blobs/{secret}").status == 404
+    assert door.ask("POST", f"/v2/acme/open/x/blobs/uploads/?mount={sha(b'closed')}&from=acme/closed/tool", who="reader").status == 403
+    assert state(door) == before
+
+
+def test_a07_a_blob_deleted_here_and_read_there_stays_deleted_here(door: Door) -> None:
+    digest = door.blob(R, b"deleted in one")
+    door.blob("acme/second", b"deleted in one")
+    assert door.ask("DELETE", f"/v2/{R}/blobs/{digest}").status == 202
+    for _ in range(3):
+        assert door.ask("GET", f"/v2/acme/second/blobs/{digest}").body == b"deleted in one"
+        assert door.ask("GET", f"/v2/{R}/blobs/{digest}").status == door.ask("HEAD", f"/v2/{R}/blobs/{digest}").status == 404
+    refused(send(door, f"DELETE /v2/{R}/blobs/{digest} HTTP/1.1"), 404, "BLOB_UNKNOWN")
+
+
+def test_a08_tags_that_a_key_may_not_move(door: Door) -> None:
+    repo, now = "acme/tags/kept", time.time()
+    for tag in ("latest", "v1"):
+        door.image(repo, tag, [b"first"])
+    with open_site(Settings.load(door.data), background=False) as site, site.catalog.writing() as conn:
+        grant = Grant(("acme/tags/*",), ("pull", "create"))
+        door.keys["maker"] = site.entitlements.add_key(conn, ensure_org(conn, "acme", now), tier="developer", grant=grant, expires=0, at=now)[1]
+    digest, raw = door.image(repo, "by-maker", [b"second"], who="maker")
+    with unchanged(door):
+        for path in ("latest", "v1", f"{digest}?tag=new&tag=v1"):
+            moved = door.ask("PUT", f"/v2/{repo}/manifests/{path}", raw, who="maker", Content_Type=MANIFEST)
+            assert (moved.status, moved.code) == (403, "DENIED"), path
+        for path in (f"manifests/{digest}", "manifests/v1", f"blobs/{sha(b'first')}"):
+            assert door.ask("DELETE", f"/v2/{repo}/{path}", who="maker").status == 403, path
+    with open_site(Settings.load(door.data), background=False) as site, site.catalog.writing() as conn:
+        conn.execute(tables.repository.update().where(tables.repository.c.name == repo).values(immutable=True))
+    with unchanged(door):
+        for ref in ("latest", "v1"):
+            moved = door.ask("PUT", f"/v2/{repo}/manifests/{ref}", raw, Content_Type=MANIFEST)
+            assert (moved.status, moved.code) == (403, "DENIED"), "admins too"
+            assert door.ask("DELETE", f"/v2/{repo}/manifests/{ref}").status == 403
 
 
 @pytest.mark.parametrize("path", ["_catalog", f"{R}/tags/list"])
@@ -199,12 +294,92 @@ def test_a09_listings_are_bounded(door: Door, path: str) -> None:
     assert send(door, f"GET /v2/{path}?{'&'.join('a=b' for _ in range(300))} HTTP/1.1").status in (200, 400)
 
 
+def test_a10_listings_show_a_key_its_own(door: Door) -> None:
+    door.image("other/hidden", "1", [b"hidden"], who="other")
+    digest, _raw = door.image("acme/shown", "1", [b"shown"])
+    for path in ("_catalog", "acme/shown/tags/list", f"acme/shown/referrers/{digest}"):
+        assert door.ask("GET", f"/v2/{path}", who=None).status == 401
+    for who, other in (("acme", "other/"), ("other", "acme/")):
+        names = door.ask("GET", "/v2/_catalog", who=who).json()["repositories"]
+        assert names and not [n for n in names if n.startswith(other)]
+    hidden = door.ask("GET", "/v2/acme/shown/tags/list", who="other")
+    absent = door.ask("GET", "/v2/acme/never/tags/list", who="other")
+    assert hidden.status == absent.status == 404 and hidden.body.replace(b"shown", b"never") == absent.body
+    none = door.ask("GET", f"/v2/acme/shown/referrers/{digest}", who="other")
+    assert (none.status, none.json()["manifests"]) == (200, [])
+
+
+def test_a11_many_false_signatures_on_one_subject(door: Door) -> None:
+    repo = "acme/signed"
+    digest, _raw = door.image(repo, "1", [b"signed"])
+    with open_site(Settings.load(door.data), background=False) as site:
+        found, call = site.catalog.repository(repo), local_call(time.time())
+        assert found is not None
+        subject = site.library.resolve(call, repo, "1")
+        with site.catalog.writing() as conn:
+            for n in range(2_500):
+                add_manifest(conn, found.id, build_manifest("t/signature", [], {"n": str(n)}, subject), MANIFEST)
+    seen: list[str] = []
+    path = f"/v2/{repo}/referrers/{digest}"
+    before = peak(door)
+    while path:
+        page = door.ask("GET", path)
+        assert page.status == 200 and len(page.body) < 1_000_000 and len(page.json()["manifests"]) <= 1_000
+        seen += [d["digest"] for d in page.json()["manifests"]]
+        path = page.headers.get("link", "").partition(">")[0].removeprefix("<")
+    assert len(seen) == len(set(seen)) == 2_500 and peak(door) - before < 40_000
+    assert door.ask("GET", f"/v2/{repo}/referrers/{digest}?after=%00").status == 400
+
+
+def test_a12_of_two_writers_of_one_tag_one_wins(door: Door) -> None:
+    repo = "acme/raced"
+    door.image(repo, "v", [b"begin"])
+    etag = door.ask("HEAD", f"/v2/{repo}/manifests/v").headers["etag"]
+    made = [door.image(repo, "", [b"writer %d" % n]) for n in range(8)]
+    answers: list[tuple[int, str]] = []
+
+    def write(digest: str, raw: bytes) -> None:
+        answers.append((door.ask("PUT", f"/v2/{repo}/manifests/v", raw, Content_Type=MANIFEST, If_Match=etag).status, digest))
+
+    threads = [threading.Thread(target=write, args=pair) for pair in made]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(status for status, _ in answers) == [201] + [412] * 7
+    assert door.ask("HEAD", f"/v2/{repo}/manifests/v").headers["docker-content-digest"] == dict(answers)[201]
+
+
+def test_a13_uploads_of_others_and_chunks_out_of_place(door: Door) -> None:
+    place = door.ask("POST", f"/v2/{R}/blobs/uploads/").headers["location"]
+    assert door.ask("PATCH", place, b"0123456789", Content_Range="0-9").status == 202
+    theirs = place.replace(R, "other/app")
+    with unchanged(door):
+        for method in ("GET", "PATCH", "PUT", "DELETE"):
+            path = f"{theirs}?digest={sha(b'x')}" if method == "PUT" else theirs
+            answer = door.ask(method, path, b"x" if method in ("PATCH", "PUT") else None, who="other")
+            assert (answer.status, answer.code) == (404, "BLOB_UPLOAD_UNKNOWN"), method
+            assert door.ask(method, path.replace("other/app", R), b"x", who="other").status == 404
+            assert door.ask(method, path.replace("other/app", "acme/second"), b"x").status == 404
+    for span in ("0-9", "5-14", "9-18", "11-20", "10-8", "10", "-1-5", "99999999999999999999-5", "a-b", "٣-٤".encode().decode("latin-1")):
+        answer = door.ask("PATCH", place, b"0123456789", Content_Range=span)
+        assert (answer.status, answer.headers["range"]) == (416, "0-9"), span
+        assert door.ask("PUT", f"{place}?digest={sha(b'x')}", b"0123456789", Content_Range=span).status == 416
+    done = door.ask("PUT", f"{place}?digest={sha(b'0123456789ab')}", b"ab", Content_Range="10-11")
+    assert done.status == 201 and door.ask("GET", done.headers["location"]).body == b"0123456789ab"
+
+
 BAD_NAMES = ["..", "a//b", "a/.git", "a" * 256, "a/../b", "%2e%2e%2f", "%252e%252e", "a%2f%2fb", "A/b", "a/b%00", "a/b%0a", "acm%D0%B5/app"]
 BAD_NAMES += ["a/", "/a", "-a/b", "a_-b", "api/x", "v2/x", "airlock/x", "a:b/c", "a@b", "a\\b", "%ff/a", "acme/app/", "./acme/app", "a b"]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a14_names_outside_the_grammar(door: Door, name: str) -> None:
+    with unchanged(door):
+        _a14(door, name)
+
+
+def _a14(door: Door, name: str) -> None:
     if " " not in name:
         for tail in ("manifests/1", "tags/list", f"blobs/{sha(b'')}", f"referrers/{sha(b'')}"):
             refused(send(door, f"GET /v2/{name}/{tail} HTTP/1.1"), 400, "NAME_INVALID")
@@ -218,8 +393,9 @@ def test_a14_names_outside_the_grammar(door: Door, name: str) -> None:
 def test_a15_the_stated_type_is_the_stored_type(door: Door) -> None:
     raw = json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "config": CONFIG, "layers": []}).encode()
     docker = "application/vnd.docker.distribution.manifest.v2+json"
-    for other in (INDEX, docker, "text/html", "application/octet-stream"):
-        refused(put(door, raw, "typed", other), 400, "MANIFEST_INVALID")
+    with unchanged(door):
+        for other in (INDEX, docker, "text/html", "application/octet-stream"):
+            refused(put(door, raw, "typed", other), 400, "MANIFEST_INVALID")
     assert put(door, raw, "typed").status == 201
     for accept in (INDEX, docker, "text/html", "*/*", ""):
         found = send(door, f"GET /v2/{R}/manifests/typed HTTP/1.1\r\nAccept: {accept}")

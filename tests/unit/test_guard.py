@@ -25,12 +25,12 @@ from registry.entitlements import new_key
 from registry.guard import Guard
 from registry.library import Library
 from registry.wiring import Site
-from tests.site import Pushed, call_of, make_key, make_site, push_model, put
+from tests.site import BACKENDS, SQLITE_ONLY, Pushed, call_of, make_key, push_model, put, running_site
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    with make_site(tmp_path) as opened:
+@pytest.fixture(params=BACKENDS)
+def site(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
+    with running_site(tmp_path, request.param) as opened:
         yield opened
 
 
@@ -56,6 +56,7 @@ def verbs(site: Site, pushed: Pushed) -> dict[str, Callable[[Call], object]]:
         "read": lambda call: g.read(call, name, digest),
         "upload": lambda call: g.upload(call, name),
         "resume": lambda call: g.resume(call, name, "upload-none"),
+        "demand_push": lambda call: g.demand_push(call, name),
         "push": lambda call: g.push(call, name, b"{}", m.MANIFEST, refs=["2"]),
         "mount": lambda call: g.mount(call, name, digest, name),
         "delete": lambda call: g.delete(call, name, "1"),
@@ -90,7 +91,7 @@ def test_every_verb_of_the_interfaces_is_written_out() -> None:
 
 def test_every_public_verb_is_in_the_table(site: Site, pushed: Pushed) -> None:
     public = {n for n, f in inspect.getmembers(Guard, inspect.isfunction) if not n.startswith("_")}
-    assert public - set(verbs(site, pushed)) == {"caller", "whoami", "list", "catalog_list", "served"}
+    assert public - set(verbs(site, pushed)) == {"caller", "attach", "recorded", "token", "ping", "whoami", "list", "catalog_list", "served"}
 
 
 def test_no_verb_leaks_another_organisations_name(site: Site, pushed: Pushed) -> None:
@@ -122,7 +123,9 @@ def test_visible_but_not_entitled(site: Site, pushed: Pushed) -> None:
     ("actions", "allowed"),
     [
         (("pull",), {"resolve", "stat", "read", "refs", "referrers", "revision", "file", "files", "catalog_show"}),
-        (("push",), {"resolve", "stat", "refs", "referrers", "upload", "resume", "push", "mount", "delete", "catalog_show"}),
+        (("push",), {"resolve", "stat", "refs", "referrers", "upload", "resume", "demand_push", "push", "mount", "delete", "catalog_show"}),
+        (("create",), {"resolve", "stat", "refs", "referrers", "upload", "resume", "demand_push", "push", "mount", "catalog_show"}),
+        (("auditor",), {"refs", "referrers", "catalog_show"}),
         (("run",), {"lease", "catalog_show"}),
     ],
 )
@@ -280,6 +283,7 @@ def test_statements_of_each_read(site: Site, pushed: Pushed) -> None:
     assert cost(site.guard.whoami) == 1
 
 
+@SQLITE_ONLY
 def test_no_statement_scans_a_table(site: Site, pushed: Pushed) -> None:
     call, seen = call_of(site, make_key(site, "acme")), {}
     event.listen(site.engine, "before_cursor_execute", lambda _c, _cur, text, values, *_: seen.setdefault(text, values))

@@ -1,0 +1,116 @@
+"""Who is calling: a presented key or token becomes a principal, by one statement, and failed logins are recorded and slowed.
+
+Here so that registry/guard.py is about verbs only. It decides nothing about names and knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, replace
+
+from artifact.errors import Invalid, Throttled, Unauthenticated
+from artifact.grant import Access, Principal, authenticate
+from artifact.store import Call
+from registry.audit import Audit, network_of
+from registry.entitlements import Entitlements, well_formed
+from registry.home import Home
+from registry.logins import FailedLogins
+from registry.lookup import Ask, Lookup, Sought
+from registry.statements import Located
+from registry.tokens import Claims, Tokens, is_token
+
+GUESSES = ("key_invalid", "token_invalid")  # failed logins; an absent, expired or revoked key is none
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Whether everybody may read what is public, the life of a token, and who may be sent to the store's own URLs."""
+
+    anonymous: bool = False
+    token_life_s: int = 600
+    redirect: bool = True
+    stream_to: tuple[str, ...] = ()
+
+
+class Admission:
+    """The entrance of one site; its only state is the count of failed logins."""
+
+    def __init__(self, entitlements: Entitlements, lookup: Lookup, audit: Audit, home: Home, policy: Policy) -> None:
+        self._entitlements, self._lookup, self._audit, self.policy = entitlements, lookup, audit, policy
+        self._tokens = Tokens(home.pepper(), home.instance)
+        self._failed = FailedLogins()
+        try:
+            self._streamed = tuple(ipaddress.ip_network(text) for text in policy.stream_to)
+        except ValueError as error:
+            raise Invalid("AIRLOCK_STREAM_TO holds what is no network", expected="for example 10.0.0.0/8,fd00::/8", reason="setting") from error
+
+    def caller(self, key_text: str | None, request_id: str, now: float, address: str, ask: Ask = ()) -> Call:
+        """The call of a presented key or token; None is no credential at all, which a site may let read what is public.
+
+        With `ask` the same statement finds what the request is about, for the guard to decide on.
+        Raises Unauthenticated with reason key_absent, key_invalid, key_expired, key_revoked, token_invalid, token_expired or
+        insufficient_scope, and Throttled.
+        """
+        call = Call(Principal(), None, request_id, now, self._redirected(address))
+        if key_text is None and self.policy.anonymous:
+            return replace(call, principal=Principal(anonymous=True))
+        try:
+            principal, found = self._principal(key_text or "", now, ask)
+            call = replace(call, principal=principal)
+            alive = authenticate(call.principal, now)
+            if not alive.allow and not call.principal.anonymous:
+                raise Unauthenticated(alive.words, do=alive.remedy, reason=alive.reason)
+        except Unauthenticated as error:
+            self._audit.denied(call, "login", "", error.reason, address)
+            wait = self._failed.wait_s(network_of(address), now) if error.reason in GUESSES else 0
+            if wait:
+                raise Throttled("too many failed logins from this network", do=f"wait {wait} s, then use a valid key", retry_after=wait) from None
+            raise
+        if ask and not call.principal.anonymous:
+            return Sought(call.principal, None, request_id, now, call.redirect, ask, found)
+        return call
+
+    def nobody(self, request_id: str, now: float) -> Call:
+        """The call of one who asks for a token without a key: it opens what the site lets everybody read, maybe nothing."""
+        return Call(Principal(anonymous=self.policy.anonymous), None, request_id, now)
+
+    def _principal(self, text: str, now: float, ask: Ask) -> tuple[Principal, Located | None]:
+        """Who holds this key, or the key that this token stands for, as it is now, and what is asked for; raises Unauthenticated."""
+        absent = authenticate(Principal(), now)
+        if not text:
+            raise Unauthenticated(absent.words, do=absent.remedy, reason="key_absent")
+        if not is_token(text):
+            holder, found = self._holder(ask, key=text) if well_formed(text) else (None, None)
+            if holder is None:
+                raise Unauthenticated(absent.words, do=absent.remedy, reason="key_invalid")
+            return holder, found
+        claims = self._tokens.verify(text, now)
+        if not claims.key_id and not self.policy.anonymous:
+            raise Unauthenticated(absent.words, do=absent.remedy, reason="insufficient_scope")
+        if not claims.key_id:
+            return Principal(access=claims.access, anonymous=True), None
+        holder, found = self._holder(ask, key_id=claims.key_id)
+        if holder is None:
+            raise Unauthenticated(absent.words, do=absent.remedy, reason="token_invalid")
+        return replace(holder, access=claims.access), found
+
+    def _holder(self, ask: Ask, *, key: str = "", key_id: str = "") -> tuple[Principal | None, Located | None]:
+        if ask:
+            return self._lookup.seek(ask, hmac=self._entitlements.hmac(key) if key else b"", key_id=key_id)
+        return self._entitlements.principal(key) if key else self._entitlements.holder(key_id), None
+
+    def sign(self, call: Call, access: tuple[Access, ...]) -> tuple[str, int]:
+        """A token for the caller's key with this access, and its life in seconds; raises TooLarge."""
+        life = self.policy.token_life_s
+        return self._tokens.sign(Claims(call.principal.key_id, int(call.now) + life, access)), life
+
+    def _redirected(self, address: str) -> bool:
+        """Whether a client at this address may be sent to the store's own URLs."""
+        if not self.policy.redirect or not self._streamed:
+            return self.policy.redirect
+        try:
+            ip = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        ip = getattr(ip, "ipv4_mapped", None) or ip
+        return not any(ip in network for network in self._streamed)

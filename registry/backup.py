@@ -1,0 +1,202 @@
+"""What of a site cannot be made again, into one directory and back: the database, the secrets, the pinned senders; never the objects themselves.
+
+Objects are immutable files or S3 objects under names that never change meaning: any copy of them, of any time, fits any backup, and
+registry/rebuild.py says what is missing. A restore writes into an empty place only. The backup holds every secret of the site: keep it as such.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import make_url
+
+from artifact.errors import Conflict, Invalid, Mismatch, NotFound, Unavailable
+from registry.database import is_postgresql
+from registry.home import DATABASE, SITE
+from registry.settings import Settings
+
+INDEX = "backup.json"
+DUMP = "registry.pgdump"
+SCHEMA = 1
+KEPT = (SITE, "secrets", "trust")
+PARTIAL_SUFFIX = ".partial"
+MAX_INDEX_BYTES = 4 * 1024 * 1024
+TOOL_TIMEOUT_S = 24 * 3600
+
+
+def backup(settings: Settings, to: Path, now: float, revision: str) -> dict[str, object]:
+    """Writes a consistent backup while the server runs and returns its index; raises Conflict for a used directory, NotFound, Unavailable."""
+    if to.exists():
+        raise Conflict(f"{to} is there already", expected="a new directory", do="choose another name: a backup is never written over")
+    temporary = to.with_name(to.name + PARTIAL_SUFFIX)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(mode=0o700, parents=True)
+    try:
+        # The database first: what is changed in the files after it (a sender pinned, a bundle noted) is then newer than the rows, never older.
+        if is_postgresql(settings.database_url):
+            _dump(settings.database_url, temporary / DUMP)
+        else:
+            _copy_sqlite(settings.data / DATABASE, temporary / DATABASE)
+        for name in KEPT:
+            _copy(settings.data / name, temporary / name)
+        index: dict[str, object] = {"schema": SCHEMA, "taken": int(now), "revision": revision, "database": _kind(settings)}
+        index["files"] = {str(p.relative_to(temporary)): _facts(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
+        path = temporary / INDEX
+        path.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+        path.chmod(0o600)
+        for entry in [*temporary.rglob("*"), temporary]:
+            _sync(entry)
+        temporary.rename(to)
+        _sync(to.parent)
+    except OSError as error:
+        raise Unavailable(f"the backup could not be written: {error.strerror}", do=f"free space at {to.parent}, let this user write it") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return index
+
+
+def read_index(source: Path) -> dict[str, Any]:
+    """The index of a backup whose files are all there, whole and unaltered; raises NotFound, Invalid, Mismatch."""
+    try:
+        with (source / INDEX).open("rb") as file:
+            raw = file.read(MAX_INDEX_BYTES + 1)
+    except OSError as error:
+        raise NotFound(f"{source} holds no {INDEX}", expected="a directory that airlock registry backup wrote") from error
+    try:
+        index = json.loads(raw)
+        files = {str(k): (str(v["sha256"]), int(v["size"])) for k, v in index["files"].items()}
+        taken, schema = int(index["taken"]), int(index["schema"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Invalid(f"{source / INDEX} is not a backup's index", expected="the file as it was written") from error
+    if schema != SCHEMA or taken < 0:
+        raise Invalid(f"the backup is of schema {schema}", expected=str(SCHEMA), do="use the version of Airlock that wrote it")
+    for name, (sha256, size) in files.items():
+        path, parts = source / name, Path(name).parts
+        if name.startswith("/") or ".." in parts or any((source / Path(*parts[:n])).is_symlink() for n in range(1, len(parts) + 1)):
+            raise Invalid(f"{INDEX} names {name[:100]!r}, which lies outside the backup", expected="relative paths of plain files")
+        if not path.is_file():
+            raise Mismatch(f"{name} is missing in the backup", do="copy the backup again", reason="backup")
+        if _facts(path) != {"sha256": sha256, "size": size}:
+            raise Mismatch(
+                f"{name} was altered since the backup was taken", expected=f"SHA-256 {sha256}", do="copy the backup again", reason="backup"
+            )
+    return dict(index)
+
+
+def restore(source: Path, settings: Settings) -> dict[str, Any]:
+    """Puts a backup into an empty data directory (and an empty PostgreSQL database); raises Conflict, Invalid, Mismatch, NotFound, Unavailable."""
+    index = read_index(source)
+    wanted = _kind(settings)
+    if index["database"] != wanted:
+        raise Invalid(
+            f"the backup is of {index['database']}, and AIRLOCK_DATABASE says {wanted}", expected=str(index["database"]), do="set AIRLOCK_DATABASE"
+        )
+    data = settings.data
+    used = [name for name in (*KEPT, DATABASE) if (data / name).exists()]
+    if used:
+        raise Conflict(f"{data} holds {', '.join(used)}", expected="a directory without a site; blobs/ may be there", do="restore into a new one")
+    try:
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        data.chmod(0o700)
+        if wanted == "postgresql":
+            _load(settings.database_url, source / DUMP)
+        else:
+            _copy(source / DATABASE, data / DATABASE)
+        for name in reversed(KEPT):  # site.json last: a directory with it is whole
+            _copy(source / name, data / name)
+        for entry in [*data.glob("secrets/*"), data / SITE, data]:
+            _sync(entry)
+    except OSError as error:
+        raise Unavailable(f"the restore failed: {error.strerror}", do=f"free space at {data}, empty it, then again") from error
+    return index
+
+
+def _kind(settings: Settings) -> str:
+    return "postgresql" if is_postgresql(settings.database_url) else "sqlite"
+
+
+def _facts(path: Path) -> dict[str, object]:
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A file or a tree of plain files, private to this user."""
+    if not source.exists():
+        return
+    if source.is_dir():
+        target.mkdir(mode=0o700, exist_ok=True)
+        for entry in sorted(source.iterdir()):
+            if not entry.is_symlink() and not entry.name.endswith((".lock", PARTIAL_SUFFIX)):
+                _copy(entry, target / entry.name)
+        return
+    shutil.copyfile(source, target, follow_symlinks=False)
+    target.chmod(0o600)
+
+
+def _copy_sqlite(source: Path, target: Path) -> None:
+    """The database as of one moment, by SQLite's own online backup; raises Unavailable."""
+    if not source.is_file():
+        raise NotFound(f"{source} is not there", do="airlock site init, or restore a backup")
+    try:
+        with closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True, timeout=30)) as old, closing(sqlite3.connect(target)) as new:
+            old.backup(new, pages=4096)
+            new.execute("PRAGMA journal_mode=DELETE")
+            found = new.execute("PRAGMA quick_check").fetchone()[0]
+    except sqlite3.Error as error:
+        raise Unavailable(f"the database cannot be copied: {error}", do="look at its disk; an older backup may be whole") from error
+    if found != "ok":
+        raise Unavailable(f"the database is damaged: {str(found)[:200]}", do="restore the last whole backup", reason="damaged")
+    target.chmod(0o600)
+
+
+def _tool(name: str) -> str:
+    found = shutil.which(name)
+    if not found:
+        versions = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda p: int(p.parts[-3]) if p.parts[-3].isdigit() else 0)
+        found = str(versions[-1]) if versions else ""
+    if not found:
+        raise Unavailable(f"{name} is not installed here", do="install the PostgreSQL client programs of the server's version", reason="tool")
+    return found
+
+
+def _run(argv: list[str], url: str) -> None:
+    """Runs one of PostgreSQL's tools; the password goes by environment, never by argument; raises Unavailable in its words."""
+    parsed = make_url(url)
+    env = {**os.environ, "PGPASSWORD": parsed.password} if parsed.password else dict(os.environ)
+    query = {k: v for k, v in parsed.query.items() if k not in ("pool_size", "password_file")}
+    if "password_file" in parsed.query:
+        env["PGPASSWORD"] = Path(str(parsed.query["password_file"])).read_text().strip()
+    plain = parsed.set(drivername="postgresql", password=None, query=query).render_as_string(hide_password=False)
+    try:
+        done = subprocess.run([*argv, "--dbname", plain], env=env, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=False)  # noqa: S603 - our own argv
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"{Path(argv[0]).name} did not end in a day", do="look at the database") from error
+    if done.returncode:
+        words = done.stderr.strip().splitlines()[-1:] or ["no words"]
+        raise Unavailable(f"{Path(argv[0]).name} failed: {words[0][:300]}", do="check the database and the version of its client programs")
+
+
+def _dump(url: str, target: Path) -> None:
+    target.touch(mode=0o600)
+    _run([_tool("pg_dump"), "--format=custom", "--no-owner", "--no-privileges", "--file", str(target)], url)
+
+
+def _load(url: str, source: Path) -> None:
+    _run([_tool("pg_restore"), "--exit-on-error", "--single-transaction", "--no-owner", "--no-privileges", str(source)], url)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,342 @@
+"""Every change of names, manifests, blobs, links, leases and uploads, as functions over a connection: callers choose the transaction.
+
+Beside registry/catalog.py, which reads. Row locks are taken in one order (blob, manifest, ref), so that on PostgreSQL neither two pushes nor a push
+and the sweep block each other for ever, and what the sweep took is seen as missing instead of failing. It moves no bytes and judges no right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, delete, insert, select, update
+
+from artifact.errors import Conflict, Denied, Invalid, NotFound, TooLarge
+from artifact.manifest import (
+    COMMIT,
+    MAX_FILES,
+    MODEL_TYPE,
+    PARENT,
+    PROFILES_TYPE,
+    SOURCE,
+    TITLE,
+    Manifest,
+    check_ref,
+    derived_commit,
+    files_of,
+    files_root,
+    is_commit,
+    is_digest,
+    parse_manifest,
+)
+from artifact.store import Descriptor, File
+from registry import tables as t
+from registry.rows import add_alias as add_alias
+from registry.rows import add_blob as add_blob
+from registry.rows import add_fact as add_fact
+from registry.rows import add_garbage as add_garbage
+from registry.rows import add_upload as add_upload
+from registry.rows import advance_upload as advance_upload
+from registry.rows import blob_location as blob_location
+from registry.rows import blob_locations as blob_locations
+from registry.rows import check_quota as check_quota
+from registry.rows import chunks as chunks
+from registry.rows import claim_upload as claim_upload
+from registry.rows import drop_upload as drop_upload
+from registry.rows import ensure_org as ensure_org
+from registry.rows import ensure_repository as ensure_repository
+from registry.rows import ignore_duplicates as ignore_duplicates
+from registry.rows import in_garbage as in_garbage
+from registry.rows import link_blob as link_blob
+from registry.rows import org_exists as org_exists
+from registry.rows import owning_org as owning_org
+from registry.rows import refresh_lease as refresh_lease
+from registry.rows import replace_duplicates as replace_duplicates
+from registry.statements import M, R, V
+
+IMAGE_CONFIGS = ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
+KINDS = ("", "artifact", "image", "profiles", "model")  # a repository is of the strongest kind that it holds: signatures come in any order
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a push may do with refs: only make new ones, and only where they name the digest `over` now (empty: where there are none)."""
+
+    only_new: bool = False
+    over: str | None = None
+
+
+# ---- manifests and what they name
+
+
+def unlink_blob(conn: Connection, repo_id: int, digest: str, at: float) -> bool:
+    """Takes a blob out of a repository; False where it is not there; raises Conflict while a manifest of the repository needs it."""
+    if not digest.startswith("sha256:"):
+        aliased = select(t.blob_alias.c.blob).where(t.blob_alias.c.digest == digest)
+        digest = conn.execute(aliased).scalar_one_or_none() or digest
+    link = t.repo_manifest
+    used = (
+        select(t.edge.c.parent_id)
+        .join(link, link.c.manifest_id == t.edge.c.parent_id)
+        .where(link.c.repo_id == repo_id, t.edge.c.blob == digest)
+        .limit(1)
+    )
+    if conn.execute(used).first() is not None:
+        raise Conflict(f"a manifest of this repository refers to {digest}", do="delete the manifest first", reason="in_use")
+    conn.execute(update(t.blob).where(t.blob.c.digest == digest).values(gc_after=at))
+    return conn.execute(delete(t.repo_blob).where(t.repo_blob.c.repo_id == repo_id, t.repo_blob.c.digest == digest)).rowcount > 0
+
+
+def kind_of(manifest: Manifest) -> str:
+    """model, profiles, image or artifact, from the artifact type."""
+    if manifest.artifact_type == MODEL_TYPE:
+        return "model"
+    if manifest.artifact_type == PROFILES_TYPE:
+        return "profiles"
+    return "image" if manifest.manifests or manifest.artifact_type in IMAGE_CONFIGS else "artifact"
+
+
+def _held_blobs(conn: Connection, repo_id: int, digests: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """Of these digests the linked blobs, each with its sha256 digest and size; their rows stay locked against the sweep."""
+    out: dict[str, tuple[str, int]] = {}
+    b, link, alias = t.blob.c, t.repo_blob, t.blob_alias
+    for part in chunks([d for d in digests if d.startswith("sha256:")]):
+        held = select(b.digest, b.size).join(link, link.c.digest == b.digest).where(link.c.repo_id == repo_id, b.digest.in_(part), b.state == "ready")
+        rows = conn.execute(held.order_by(b.digest).with_for_update(read=True, key_share=True, of=(t.blob, link)))
+        out |= {row.digest: (row.digest, row.size) for row in rows}
+    for part in chunks([d for d in digests if not d.startswith("sha256:")]):
+        source = alias.join(t.blob, b.digest == alias.c.blob).join(link, link.c.digest == b.digest)
+        other = select(alias.c.digest.label("named"), b.digest, b.size).select_from(source).order_by(b.digest)
+        other = other.where(link.c.repo_id == repo_id, b.state == "ready", alias.c.algorithm == "sha512", alias.c.digest.in_(part))
+        rows = conn.execute(other.with_for_update(read=True, key_share=True, of=(t.blob, link)))
+        out |= {row.named: (row.digest, row.size) for row in rows}
+    return out
+
+
+def _held_manifests(conn: Connection, repo_id: int, digests: Sequence[str]) -> set[str]:
+    link = t.repo_manifest
+    have: set[str] = set()
+    for part in chunks(digests):
+        found = select(M.c.digest).join(link, link.c.manifest_id == M.c.id).where(link.c.repo_id == repo_id, M.c.digest.in_(part))
+        have.update(conn.execute(found.order_by(M.c.digest).with_for_update(read=True, key_share=True, of=(M, link))).scalars())
+    return have
+
+
+def _children(conn: Connection, repo_id: int, manifest: Manifest, name: str) -> dict[str, str]:
+    """Each blob that the manifest names with its sha256 digest; raises NotFound `manifest_blob` for what is missing, Invalid for a wrong size."""
+    blobs, children = sorted({d.digest for d in manifest.blobs()}), sorted({d.digest for d in manifest.manifests})
+    held = _held_blobs(conn, repo_id, blobs)
+    have = _held_manifests(conn, repo_id, children)
+    missing = [d for d in (*blobs, *children) if d not in held and d not in have]
+    for child in manifest.blobs():
+        size = held[child.digest][1] if child.digest in held else child.size
+        if size != child.size:
+            raise Invalid(f"the manifest states {child.size} bytes for {child.digest}", expected=f"{size}, which it has", reason="manifest")
+    if missing:
+        raise NotFound(
+            f"the manifest refers to {missing[0]}, which {name or 'this repository'} does not hold",
+            expected="every blob and child manifest pushed before",
+            reason="manifest_blob",
+            digest=missing[0],
+            missing=len(missing),
+        )
+    return {digest: blob for digest, (blob, _) in held.items()}
+
+
+def _add_row(conn: Connection, manifest: Manifest) -> tuple[int, bool]:
+    """The id of a manifest's row and whether it is new; one that waited for the sweep is kept."""
+    values = {
+        "digest": manifest.digest,
+        "media_type": manifest.media_type,
+        "artifact_type": manifest.artifact_type,
+        "subject": manifest.subject.digest if manifest.subject else None,
+        "size": len(manifest.raw),
+        "raw": manifest.raw,
+    }
+    while True:
+        made = conn.execute(ignore_duplicates(conn, M).values(values).returning(M.c.id)).scalar_one_or_none()
+        if made is not None:
+            return int(made), True
+        kept = conn.execute(update(M).where(M.c.digest == manifest.digest).values(gc_after=None).returning(M.c.id, M.c.media_type)).first()
+        if kept is None:
+            continue  # the sweep took it between the two statements
+        if kept.media_type != manifest.media_type:  # bytes without a mediaType: GET answers with the type of the first push
+            raise Conflict(f"{manifest.digest} was pushed as {kept.media_type} before", expected=str(kept.media_type), reason="media_type")
+        return int(kept.id), False
+
+
+def add_manifest(
+    conn: Connection,
+    repo_id: int,
+    raw: bytes | Manifest,
+    media_type: str = "",
+    *,
+    refs: Sequence[str] = (),
+    at: float = 0.0,
+    ref_kind: str = "tag",
+    name: str = "",
+    key_id: str = "",
+    rule: Rule = Rule(),
+) -> Descriptor:
+    """Stores a manifest with edges, files, revision and refs, its children linked; raises NotFound `manifest_blob`, Conflict, Invalid, TooLarge.
+
+    The repository is created by ensure_repository and blobs are linked by link_blob before, in the same transaction or earlier. A ref that
+    `rule` keeps raises Denied or Conflict.
+    """
+    manifest = parse_manifest(raw, media_type) if isinstance(raw, bytes) else raw
+    blobs = _children(conn, repo_id, manifest, name)
+    kind = kind_of(manifest)
+    files = files_of(manifest) if kind == "model" else ()
+    if len(files) > MAX_FILES:
+        raise TooLarge(f"the model has {len(files)} files", expected=f"at most {MAX_FILES} files")
+    manifest_id, is_new = _add_row(conn, manifest)
+    if is_new:
+        _add_edges(conn, manifest_id, manifest, blobs)
+        if files:
+            conn.execute(
+                insert(t.file), [{"manifest_id": manifest_id, "path": f.path, "digest": f.digest, "size": f.size, "lfs": f.lfs} for f in files]
+            )
+    link = replace_duplicates(conn, t.repo_manifest, ("repo_id", "manifest_id"), ("at",))  # the time of the last push: retention counts from it
+    conn.execute(link.values(repo_id=repo_id, manifest_id=manifest_id, at=at))
+    if kind == "model":
+        _add_revision(conn, repo_id, manifest_id, manifest, files, at)
+    conn.execute(update(R).where(R.c.id == repo_id, R.c.kind.in_(KINDS[: KINDS.index(kind)])).values(kind=kind))
+    for name_ in sorted(set(refs)):
+        set_ref(conn, repo_id, name_, manifest_id, kind=ref_kind, at=at, key_id=key_id, rule=rule)
+    return Descriptor(manifest.media_type, manifest.digest, len(manifest.raw), manifest.artifact_type, dict(manifest.annotations))
+
+
+def edges_of(manifest: Manifest, blobs: Mapping[str, str]) -> dict[tuple[str, str], str | None]:
+    """What a manifest names: (digest, kind) to the blob that holds it, None where it is no blob of the store."""
+    edges: dict[tuple[str, str], str | None] = {}
+    if manifest.config:
+        edges[manifest.config.digest, "config"] = blobs.get(manifest.config.digest)
+    for layer in manifest.layers:
+        edges[layer.digest, "layer"] = blobs.get(layer.digest)
+    for child in manifest.manifests:
+        edges[child.digest, "manifest"] = None
+    if manifest.subject:
+        edges[manifest.subject.digest, "subject"] = None
+    return edges
+
+
+def _add_edges(conn: Connection, manifest_id: int, manifest: Manifest, blobs: Mapping[str, str]) -> None:
+    edges = edges_of(manifest, blobs)
+    rows = [{"parent_id": manifest_id, "child_digest": digest, "kind": kind, "blob": blob} for (digest, kind), blob in sorted(edges.items())]
+    if rows:
+        conn.execute(insert(t.edge), rows)
+
+
+def _add_revision(conn: Connection, repo_id: int, manifest_id: int, manifest: Manifest, files: Sequence[File], at: float) -> None:
+    notes: Mapping[str, str] = manifest.annotations
+    parent = notes.get(PARENT, "")
+    commit = notes.get(COMMIT, "")
+    if not is_commit(commit):
+        commit = derived_commit(parent, files_root(files), "", "")
+    values = {
+        "repo_id": repo_id,
+        "commit": commit,
+        "manifest_id": manifest_id,
+        "parent": parent,
+        "title": notes.get(TITLE, notes.get(SOURCE, "")),
+        "at": at,
+    }
+    # Without a time (an older bundle) the revision comes in as the oldest and an existing one stays: `main` never goes back.
+    write = replace_duplicates(conn, V, ("repo_id", "commit"), ("manifest_id", "at")) if at else ignore_duplicates(conn, V)
+    conn.execute(write.values(values))
+
+
+def unlink_manifest(conn: Connection, repo_id: int, digest: str, at: float, *, key_id: str = "") -> bool:
+    """Takes a manifest out of a repository with its refs and revisions; False where it is not there; raises Conflict for an immutable tag.
+
+    Its blobs become candidates of the sweep, and without a link left the manifest itself.
+    """
+    manifest_id = conn.execute(select(M.c.id).where(M.c.digest == digest).with_for_update()).scalar_one_or_none()
+    link, refs = t.repo_manifest, t.ref
+    if manifest_id is None or not conn.execute(delete(link).where(link.c.repo_id == repo_id, link.c.manifest_id == manifest_id)).rowcount:
+        return False
+    named = select(refs.c.name, R.c.immutable).join(R, R.c.id == refs.c.repo_id)
+    gone = conn.execute(named.where(refs.c.repo_id == repo_id, refs.c.manifest_id == manifest_id).order_by(refs.c.name)).all()
+    for row in gone:
+        _demand_mutable(row.immutable, row.name)
+    if gone:
+        conn.execute(insert(t.ref_history), [_moved(repo_id, row.name, digest, "", at, key_id) for row in gone])
+    for table in (refs, V):
+        conn.execute(delete(table).where(table.c.repo_id == repo_id, table.c.manifest_id == manifest_id))
+    children = select(t.edge.c.blob).where(t.edge.c.parent_id == manifest_id, t.edge.c.blob.is_not(None))
+    conn.execute(select(t.blob.c.digest).where(t.blob.c.digest.in_(children)).order_by(t.blob.c.digest).with_for_update(key_share=True))
+    conn.execute(update(t.blob).where(t.blob.c.digest.in_(children)).values(gc_after=at))
+    conn.execute(
+        update(M).where(M.c.id == manifest_id, ~select(link.c.repo_id).where(link.c.manifest_id == manifest_id).exists()).values(gc_after=at)
+    )
+    return True
+
+
+# ---- refs
+
+
+def _moved(repo_id: int, name: str, old: Any, new: Any, at: float, key_id: str) -> dict[str, Any]:
+    return {"repo_id": repo_id, "name": name, "old_digest": old, "new_digest": new, "at": at, "key_id": key_id}
+
+
+def _demand_mutable(immutable: object, name: str) -> None:
+    if immutable:
+        raise Conflict(f"the ref {name} is immutable here", do="push under another version", reason="immutable")
+
+
+def _demand_allowed(rule: Rule, name: str, old: str) -> None:
+    if rule.over is not None and rule.over != old:
+        raise Conflict(f"the ref {name} names {old or 'nothing'} now", expected=rule.over or "no such ref", do="look at it again", reason="moved")
+    if rule.only_new and old:
+        raise Denied(f"the key may create refs, and {name} exists", do="push under another version, or use a key with action push", reason="exists")
+
+
+def set_ref(
+    conn: Connection,
+    repo_id: int,
+    name: str,
+    manifest_id: int,
+    *,
+    kind: str = "tag",
+    at: float = 0.0,
+    key_id: str = "",
+    rule: Rule = Rule(),
+) -> None:
+    """Moves a ref to a manifest and notes it in the history.
+
+    Raises Invalid, Conflict where the ref is immutable and points elsewhere, Denied or Conflict where `rule` keeps it.
+    """
+    check_ref(name)
+    if is_digest(name):
+        raise Invalid(f"{name} is a digest, not a ref name", expected="a tag or branch name", reason="ref")
+    refs, new = t.ref, select(M.c.digest).where(M.c.id == manifest_id).scalar_subquery()
+    values = {"repo_id": repo_id, "name": name, "kind": kind, "manifest_id": manifest_id, "at": at}
+    held = select(refs.c.manifest_id, M.c.digest, R.c.immutable).join(R, R.c.id == refs.c.repo_id).join(M, M.c.id == refs.c.manifest_id)
+    held = held.where(refs.c.repo_id == repo_id, refs.c.name == name).with_for_update(of=refs)
+    old = None
+    while old is None:
+        if conn.execute(ignore_duplicates(conn, refs).values(values).returning(refs.c.name)).first() is not None:
+            _demand_allowed(rule, name, "")
+            conn.execute(insert(t.ref_history).values(_moved(repo_id, name, "", new, at, key_id)))
+            return
+        old = conn.execute(held).first()  # None: it was deleted between the two statements
+    if old.manifest_id != manifest_id or rule.over is not None:
+        _demand_allowed(rule, name, old.digest)
+    if old.manifest_id != manifest_id:
+        _demand_mutable(old.immutable, name)
+        conn.execute(insert(t.ref_history).values(_moved(repo_id, name, old.digest, new, at, key_id)))
+    conn.execute(update(refs).where(refs.c.repo_id == repo_id, refs.c.name == name).values(kind=kind, manifest_id=manifest_id, at=at))
+
+
+def delete_ref(conn: Connection, repo_id: int, name: str, *, at: float = 0.0, key_id: str = "") -> bool:
+    """Removes a ref and notes it in the history; False where there is none; raises Conflict for an immutable one."""
+    refs = t.ref
+    held = select(M.c.digest, R.c.immutable).select_from(refs.join(R, R.c.id == refs.c.repo_id).join(M, M.c.id == refs.c.manifest_id))
+    old = conn.execute(held.where(refs.c.repo_id == repo_id, refs.c.name == name).with_for_update(of=refs)).first()
+    if old is None:
+        return False
+    _demand_mutable(old.immutable, name)
+    conn.execute(delete(refs).where(refs.c.repo_id == repo_id, refs.c.name == name))
+    conn.execute(insert(t.ref_history).values(_moved(repo_id, name, old.digest, "", at, key_id)))
+    return True

@@ -1,0 +1,230 @@
+"""Who sends the bytes: the registry itself, the object store by a redirect, or the nginx in front; each proven with the real other side."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import sqlite3
+import time
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from artifact.remote import NO_CALL, RemoteRegistry
+from tests.contracts.doors import Answer, Door, new_site, serving, sha
+from tests.contracts.stores import s3_store, s3_url, whole
+from tests.contracts.test_hub_door import FILES
+from tests.contracts.test_hub_door import push as push_files
+from tests.fakes.unsteady import Unsteady
+from tests.flows.test_clients import contents, hf, layout, skopeo
+from tests.services import nginx, rgw
+
+pytestmark = pytest.mark.server
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 1024 * 1024
+RAW = os.urandom(17 * MIB + 5)  # more than one part of the default size
+REPO = "acme/app"
+
+
+def fetch(url: str, method: str = "GET", **headers: str) -> Answer:
+    """One request without following anything."""
+    parts = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=60)
+    try:
+        connection.request(
+            method, parts.path + ("?" + parts.query if parts.query else ""), headers={k.replace("_", "-"): v for k, v in headers.items()}
+        )
+        found = connection.getresponse()
+        return Answer(found.status, {k.lower(): v for k, v in found.getheaders()}, found.read())
+    finally:
+        connection.close()
+
+
+def outcomes(data: Path) -> set[str]:
+    """What the audit log of a stopped registry says became of its pulls."""
+    with sqlite3.connect(data / "registry.db") as connection:
+        rows = connection.execute("SELECT body FROM audit_pending UNION ALL SELECT body FROM audit_count").fetchall()
+    return {body["result"] for body in (json.loads(row[0]) for row in rows) if body["event"] == "pull"} & {"granted", "served"}
+
+
+@pytest.fixture
+def proxy() -> Iterator[Unsteady]:
+    made = Unsteady(rgw.shared().port)
+    yield made
+    made.close()
+
+
+def push(door: Door) -> str:
+    """A blob as docker pushes it: POST, PATCH, PUT, the digest only at the end."""
+    begun = door.ask("POST", f"/v2/{REPO}/blobs/uploads/")
+    assert begun.status == 202, begun.body
+    patched = door.ask("PATCH", begun.headers["location"], RAW)
+    assert patched.status == 202, patched.body
+    joint = "&" if "?" in patched.headers["location"] else "?"
+    done = door.ask("PUT", f"{patched.headers['location']}{joint}digest={sha(RAW)}", b"")
+    assert done.status == 201, done.body
+    return f"/v2/{REPO}/blobs/{sha(RAW)}"
+
+
+def test_a_pull_is_redirected_to_the_public_endpoint(tmp_path: Path, proxy: Unsteady) -> None:
+    env = {"AIRLOCK_BLOBS": s3_url(tmp_path, tls=True, public=proxy.url)}
+    with serving(tmp_path / "data", new_site(tmp_path / "data", **env), **env) as door:
+        assert "altered_bytes_refused" in door.log.read_text()  # the probe's line
+        path = push(door)
+        small = door.blob(REPO, b"small")
+        head = door.ask("HEAD", path)
+        assert head.status == 200 and int(head.headers["content-length"]) == len(RAW) and "location" not in head.headers
+        for raw, where in ((RAW, path), (b"small", f"/v2/{REPO}/blobs/{small}")):
+            told = door.ask("GET", where, Range="bytes=1-3")
+            assert told.status == 307 and told.headers["location"].startswith(proxy.url) and told.body == b""
+            assert "X-Amz-Expires=600" in told.headers["location"] and door.keys["acme"] not in told.headers["location"]
+            assert fetch(told.headers["location"]).body == raw
+            part = fetch(told.headers["location"], Range="bytes=1-3")
+            assert part.status == 206 and part.body == raw[1:4]
+            assert fetch(told.headers["location"], Range=f"bytes={len(raw)}-").status == 416
+            assert fetch(told.headers["location"], "HEAD").status == 403  # so a HEAD must never be sent there
+            assert fetch(told.headers["location"], Authorization="Bearer x").status == 400  # so no key may follow
+            assert fetch(told.headers["location"].replace("Expires=600", "Expires=601")).status == 403
+        assert door.ask("GET", path, who=None).status == 401 and door.ask("GET", path, who="other").status == 404
+    assert outcomes(tmp_path / "data") == {"granted"}
+
+
+def test_our_client_follows_without_its_key(tmp_path: Path, proxy: Unsteady) -> None:
+    env = {"AIRLOCK_BLOBS": s3_url(tmp_path, public=proxy.url)}
+    with serving(tmp_path / "data", new_site(tmp_path / "data", **env), **env) as door:
+        push(door)
+        remote = RemoteRegistry(door.url, door.keys["acme"])
+        assert whole(remote.read(NO_CALL, REPO, sha(RAW), 5)) == RAW[5:]
+        assert proxy.count("GET ") >= 1 and all(b"authorization" not in head.lower() for head in proxy.heads)
+
+
+def test_unmodified_clients_follow_without_their_key(tmp_path: Path, proxy: Unsteady) -> None:
+    env = {"AIRLOCK_BLOBS": s3_url(tmp_path, public=proxy.url)}
+    with serving(tmp_path / "data", new_site(tmp_path / "data", **env), **env) as door:
+        push_files(door, "hf/acme/m", FILES)
+        done = hf(door, tmp_path / "home", "acme", "download", "acme/m", "--local-dir", str(tmp_path / "model"))
+        assert done.returncode == 0 and contents(tmp_path / "model") == FILES, done.stdout + done.stderr
+        by_hf = proxy.count("GET ")
+        digest, _ = layout(tmp_path / "from")
+        user, place = f"$oauthtoken:{door.keys['acme']}", f"docker://127.0.0.1:{door.port}/acme/image:1"
+        pushed = skopeo("copy", "--preserve-digests", "--dest-tls-verify=false", f"--dest-creds={user}", f"oci:{tmp_path}/from:1", place)
+        assert pushed.returncode == 0, pushed.stderr
+        pulled = skopeo("copy", "--preserve-digests", "--src-tls-verify=false", f"--src-creds={user}", place, f"oci:{tmp_path}/to:1")
+        assert pulled.returncode == 0 and (tmp_path / "to" / "blobs" / "sha256" / digest[7:]).exists(), pulled.stderr
+        assert 0 < by_hf < proxy.count("GET ") and all(b"authorization" not in head.lower() for head in proxy.heads)
+
+
+@pytest.mark.parametrize("off", [{"AIRLOCK_REDIRECT": "off"}, {"AIRLOCK_STREAM_TO": "127.0.0.0/8"}])
+def test_bytes_are_streamed_where_a_redirect_is_not_wanted(tmp_path: Path, off: dict[str, str]) -> None:
+    env = {"AIRLOCK_BLOBS": s3_url(tmp_path), **off}
+    with serving(tmp_path / "data", new_site(tmp_path / "data", **env), **env) as door:
+        path = push(door)
+        assert door.ask("GET", path).body == RAW
+        part = door.ask("GET", path, Range="bytes=5000000-9000000")
+        assert part.status == 206 and part.body == RAW[5_000_000:9_000_001]
+        assert part.headers["content-range"] == f"bytes 5000000-9000000/{len(RAW)}"
+        assert door.ask("GET", path, Range=f"bytes={len(RAW)}-").status == 416
+        assert door.ask("GET", path, Range="bytes=-1").body == RAW[-1:]
+        digest, raw = door.image(REPO, "v1", [b"layer"])
+        assert door.ask("GET", f"/v2/{REPO}/manifests/v1").body == raw and digest == sha(raw)
+    assert "served" in outcomes(tmp_path / "data")
+
+
+def test_another_replica_goes_on_after_kill_9(tmp_path: Path) -> None:
+    env = {"AIRLOCK_BLOBS": s3_url(tmp_path), "AIRLOCK_REDIRECT": "off"}
+    keys = new_site(tmp_path / "data", **env)
+    cut = 9 * MIB + 7
+    with serving(tmp_path / "data", keys, **env) as door:
+        begun = door.ask("POST", f"/v2/{REPO}/blobs/uploads/")
+        patched = door.ask("PATCH", begun.headers["location"], RAW[:cut])
+        assert patched.status == 202 and patched.headers["range"] == f"0-{cut - 1}"
+        door.process.kill()
+        door.process.wait(20)
+    with serving(tmp_path / "data", keys, **env) as door:
+        status = door.ask("GET", patched.headers["location"])
+        assert status.status == 204 and status.headers["range"] == f"0-{cut - 1}"
+        place = status.headers["location"]
+        done = door.ask("PUT", f"{place}{'&' if '?' in place else '?'}digest={sha(RAW)}", RAW[cut:])
+        assert done.status == 201, done.body
+        assert door.ask("GET", f"/v2/{REPO}/blobs/{sha(RAW)}").body == RAW
+
+
+def test_a_store_that_cannot_be_used_refuses_the_start(tmp_path: Path) -> None:
+    good = s3_url(tmp_path)
+    keys = new_site(tmp_path / "data", AIRLOCK_BLOBS=good)
+    for url, words in ((good.replace("/air/", "xx/air/"), "has no bucket"), (good.replace("127.0.0.1", "no-such-host.invalid"), "is not known")):
+        with pytest.raises(AssertionError) as told, serving(tmp_path / "data", keys, AIRLOCK_BLOBS=url):
+            pass
+        assert words in str(told.value) and rgw.SECRET not in str(told.value)
+
+
+def test_a_store_that_is_down_answers_503_and_recovers_by_itself(tmp_path: Path, proxy: Unsteady) -> None:
+    env = {"AIRLOCK_BLOBS": s3_url(tmp_path, endpoint=proxy.url), "AIRLOCK_REDIRECT": "off"}
+    with serving(tmp_path / "data", new_site(tmp_path / "data", **env), **env) as door:
+        path = push(door)
+        proxy.plan("busy", "", 10_000)
+        down = door.ask("GET", path)
+        assert down.status == 503 and "overloaded" in down.body.decode() and rgw.SECRET not in down.body.decode()
+        refused = door.ask("POST", f"/v2/{REPO}/blobs/uploads/?digest={sha(b'new')}", b"new")
+        assert refused.status == 503
+        proxy.faults.clear()
+        assert door.ask("GET", path).body == RAW
+        door.blob(REPO, b"new")
+
+
+def test_abandoned_uploads_are_swept_from_the_bucket(tmp_path: Path) -> None:
+    url = s3_url(tmp_path)
+    keys = new_site(tmp_path / "data", AIRLOCK_BLOBS=url)
+    with serving(tmp_path / "data", keys, AIRLOCK_BLOBS=url, AIRLOCK_UPLOAD_TTL_S="60") as door:
+        begun = door.ask("POST", f"/v2/{REPO}/blobs/uploads/")
+        assert door.ask("PATCH", begun.headers["location"], RAW[: 6 * MIB]).status == 202
+    store = s3_store(url, tmp_path)
+    assert len(list(store.multiparts("uploads/"))) == 1
+    assert store.sweep((), time.time() + 60) >= 1 and list(store.multiparts("")) == []
+
+
+# ---- nginx
+
+
+def test_nginx_sends_the_bytes(tmp_path: Path) -> None:
+    keys = new_site(tmp_path / "data")
+    document = ROOT / "docs" / "operations.md"
+    with (
+        serving(tmp_path / "data", keys, AIRLOCK_X_ACCEL="/internal/") as door,
+        nginx.serving(document, door.url, tmp_path / "data" / "blobs") as front,
+    ):
+        path, key = push(door), {"Authorization": f"Bearer {door.keys['acme']}"}
+        inner = door.ask("GET", path)
+        assert inner.status == 200 and inner.body == b"" and inner.headers["x-accel-redirect"].startswith("/internal/sha256/")
+        full = fetch(front + path, **key)
+        assert full.status == 200 and full.body == RAW and "x-accel-redirect" not in full.headers
+        assert full.headers["docker-content-digest"] == sha(RAW) and int(full.headers["content-length"]) == len(RAW)
+        part = fetch(front + path, Range="bytes=7-99", **key)
+        assert part.status == 206 and part.body == RAW[7:100] and part.headers["content-range"] == f"bytes 7-99/{len(RAW)}"
+        assert fetch(front + path, Range=f"bytes={len(RAW)}-", **key).status == 416
+        again = fetch(front + path, Range="bytes=7-99", If_Range=full.headers["etag"], **key)
+        assert again.status == 206 and again.body == RAW[7:100]
+        head = fetch(front + path, "HEAD", **key)
+        assert head.status == 200 and int(head.headers["content-length"]) == len(RAW) and "x-accel-redirect" not in head.headers
+        hexadecimal = sha(RAW)[7:]
+        assert fetch(f"{front}/internal/sha256/{hexadecimal[:2]}/{hexadecimal}", **key).status == 404
+        for who, status in ((None, 401), ("other", 404)):
+            told = door.ask("GET", path, who=who)
+            assert told.status == status and "x-accel-redirect" not in told.headers
+        digest, raw = door.image(REPO, "v1", [b"layer"])  # an upload through nginx needs its body unbuffered; manifests are small and come from us
+        assert fetch(f"{front}/v2/{REPO}/manifests/{digest}", **key).body == raw
+        through = Door(door.data, door.process, int(front.rsplit(":", 1)[1]), door.keys, door.log)
+        assert push(through) == path and through.blob(REPO, b"by nginx") == sha(b"by nginx")
+    assert outcomes(tmp_path / "data") == {"granted"}
+
+
+def test_without_the_setting_the_header_never_occurs(tmp_path: Path) -> None:
+    keys = new_site(tmp_path / "data")
+    with serving(tmp_path / "data", keys) as door:
+        path = push(door)
+        for headers in ({}, {"Range": "bytes=0-5"}, {"X-Accel-Redirect": "/internal/x"}):
+            found = door.ask("GET", path, **headers)
+            assert found.status in (200, 206) and "x-accel-redirect" not in found.headers and found.body

@@ -1,0 +1,210 @@
+"""Verify, rebuild, backup and restore by their commands on a real site: rot is found and healed, and backups of different days come together."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from artifact import manifest as m
+from artifact.errors import NotFound
+from registry.settings import Settings
+from registry.wiring import Site, open_site
+from tests.conftest import airlock
+from tests.contracts.doors import new_site, serving
+from tests.site import call_of, make_key, make_site, push_model, put
+
+DAMAGED = 7
+
+
+def reopened(data: Path) -> Site:
+    return open_site(Settings.load(data, environ={}), background=False)
+
+
+def blob_path(data: Path, digest: str, generation: str = "") -> Path:
+    text = digest.partition(":")[2]
+    return data / "blobs" / "sha256" / text[:2] / (text + generation)
+
+
+def flip(path: Path) -> None:
+    path.chmod(0o644)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def said(*argv: str, status: int = 0) -> dict[str, object]:
+    done = airlock(*argv, "--json", check=False)
+    assert done.returncode == status, done.stderr + done.stdout
+    answer = json.loads(done.stdout)
+    assert isinstance(answer, dict)
+    return answer
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> tuple[Path, str]:
+    """A closed site with one model, and a key of its organisation."""
+    with make_site(tmp_path) as site:
+        key = make_key(site, "acme")
+        push_model(site, call_of(site, key), "acme/tiny", "1")
+    return tmp_path / "data", key
+
+
+def test_verify_quarantines_and_a_push_heals(filled: tuple[Path, str]) -> None:
+    data, key = filled
+    with reopened(data) as site:
+        raw = os.urandom(3000)
+        digest = put(site, call_of(site, key), "acme/tiny", raw).digest
+    whole = said("registry", "verify", "--data", str(data), "--rate", "1G")
+    assert whole["complete"] is True and whole["findings"] == [] and int(str(whole["manifests"])) == 2
+    flip(blob_path(data, digest))
+    report = said("registry", "verify", "--data", str(data), status=DAMAGED)
+    (finding,) = report["findings"]  # type: ignore[misc]
+    assert finding["digest"] == digest and finding["repositories"] == ["acme/tiny"] and "digest sha256:" in finding["problem"]
+    with reopened(data) as site:
+        call = call_of(site, key)
+        for verb in (site.guard.stat, site.guard.read):
+            with pytest.raises(NotFound, match="failed verification") as refused:
+                verb(call, "acme/tiny", digest)
+            assert refused.value.reason == "damaged"
+        put(site, call, "acme/tiny", raw)  # the same bytes come again
+        content = site.guard.read(call, "acme/tiny", digest)
+        assert content.path is not None and content.path.read_bytes() == raw and content.path != blob_path(data, digest)
+    assert blob_path(data, digest).exists(), "the damaged bytes are kept as evidence"
+    assert said("registry", "verify", "--data", str(data))["findings"] == []
+
+
+def test_restored_bytes_are_served_again(filled: tuple[Path, str]) -> None:
+    data, key = filled
+    raw = os.urandom(2000)
+    with reopened(data) as site:
+        digest = put(site, call_of(site, key), "acme/tiny", raw).digest
+    path = blob_path(data, digest)
+    flip(path)
+    said("registry", "verify", "--data", str(data), status=DAMAGED)
+    again = said("registry", "verify", "--data", str(data), status=DAMAGED)
+    assert "quarantined before" in str(again["findings"])
+    path.write_bytes(raw)
+    assert said("registry", "verify", "--data", str(data))["healed"] == [digest]
+    with reopened(data) as site:
+        assert site.guard.read(call_of(site, key), "acme/tiny", digest).total == 2000
+
+
+def test_verify_goes_on_where_it_stopped(filled: tuple[Path, str]) -> None:
+    data, _ = filled
+    first = said("registry", "verify", "--data", str(data), "--minutes", "0.0000001")
+    assert first["complete"] is False
+    second = said("registry", "verify", "--data", str(data))
+    third = said("registry", "verify", "--data", str(data))
+    assert second["complete"] is True and third["complete"] is True
+    assert int(str(second["objects"])) <= int(str(third["objects"]))
+
+
+def test_rebuild_derives_the_index(filled: tuple[Path, str]) -> None:
+    data, key = filled
+    with sqlite3.connect(data / "registry.db") as db:
+        before = {t: sorted(db.execute(f"select * from {t}").fetchall(), key=repr) for t in ("edge", "file", "repo_blob")}
+        sizes = sorted(db.execute("select digest, size, location from blob").fetchall())
+        for table in ("edge", "file", "repo_blob", "blob_alias", "blob"):
+            db.execute(f"delete from {table}")
+    db.close()
+    report = said("registry", "rebuild", "--data", str(data))
+    assert report["adopted"] == len(sizes) and report["repaired"] == 2 and report["missing_count"] == 0
+    with sqlite3.connect(data / "registry.db") as db:
+        assert sorted(db.execute("select digest, size, location from blob").fetchall()) == sizes
+        for table in ("edge", "file"):
+            assert sorted(db.execute(f"select * from {table}").fetchall(), key=repr) == before[table]
+        assert sorted((r[0], r[1]) for r in db.execute("select repo_id, digest from repo_blob")) == sorted((r[0], r[1]) for r in before["repo_blob"])
+    db.close()
+    with reopened(data) as site:
+        call = call_of(site, key)
+        _, page = site.guard.files(call, "acme/tiny", "1")
+        for file in page.items:
+            content = site.guard.read(call, "acme/tiny", file.digest)  # type: ignore[attr-defined]
+            assert content.path is not None and m.digest_of(content.path.read_bytes()) == content.digest
+    assert said("registry", "rebuild", "--data", str(data))["repaired"] == 0
+
+
+def test_a_lost_object_is_named_and_comes_back(filled: tuple[Path, str]) -> None:
+    data, key = filled
+    raw = os.urandom(1500)
+    with reopened(data) as site:
+        digest = put(site, call_of(site, key), "acme/tiny", raw).digest
+    path = blob_path(data, digest)
+    kept = path.with_name("kept")
+    path.rename(kept)
+    report = said("registry", "rebuild", "--data", str(data), status=DAMAGED)
+    assert report["missing"] == {digest: ["acme/tiny"]}
+    with reopened(data) as site, pytest.raises(NotFound, match="missing or failed"):
+        site.guard.stat(call_of(site, key), "acme/tiny", digest)
+    kept.rename(path)
+    assert said("registry", "rebuild", "--data", str(data))["found_again"] == 1
+    with reopened(data) as site:
+        assert site.guard.stat(call_of(site, key), "acme/tiny", digest).size == 1500
+
+
+def test_backup_refuses_and_restore_checks(filled: tuple[Path, str], tmp_path: Path) -> None:
+    data, _ = filled
+    to = tmp_path / "saved"
+    said("registry", "backup", "--data", str(data), "--to", str(to))
+    assert (to.stat().st_mode & 0o777, (to / "secrets" / "pepper").stat().st_mode & 0o777) == (0o700, 0o600)
+    assert airlock("registry", "backup", "--data", str(data), "--to", str(to), check=False).returncode != 0
+    assert airlock("registry", "restore", "--from", str(to), "--data", str(data), check=False).returncode != 0  # a site is there
+    assert airlock("registry", "restore", "--from", str(tmp_path), "--data", str(tmp_path / "x"), check=False).returncode != 0
+    for name in ("registry.db", "secrets/pepper", "site.json"):
+        copy = tmp_path / "altered"
+        shutil.copytree(to, copy)
+        flip(copy / name)
+        done = airlock("registry", "restore", "--from", str(copy), "--data", str(tmp_path / "new"), check=False)
+        assert done.returncode == DAMAGED and name in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "new" / "site.json").exists()
+        shutil.rmtree(copy)
+    index = json.loads((to / "backup.json").read_text())
+    index["files"]["../outside"] = {"sha256": "0" * 64, "size": 1}
+    (to / "backup.json").write_text(json.dumps(index))
+    done = airlock("registry", "restore", "--from", str(to), "--data", str(tmp_path / "new"), check=False)
+    assert done.returncode != 0 and "outside" in done.stderr
+
+
+@pytest.mark.server
+def test_drill_with_three_ages(tmp_path: Path) -> None:
+    """Database of Monday, secrets of Tuesday, store of Wednesday: what both know is served, what came later is told and comes back by a push."""
+    data, new = tmp_path / "site" / "data", tmp_path / "new" / "data"
+    data.parent.mkdir()
+    new.parent.mkdir()
+    keys = new_site(data)
+    late_raw = os.urandom(3000)
+    with serving(data, keys) as door:
+        old = door.blob("acme/app", os.urandom(5000))
+        image, _ = door.image("acme/app", "1", [b"layer of monday"])
+        said("registry", "backup", "--data", str(data), "--to", str(tmp_path / "monday"))
+        door.blob("acme/app", os.urandom(4000))
+        said("registry", "backup", "--data", str(data), "--to", str(tmp_path / "tuesday"))
+        late = door.blob("acme/app", late_raw)
+        shutil.copytree(data / "blobs", tmp_path / "wednesday")
+    for secret in (tmp_path / "tuesday" / "secrets").iterdir():
+        assert secret.read_bytes() == (tmp_path / "monday" / "secrets" / secret.name).read_bytes()
+    said("registry", "restore", "--from", str(tmp_path / "monday"), "--data", str(new))
+    shutil.copytree(tmp_path / "wednesday", new / "blobs", dirs_exist_ok=True)
+    report = said("registry", "rebuild", "--data", str(new))
+    assert (report["adopted"], report["missing_count"]) == (2, 0)
+    with serving(new, keys) as door:
+        assert door.ask("GET", f"/v2/acme/app/blobs/{old}").status == 200
+        assert door.ask("GET", "/v2/acme/app/manifests/1").headers["docker-content-digest"] == image
+        assert door.ask("HEAD", f"/v2/acme/app/blobs/{late}").status == 404  # its link is of a later day than the database
+        assert door.blob("acme/app", late_raw) == late
+        assert door.ask("GET", f"/v2/acme/app/blobs/{late}").body == late_raw
+    assert blob_path(new, late).exists() and not blob_path(new, late, ".g1").exists(), "one copy of the bytes"
+
+
+def test_secrets_of_another_site_are_refused(filled: tuple[Path, str], tmp_path: Path) -> None:
+    data, _ = filled
+    said("registry", "backup", "--data", str(data), "--to", str(tmp_path / "saved"))
+    said("registry", "restore", "--from", str(tmp_path / "saved"), "--data", str(tmp_path / "new"))
+    (tmp_path / "new" / "secrets" / "pepper").write_bytes(os.urandom(32))
+    done = airlock("registry", "rebuild", "--data", str(tmp_path / "new"), check=False)
+    assert done.returncode != 0 and "pepper" in done.stderr and "Traceback" not in done.stderr

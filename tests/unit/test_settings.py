@@ -1,0 +1,150 @@
+"""Settings: four sources in one order, words for what is wrong, no password shown, and a documentation that cannot drift."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from artifact.errors import AirlockError, Invalid, NotFound
+from registry.bucket import Options
+from registry.commands import config
+from registry.database import open_engine
+from registry.settings import PREFIX, Settings, specs, table, written
+from tests.conftest import ROOT
+
+KEYS = {"build", "image", "entrypoint", "command", "environment", "ports", "volumes"}
+KEYS |= {"profiles", "depends_on", "secrets", "deploy", "restart", "stop_grace_period"}
+OTHER = {  # variables of the registry's world that are no settings of the registry process
+    "AIRLOCK_KEY",
+    "AIRLOCK_CONFIG",
+}
+
+
+def test_argument_then_environment_then_file_then_default(tmp_path: Path) -> None:
+    file = tmp_path / "given.yaml"
+    file.write_text("port: 1\nhost: 10.0.0.1\nlog_level: debug\nupload_ttl_s: 61\n")
+    found = Settings.load(tmp_path, port=3, environ={"AIRLOCK_CONFIG": str(file), "AIRLOCK_PORT": "2", "AIRLOCK_HOST": "10.0.0.2"})
+    assert (found.port, found.host, found.log_level, found.upload_ttl_s, found.lease_life_s) == (3, "10.0.0.2", "debug", 61, 86400)
+    sources = {name: source for name, _, source, _ in found.rows()}
+    assert sources["port"] == "argument"
+    assert sources["host"] == "environment AIRLOCK_HOST"
+    assert sources["log_level"] == f"file {file}"
+    assert sources["lease_life_s"] == "default"
+
+
+def test_a_file_beside_the_data_is_read_and_may_not_be_needed(tmp_path: Path) -> None:
+    assert Settings.load(tmp_path, environ={}).port == 5000
+    (tmp_path / "registry.yaml").write_text("port: 7\nredirect: no\nstream_to: [10.0.0.0/8, 192.168.0.0/16]\npublic_url:\n")
+    found = Settings.load(tmp_path, environ={})
+    assert (found.port, found.redirect, found.stream_to, found.public_url) == (7, False, ("10.0.0.0/8", "192.168.0.0/16"), "")
+
+
+def test_the_data_directory_may_be_named_in_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"data: {tmp_path}\n")
+    assert Settings.load(environ={"AIRLOCK_CONFIG": str(tmp_path / "a.yaml")}).data == tmp_path
+    with pytest.raises(Invalid, match="no data directory"):
+        Settings.load(environ={})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prot: 5", "did you mean port"),
+        ("- a", "holds no settings"),
+        ("port: {a: 1}", "port in .* is dict"),
+        ("port: 1.5", "port in .* is float"),
+        ("port: -1", "port in .* is '-1'"),
+        ("a: [", "is no YAML, line"),
+        ("port: !!python/object/apply:os.system [id]", "is no YAML"),
+        ("port: '٣'", "whole number from 0 to 65535"),
+        ("log_level: loud", "debug, info, warning, error"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_words(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "registry.yaml").write_text(text)
+    with pytest.raises(Invalid) as caught:
+        Settings.load(tmp_path, environ={})
+    assert re.search(words, str(caught.value))
+
+
+def test_a_named_file_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="cannot be read"):
+        Settings.load(tmp_path, environ={"AIRLOCK_CONFIG": str(tmp_path / "no.yaml")})
+
+
+@pytest.mark.parametrize("name", [n for n in specs() if n != "data"])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(min_size=1, max_size=30))
+def test_any_text_is_a_value_or_refused_naming_the_variable(tmp_path: Path, name: str, text: str) -> None:
+    """A setting that was taken can be written out and read again to the same value."""
+    variable = PREFIX + name.upper()
+    try:
+        found = Settings.load(tmp_path, environ={variable: text})
+    except Invalid as error:
+        assert variable in str(error) or name in str(error)
+        assert not specs()[name].secret or len(text) < 3 or text not in str(error) or text in variable
+        return
+    again = written(getattr(found, name))
+    assert not again or getattr(Settings.load(tmp_path, environ={variable: again}), name) == getattr(found, name)
+
+
+def test_no_password_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRLOCK_DATABASE", "postgresql://airlock:p%40ss:w@rd@db/airlock?password=planted&sslmode=require")
+    monkeypatch.setenv("AIRLOCK_BLOBS", "s3://bucket/p?endpoint=http://root:planted@10.0.0.9:80")
+    for argv in (["--data", str(tmp_path)], ["--data", str(tmp_path), "--json"]):
+        assert config.main(argv) == 0
+        out = capsys.readouterr().out
+        assert "p%40ss" not in out and "w@rd" not in out and "planted" not in out
+        assert "postgresql://airlock:***@db/airlock?password=***&sslmode=require" in out
+    shown = json.loads(out)
+    assert set(shown) == set(specs())
+    assert shown["database"]["source"] == "environment AIRLOCK_DATABASE"
+
+
+def test_two_ways_to_tls_are_refused(tmp_path: Path) -> None:
+    for env in ({"AIRLOCK_TLS_CERT": "a"}, {"AIRLOCK_TLS_KEY": "a"}, {"AIRLOCK_TLS": "self-signed", "AIRLOCK_TLS_CERT": "a", "AIRLOCK_TLS_KEY": "b"}):
+        with pytest.raises(AirlockError):
+            Settings.load(tmp_path, environ=env)
+    assert Settings.load(tmp_path, environ={"AIRLOCK_TLS": "self-signed"}).url == "https://127.0.0.1:5000"
+
+
+def test_the_documented_settings_are_the_settings() -> None:
+    assert table() in (ROOT / "docs" / "operations.md").read_text()
+
+
+def environment(service: dict[str, object]) -> dict[str, object]:
+    found = service.get("environment", {})
+    assert isinstance(found, dict)
+    return found
+
+
+def test_the_compose_file_names_settings_that_exist(tmp_path: Path) -> None:
+    doc = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    services = doc["services"]
+    assert [name for name, service in services.items() if not service.get("profiles")] == ["registry"]
+    known = {PREFIX + name.upper() for name in specs()}
+    for name, service in services.items():
+        assert set(service) <= KEYS, name
+        ours = {key: str(value) for key, value in environment(service).items() if key.startswith(PREFIX)}
+        assert set(ours) - OTHER <= known, name
+        found = Settings.load(environ={"AIRLOCK_DATA": str(tmp_path), **{k: v for k, v in ours.items() if k not in OTHER}})
+        if found.blobs:
+            assert Options.parse(found.blobs_url).bucket == "airlock"
+            open_engine(found.database_url).dispose()  # its URL is understood; nothing connects yet
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert source.startswith(".") or source in doc["volumes"], volume
+        assert set(service.get("depends_on", [])) <= set(services)
+        assert set(service.get("secrets", [])) <= set(doc.get("secrets", {}))
+
+
+def test_no_secret_is_written_into_the_compose_file_or_the_image() -> None:
+    lines = ((ROOT / "docker-compose.yml").read_text() + (ROOT / "Dockerfile").read_text()).splitlines()
+    text = "\n".join(line for line in lines if not line.startswith("#"))
+    assert not re.search(r"(?i)(password|secret|key) *[:=] *['\"]?[A-Za-z0-9]{4,}", re.sub(r"(?i)_file *[:=] *\S+", "", text))
