@@ -237,9 +237,9 @@ class Manifest:
 def parse_manifest(raw: bytes, media_type: str = "", algorithm: str = "sha256") -> Manifest:
     """A manifest or index from untrusted bytes; raises Invalid, TooLarge (OCI image-spec v1.1 manifest.md, image-index.md)."""
     doc = parse_json(raw, "the manifest")
-    stated = doc.get("mediaType") or media_type or (INDEX if "manifests" in doc else MANIFEST)
-    if not isinstance(stated, str) or (media_type and doc.get("mediaType") and doc["mediaType"] != media_type):
-        raise Invalid("the Content-Type differs from the manifest's mediaType", expected=str(doc.get("mediaType")), reason="manifest")
+    stated = doc.get("mediaType", media_type or (INDEX if "manifests" in doc else MANIFEST))
+    if not isinstance(stated, str) or (media_type and stated != media_type):
+        raise Invalid("the Content-Type differs from the manifest's mediaType", expected=str(stated)[:100], reason="manifest")
     if stated not in MANIFEST_TYPES:
         raise Invalid(f"manifests of type {stated[:100]!r} are not accepted", expected=", ".join(MANIFEST_TYPES), reason="manifest")
     if doc.get("schemaVersion") != 2:

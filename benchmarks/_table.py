@@ -50,8 +50,9 @@ class Report:
     verdicts: list[Verdict] = field(default_factory=list)
 
     def row(self, *cells: object) -> None:
-        """Adds a row, floats with two digits."""
+        """Adds a row, floats with two digits, and tells it on stderr, as a run takes minutes."""
         self.rows.append(tuple(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells))
+        print(" ; ".join(self.rows[-1]), file=sys.stderr, flush=True)
 
     def at_most(self, target: str, figure: float, bar: float) -> None:
         """A target that is met by a figure not above the bar."""

@@ -106,7 +106,7 @@ class Collector:
     def run(self, now: float, *, progress: Progress = _silent, held: job.Job | None = None) -> Report:
         """One collection; raises Conflict `running` while another process is at it, Unavailable."""
         mine = held or job.Job.take(self._engine, NAME, now)
-        report = Report(now)
+        report = Report(now, complete=False)
 
         def told(phase: str, done: int) -> None:
             progress(phase, done)
@@ -114,8 +114,8 @@ class Collector:
 
         try:
             self._run(report, told)
-        except AirlockError as error:
-            report.complete, report.error = False, error.what
+        except (AirlockError, OSError) as error:
+            report.error = error.what if isinstance(error, AirlockError) else f"{error.filename}: {error.strerror}"
             raise
         finally:
             with suppress(Conflict):  # taken over: it is another run's by now
@@ -160,7 +160,7 @@ class Collector:
             progress("store", seen)
             if self._stop.is_set():
                 return
-        job.Job.take(self._engine, WALK, report.at).end({"seen": seen, "adopted": report.adopted}, report.at)
+        job.note(self._engine, WALK, {"seen": seen, "adopted": report.adopted}, report.at)
 
     def _remove_bytes(self, report: Report, progress: Progress) -> None:
         """Removes bytes whose delay is over; their rows go last, so that whoever publishes the same digest meanwhile takes another place."""
@@ -336,8 +336,8 @@ class Collector:
         def top() -> None:
             try:
                 work()
-            except AirlockError:
-                return  # its words are in the report
+            except Exception as error:  # noqa: BLE001 - the top of a thread: the words are in the report too
+                LOG.error("the collection failed: %s %s", type(error).__name__, error)
 
         thread = threading.Thread(target=top, name=name, daemon=True)
         self._threads = [t for t in self._threads if t.is_alive()] + [thread]

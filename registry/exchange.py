@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import dataclasses
 import json
 import os
@@ -129,7 +128,7 @@ class Exchange:
         if kind.lower() == "bearer" and rest:
             return rest
         if kind.lower() == "basic":
-            with suppress(binascii.Error, UnicodeDecodeError):
+            with suppress(ValueError):  # what is no base64, or no text in it
                 _, colon, password = base64.b64decode(rest, validate=True).decode("utf-8").partition(":")
                 return password if colon else ""
         return ""

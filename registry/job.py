@@ -115,6 +115,16 @@ def status(engine: Engine, name: str) -> dict[str, object]:
     return facts | {"phase": now.get("phase", ""), "done": now.get("done", 0), "report": json.loads(row.report) if row.report else {}}
 
 
+def note(engine: Engine, name: str, report: Mapping[str, object], at: float) -> None:
+    """Notes that something which needs no holder was done, and when."""
+
+    def work(conn: Connection) -> None:
+        conn.execute(ignore_duplicates(conn, t.job).values(name=name))
+        conn.execute(update(t.job).where(t.job.c.name == name).values(started=at, ended=at, report=json.dumps(report)))
+
+    retried(engine, work)
+
+
 def last_ended(engine: Engine, name: str) -> float:
     """When the job ended last; 0 for never."""
     with reading(engine) as conn:

@@ -257,7 +257,8 @@ def unlink_manifest(conn: Connection, repo_id: int, digest: str, at: float, *, k
     if manifest_id is None or not conn.execute(delete(link).where(link.c.repo_id == repo_id, link.c.manifest_id == manifest_id)).rowcount:
         return False
     named = select(refs.c.name, R.c.immutable).join(R, R.c.id == refs.c.repo_id)
-    gone = conn.execute(named.where(refs.c.repo_id == repo_id, refs.c.manifest_id == manifest_id).order_by(refs.c.name)).all()
+    named = named.where(refs.c.repo_id == repo_id, refs.c.manifest_id == manifest_id).order_by(refs.c.name).with_for_update(of=refs)
+    gone = conn.execute(named).all()
     for row in gone:
         _demand_mutable(row.immutable, row.name)
     if gone:

@@ -64,7 +64,7 @@ class Lookup:
         if not all(storable(value) for value in values.values()):
             name, ref = "", ""  # names nothing, as it would in the catalog
             values |= {"name": name, "model": name, "ref": ref, "digest": ref, "path": ""}
-        values = {k: values[k] for k in USED[kind]} | ({"hmac": hmac} if hmac else {"key_id": key_id})
+        values = {k: values[k] for k in USED[kind]} | ({"hmac": hmac} if hmac else {"key_id": key_id if storable(key_id) else ""})
         statement = _joint("hmac" if hmac else "key_id", kind, is_digest(ref), not ref.startswith("sha512:"))
         with t.reading(self._engine) as conn:
             rows = conn.execute(statement, values).all()

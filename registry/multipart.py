@@ -95,13 +95,11 @@ class S3Writer(BlobWriter):
                 raw = b"".join(self._store.pieces(name, 0, self._store.size_of(name) or 0))
                 self._parts = [(str(etag), int(size)) for etag, size in json.loads(raw)] if raw else []
                 self._sent = sum(size for _, size in self._parts)
-            if self._multipart:
-                self._store.ask("list_parts", self._key, UploadId=self._multipart, MaxParts=1)
+            self._complete = bool(self._multipart) and self._joined(offset)
             for piece in self._store.pieces(f"{self._folder}{self._saved}.tail", 0, tail):
                 self._tail.append(memoryview(piece))
         except NotFound as error:
-            if not (self._multipart and error.ids.get("code") == "NoSuchUpload" and self._store.size_of(self._key) == offset):
-                raise _gone() from error  # else: a Complete whose answer was lost; publish() will find the object
+            raise _gone() from error
         except OSError as error:
             raise self._disk(error) from error
         if len(self._parts) != parts or self._sent + self._tail.size != offset:
@@ -110,6 +108,16 @@ class S3Writer(BlobWriter):
         self._hasher = self._rehash(digest_state, offset)
         if self._hasher is None and self._key.startswith("blobs/"):
             raise _gone()  # what nobody has verified must not be seen under a digest
+
+    def _joined(self, offset: int) -> bool:
+        """Whether the parts are one object already, as after a Complete whose answer was lost; raises Mismatch where there is neither."""
+        try:
+            self._store.ask("list_parts", self._key, UploadId=self._multipart, MaxParts=1)
+        except NotFound as error:
+            if self._store.size_of(self._key) != offset:
+                raise _gone() from error
+            return True
+        return False
 
     def _rehash(self, state: bytes, offset: int) -> Hasher | None:
         if state or not offset:
@@ -138,6 +146,8 @@ class S3Writer(BlobWriter):
     def write(self, view: bytes | memoryview) -> None:
         """Appends and hashes, and sends each part that is full; raises Unavailable, and then holds the bytes up to `offset`."""
         self._check()
+        if self._complete:
+            raise NotFound("this upload was ended", do="start another one", reason="upload")
         rest = memoryview(view).cast("B")
         while len(rest):
             room = part_size(self._sent, self._store.options.steps) - self._tail.size
@@ -182,7 +192,7 @@ class S3Writer(BlobWriter):
     def sync(self) -> None:
         """Makes all written bytes durable in the bucket; raises Unavailable."""
         self._check()
-        if may_cut(self._tail.size, len(self._parts), self.offset, self._store.options.steps):
+        if not self._complete and may_cut(self._tail.size, len(self._parts), self.offset, self._store.options.steps):
             self._flush()
         if not self.offset:
             return
@@ -310,8 +320,8 @@ class S3Writer(BlobWriter):
         """Removes all that was staged but for the object at the key that is public now."""
         if self._multipart and not self._complete:
             self._store.abort(self._key, self._multipart)
-        elif self._complete and self._key.startswith("uploads/") and self._key != public:
-            self._store.ask("delete_object", self._key)
+        elif self._complete and self._key != public:
+            self._store.discard(self._id)  # which spares what a pointer names
         if self._multipart or self._saved:
             self._store.erase(self._folder)
         self._multipart, self._parts = "", []

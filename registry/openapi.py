@@ -194,7 +194,7 @@ def _unlocked() -> dict[str, dict[str, Any]]:
 
 def document() -> dict[str, Any]:
     """The whole document (OpenAPI Specification 3.1.0)."""
-    error = _object("error what", error=_TEXT, reason=_TEXT, what=_TEXT, expected=_TEXT, do=_TEXT)
+    error = _object("error what", error=_TEXT, reason=_TEXT, what=_TEXT, expected=_TEXT, do=_TEXT, request_id=_TEXT)
     return {
         "openapi": "3.1.0",
         "info": {

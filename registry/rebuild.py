@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, Table, delete, insert, select, update
 
 from artifact.errors import AirlockError, Invalid
 from artifact.manifest import Manifest, files_of, parse_manifest
@@ -86,7 +86,7 @@ class Rebuild:
                 if not digest or location in waiting:
                     continue
                 row = {"digest": digest, "size": size, "location": location, "lease_until": until, "gc_after": until}
-                report.adopted += conn.execute(c.ignore_duplicates(conn, t.blob).values(row)).rowcount
+                report.adopted += _added(conn, t.blob, row)
                 again = (t.blob.c.digest == digest, t.blob.c.state == MISSING)
                 report.found_again += conn.execute(update(t.blob).where(*again).values(state=READY, location=location, size=size)).rowcount
         self._progress(sum(size for _, size in page))
@@ -132,6 +132,11 @@ class Rebuild:
                         report.missing[row.digest] = _needed_by(conn, row.digest)
 
 
+def _added(conn: Connection, table: Table, row: dict[str, object]) -> int:
+    """1 where the row is new; the count of rows of such an INSERT is unknown to PostgreSQL's driver."""
+    return int(conn.execute(c.ignore_duplicates(conn, table).values(row).returning(table.c.digest)).first() is not None)
+
+
 def _needed_by(conn: Connection, digest: str) -> list[str]:
     r, link = t.repository, t.repo_blob
     found = select(r.c.name).join(link, link.c.repo_id == r.c.id).where(link.c.digest == digest).order_by(r.c.name).limit(20)
@@ -141,19 +146,19 @@ def _needed_by(conn: Connection, digest: str) -> list[str]:
 def _derive(conn: Connection, manifest_id: int, manifest: Manifest) -> int:
     """Edges, files and links of one manifest as its bytes say; 1 where anything differed."""
     named = sorted({d.digest for d in manifest.blobs()})
-    held = dict(conn.execute(select(t.blob.c.digest, t.blob.c.digest).where(t.blob.c.digest.in_(named))).tuples().all())
+    held: dict[str, str] = {digest: digest for digest in conn.execute(select(t.blob.c.digest).where(t.blob.c.digest.in_(named))).scalars()}
     alias = t.blob_alias.c
-    held |= dict(conn.execute(select(alias.digest, alias.blob).where(alias.digest.in_(named))).tuples().all())
-    for digest in (d for d in manifest.blobs() if d.digest not in held and d.digest.startswith("sha256:")):
+    held |= {row.digest: row.blob for row in conn.execute(select(alias.digest, alias.blob).where(alias.digest.in_(named)))}
+    for blob in (d for d in manifest.blobs() if d.digest not in held and d.digest.startswith("sha256:")):
         # A row without bytes stands for the link; the last step marks it missing, and a push or import fills it.
-        row = {"digest": digest.digest, "size": digest.size, "location": "", "state": MISSING}
+        row = {"digest": blob.digest, "size": blob.size, "location": "", "state": MISSING}
         conn.execute(c.ignore_duplicates(conn, t.blob).values(row))
-        held[digest.digest] = digest.digest
+        held[blob.digest] = blob.digest
     changed = _same_edges(conn, manifest_id, manifest, held) + _same_files(conn, manifest_id, manifest)
     linked = list(conn.execute(select(t.repo_manifest.c.repo_id).where(t.repo_manifest.c.manifest_id == manifest_id)).scalars())
     for repo_id in linked:
         for digest in sorted(set(held.values())):
-            changed += conn.execute(c.ignore_duplicates(conn, t.repo_blob).values(repo_id=repo_id, digest=digest)).rowcount
+            changed += _added(conn, t.repo_blob, {"repo_id": repo_id, "digest": digest})
     return int(bool(changed))
 
 

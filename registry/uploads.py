@@ -23,6 +23,7 @@ from registry.catalog import Catalog, UploadRow
 
 OCTETS = "application/octet-stream"
 ALGORITHMS = ("sha256", "sha512")
+SURPLUS_S = 3600.0  # longer than any request needs from the publication of bytes to their record
 PATIENCE_S = 6.0  # for a database that restarts just when a blob's bytes are in their place
 
 
@@ -101,7 +102,11 @@ class Uploads:
             writer.discard()
             raise
         generation = self.generation(own)
-        location = writer.publish(own, generation)
+        location = self._held(own, writer)
+        if location:
+            writer.discard()
+        else:
+            location = writer.publish(own, generation)
         try:
             if own != digest and not upload.proves(digest) and self._digest(location, "sha512") != digest:
                 raise Mismatch("the uploaded bytes have another digest", expected=digest, do="send them again", reason="digest")
@@ -115,6 +120,13 @@ class Uploads:
             upload.let_go()  # its bytes have left the staging place: there is nothing to suspend, and the same bytes sent again find them
             raise
         return Descriptor(OCTETS, digest, total)
+
+    def _held(self, digest: str, writer: BlobWriter) -> str:
+        """Where the store holds these very bytes already; empty where it does not, or where the writer's are others."""
+        with self.catalog.reading() as conn:
+            location = c.blob_location(conn, digest)
+        same = bool(location) and writer.digest() == digest and self.blobs.stat(location) == writer.offset
+        return location if same else ""
 
     def generation(self, digest: str) -> int:
         """The generation of the blob's row, else the first of which no bytes wait for their removal."""
@@ -149,7 +161,7 @@ class Uploads:
             c.check_quota(conn, repo, own, total)
             held = c.add_blob(conn, own, total, location, lease_until=until)
             if held != location:
-                c.add_garbage(conn, location, total, until)  # another upload of these bytes was first
+                c.add_garbage(conn, location, total, call.now + SURPLUS_S)  # another upload of these bytes was first
             elif c.in_garbage(conn, [location]):
                 raise _Swept
             if own != digest:
@@ -175,7 +187,7 @@ class Uploads:
 
     def store(self, content: Content, digest: str, generation: int) -> str:
         """Publishes bytes that are at hand under a digest and a generation and returns the location, without a row; raises Mismatch, Unavailable."""
-        writer = self.blobs.writer(secrets.token_urlsafe(24), digest)
+        writer = self.blobs.writer(secrets.token_urlsafe(24), None if generation else digest)  # the digest names a place of generation 0
         try:
             for piece in pieces_of(content):
                 writer.write(piece)

@@ -57,7 +57,7 @@ class AdminDoor:
             if isinstance(error, errors.Throttled):
                 headers = {"retry-after": error.ids["retry_after"]}
             body = {"error": error.code, "reason": error.reason, "what": error.what, "expected": error.expected, "do": error.do}
-            await x.json(status, body, headers)
+            await x.json(status, body | {"request_id": x.note["request_id"]}, headers)
 
     async def _serve(self, x: Exchange) -> None:
         route = ("GET" if x.method == "HEAD" else x.method, x.path)

@@ -21,6 +21,7 @@ from registry.catalog import ensure_org
 from registry.home import Home
 from registry.settings import Settings
 from registry.wiring import open_site
+from tests.services import postgres
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -98,8 +99,13 @@ class Door:
 
 
 def new_site(data: Path, **env: str) -> dict[str, str]:
-    """Makes the data directory with the keys above and returns the keys; settings from `env` too."""
+    """Makes the data directory with the keys above and returns the keys; settings from `env` too.
+
+    With AIRLOCK_TEST_DATABASE=postgresql every site gets a database of the run's PostgreSQL instead of SQLite, by its settings file.
+    """
     Home.open(data, create=True)
+    if os.environ.get("AIRLOCK_TEST_DATABASE") == "postgresql" and "AIRLOCK_DATABASE" not in env:
+        (data / "registry.yaml").write_text(f"database: {postgres.shared().database()}\n")
     keys = {}
     now = time.time()
     with open_site(Settings.load(data, environ={**os.environ, **env}), background=False) as site, site.catalog.writing() as conn:

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from artifact.manifest import digest_of
 from artifact.remote import NO_CALL, RemoteRegistry
+from mirror.home import MirrorHome
+from mirror.pack import pack
+from registry.home import Home
+from registry.settings import Settings
+from registry.wiring import open_site
+from tests.conftest import airlock
 from tests.contracts.doors import Answer, Door, new_site, serving, sha
 from tests.contracts.stores import s3_store, s3_url, whole
 from tests.contracts.test_hub_door import FILES
@@ -21,6 +28,7 @@ from tests.contracts.test_hub_door import push as push_files
 from tests.fakes.unsteady import Unsteady
 from tests.flows.test_clients import contents, hf, layout, skopeo
 from tests.services import nginx, rgw
+from tests.unit.test_bundle import stage_model
 
 pytestmark = pytest.mark.server
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,3 +236,30 @@ def test_without_the_setting_the_header_never_occurs(tmp_path: Path) -> None:
         for headers in ({}, {"Range": "bytes=0-5"}, {"X-Accel-Redirect": "/internal/x"}):
             found = door.ask("GET", path, **headers)
             assert found.status in (200, 206) and "x-accel-redirect" not in found.headers and found.body
+
+
+# ---- the rest of the registry over a bucket
+
+
+def test_a_bundle_is_imported_into_the_bucket_and_the_index_made_again_from_it(tmp_path: Path) -> None:
+    env = {"AIRLOCK_BLOBS": s3_url(tmp_path)}
+    mirror = MirrorHome.init(tmp_path / "mirror")
+    files = {"config.json": b"{}", "w.safetensors": RAW}
+    stage_model(mirror, "hf/acme/m", "main", files)
+    pack(mirror, tmp_path / "disk", time.time())
+    data = tmp_path / "data"
+    new_site(data, **env)
+    Home.open(data).pin_root(mirror.root)
+    assert json.loads(airlock("bundle", "import", str(tmp_path / "disk"), "--data", str(data), "--json", **env).stdout)["imported"]
+    objects = {digest_of(raw) for raw in files.values()}
+    with open_site(Settings.load(data, environ=env), background=False) as site:
+        held = {site.blobs.digest_of(location): location for location, _ in site.blobs.walk()}
+        assert objects <= held.keys() and not any((data / "blobs").rglob("*.*"))
+        assert whole(site.blobs.open(held[digest_of(RAW)])) == RAW
+    with sqlite3.connect(data / "registry.db") as connection:  # as after a restore of an older database
+        for table in ("edge", "file", "repo_blob", "blob_alias", "blob"):
+            connection.execute(f"DELETE FROM {table}")
+    rebuilt = json.loads(airlock("registry", "rebuild", "--data", str(data), "--json", **env).stdout)
+    assert rebuilt["objects"] == rebuilt["adopted"] == len(held) and rebuilt["missing_count"] == 0, rebuilt
+    verified = airlock("registry", "verify", "--data", str(data), **env)
+    assert verified.returncode == 0, verified.stdout

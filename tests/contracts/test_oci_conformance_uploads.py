@@ -181,13 +181,13 @@ def test_cancel(client: Client, repo: str, stored: int) -> None:
         assert (gone.status, gone.codes) == (404, ["BLOB_UPLOAD_UNKNOWN"]), method
 
 
-def test_an_upload_is_of_its_repository_and_its_organisation(client: Client, door: Door, repo: str) -> None:
+def test_an_upload_is_of_its_repository_and_its_organisation(client: Client, server: Door, repo: str) -> None:
     place = client.start(repo)
     client.start(f"{repo}/other")
     elsewhere = client.ask("PATCH", place.replace(repo, f"{repo}/other"), b"x")
     assert (elsewhere.status, elsewhere.codes) == (404, ["BLOB_UPLOAD_UNKNOWN"])
-    assert Client(door.port, door.keys["other"], client.mode).ask("PATCH", place, b"x").status in (401, 403, 404)
-    assert Client(door.port, "", "none").raw("PATCH", place, body=b"x").status == 401
+    assert Client(server.port, server.keys["other"], client.mode).ask("PATCH", place, b"x").status in (401, 403, 404)
+    assert Client(server.port, "", "none").raw("PATCH", place, body=b"x").status == 401
     assert client.ask("PATCH", place, b"abc").get("range") == "0-2"
 
 
@@ -251,11 +251,11 @@ def test_mount_without_a_source(client: Client, repo: str, algorithm: str) -> No
         made(client, repo, reply, data, name)
 
 
-def test_mount_without_pull_right_says_nothing(client: Client, door: Door, repo: str) -> None:
+def test_mount_without_pull_right_says_nothing(client: Client, server: Door, repo: str) -> None:
     """Row 8: a key without pull on the source gets 202, the same for what is there and for what is not."""
     data = os.urandom(2000)
     name = client.blob(repo, data)
-    other = Client(door.port, door.keys["other"], client.mode)
+    other = Client(server.port, server.keys["other"], client.mode)
     mine = f"other/mounts/{hashlib.sha256(repo.encode()).hexdigest()[:8]}"
     there, missing, nowhere = (
         other.ask("POST", f"/v2/{mine}/blobs/uploads/?mount={asked}&from={source}")

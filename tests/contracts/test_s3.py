@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -284,6 +285,20 @@ def test_tails_go_to_disk_when_memory_is_in_use(tmp_path: Path) -> None:
         assert store.memory.used <= store.memory.total
     assert {writer.publish(digest_of(PARTS)) for writer in writers} == {location for location, _ in store.walk()}
     assert store.memory.used == 0
+
+
+def test_a_spool_that_fails_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
+    store = s3_store(s3_url(tmp_path), tmp_path)
+    writer = store.writer("upload-0001")
+    writer.write(b"a" * 1000)
+    store.memory.total = 1000
+    shutil.rmtree(store.spool)
+    with pytest.raises(Unavailable):
+        writer.write(b"b" * 1000)
+    assert writer.offset == 1000
+    store.spool.mkdir()
+    writer.write(b"b" * 1000)
+    assert whole(store.open(writer.publish(digest_of(b"a" * 1000 + b"b" * 1000)))) == b"a" * 1000 + b"b" * 1000
 
 
 _LARGE = """

@@ -446,7 +446,7 @@ def test_a_client_that_leaves_in_its_upload_leaves_what_came(site: Site, sent: i
 
 
 def test_a_stalled_upload_is_ended_and_told(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "STALL_S", 0.5)
+    monkeypatch.setattr(exchange, "STALL_S", 3.0)
     with site.connect() as sock:
         ask(sock, "/upload", "PUT", Content_Length="9000000")
         sock.sendall(b"x" * 2_000_000)

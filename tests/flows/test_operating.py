@@ -117,7 +117,7 @@ def test_the_last_run_of_a_job_is_a_figure(server: Operated) -> None:
 def test_a_scheduled_collection_leaves_a_line_and_figures(site: tuple[Path, dict[str, str]]) -> None:
     with operated(*site, AIRLOCK_GC_EVERY_S="1") as server:
         line = wait_for(lambda: [x for x in server.lines() if x.get("message") == "job ended"], "the line of the job")[0]
-        assert (line["job"], line["error"], line["log"]) == ("gc", "", "airlock.jobs")
+        assert (line["job"], line["error"], line["dry_run"]) == ("gc", "", False)
         wait_for(lambda: server.figures().get('airlock_job_figure{figure="ended_seconds",job="gc"}', 0) > 0, "its end as a figure")
 
 
@@ -140,6 +140,7 @@ def test_a_request_id_is_taken_told_and_recorded(server: Operated) -> None:
     given = "build-1234.step_5"
     answer = server.ask("GET", "/v2/acme/none/manifests/1", who="other", X_Request_ID=given)
     assert answer.headers["x-request-id"] == given
+    assert server.ask("GET", "/airlock/v1/catalog/none", X_Request_ID="other-id-1").json()["request_id"] == "other-id-1"
     line = wait_for(lambda: [x for x in server.lines() if x.get("request_id") == given], "an access line")[0]
     assert (line["log"], line["status"], line["method"], line["reason"]) == ("airlock.access", 404, "GET", "not_visible")
 

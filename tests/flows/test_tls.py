@@ -25,7 +25,7 @@ from artifact.errors import Unavailable
 from artifact.remote import RemoteRegistry
 from tests.conftest import airlock
 from tests.contracts.doors import new_site, sha
-from tests.flows.test_clients import layout, skopeo
+from tests.flows.test_clients import HF, layout, run, skopeo
 from tests.flows.test_operating import MIB, noise
 from tests.operated import LONG_S, Operated, operated, wait_for
 
@@ -196,6 +196,10 @@ def test_our_clients_with_the_ca_file(server: Operated, tmp_path: Path) -> None:
     assert remote.read_manifest("acme/model", "1")[0].size > 0
     data = (folder / "weights.bin").read_bytes()
     assert b"".join(remote.stream("acme/model", sha(data), 0, len(data))) == data
+    hub = {"HF_ENDPOINT": server.url, "HF_TOKEN": server.keys["acme"], "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    there = ["download", "acme/model", "--revision", "1", "--local-dir", str(tmp_path / "got")]
+    done = run(str(HF), *there, **hub, SSL_CERT_FILE=ca)
+    assert done.returncode == 0 and (tmp_path / "got" / "weights.bin").read_bytes() == data, done.stderr
     with pytest.raises(Unavailable, match="certificate"):
         RemoteRegistry(server.url, server.keys["acme"]).read_manifest("acme/model", "1")
     refused = airlock("model", "push", str(folder), "acme/model:2", "--registry", server.url, check=False, **env)

@@ -9,14 +9,18 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from sqlalchemy import delete
 
 from artifact import manifest as m
 from artifact.errors import NotFound
+from registry import tables as t
+from registry.rebuild import Rebuild
 from registry.settings import Settings
 from registry.wiring import Site, open_site
 from tests.conftest import airlock
 from tests.contracts.doors import new_site, serving
-from tests.site import call_of, make_key, make_site, push_model, put
+from tests.services import postgres
+from tests.site import call_of, make_key, make_site, push_model, put, running_site
 
 DAMAGED = 7
 
@@ -208,3 +212,35 @@ def test_secrets_of_another_site_are_refused(filled: tuple[Path, str], tmp_path:
     (tmp_path / "new" / "secrets" / "pepper").write_bytes(os.urandom(32))
     done = airlock("registry", "rebuild", "--data", str(tmp_path / "new"), check=False)
     assert done.returncode != 0 and "pepper" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.server
+def test_postgresql_goes_out_and_back(tmp_path: Path) -> None:
+    with running_site(tmp_path, "postgresql") as site:
+        key = make_key(site, "acme")
+        pushed = push_model(site, call_of(site, key), "acme/tiny", "1")
+        server, data = postgres.shared(), tmp_path / "data"
+        here = {"AIRLOCK_DATABASE": site.settings.database}
+        digest = put(site, call_of(site, key), "acme/tiny", os.urandom(900)).digest
+        flip(blob_path(data, digest))
+        assert airlock("registry", "verify", "--data", str(data), check=False, **here).returncode == DAMAGED
+        airlock("registry", "backup", "--data", str(data), "--to", str(tmp_path / "saved"), **here)
+    url = server.database("template0")
+    try:
+        there, new = {"AIRLOCK_DATABASE": url}, tmp_path / "new"
+        refused = airlock("registry", "restore", "--from", str(tmp_path / "saved"), "--data", str(new), check=False)
+        assert refused.returncode != 0 and "AIRLOCK_DATABASE" in refused.stderr and not new.exists()
+        airlock("registry", "restore", "--from", str(tmp_path / "saved"), "--data", str(new), **there)
+        shutil.copytree(data / "blobs", new / "blobs")
+        with open_site(Settings.load(new, environ=there), background=False) as again:
+            with again.catalog.writing() as conn:
+                for table in (t.edge, t.file, t.repo_blob):
+                    conn.execute(delete(table))
+            report = Rebuild(again.catalog, again.blobs, again.audit, 86400).run(1.0)
+            assert (report.repaired, report.missing_count, report.adopted) == (2, 0, 0)
+            call = call_of(again, key)
+            assert again.guard.resolve(call, "acme/tiny", "1").digest == pushed.model.digest
+            for file in again.guard.files(call, "acme/tiny", "1")[1].items:
+                assert again.guard.read(call, "acme/tiny", file.digest).total == file.size  # type: ignore[attr-defined]
+    finally:
+        server.drop(url)

@@ -147,3 +147,10 @@ def test_garbage_as_a_credential_is_a_refusal(door: Door) -> None:
             text = f"{kind} {rng.choice([base64.b64encode(raw).decode(), raw.hex(), new_key()])}"
             status, said = ask(door, "GET", f"/v2/{R}/tags/list", text)
             assert status in (401, 429) and b"errors" in said
+    for head in (b"Basic \xe9\xff", b"Bearer \xff\xfe", b"Basic " + b"A" * 60_000, b"Bearer alt1." + b"A" * 60_000, b"\xff"):
+        for path in ("/v2/", "/token", "/airlock/v1/whoami", "/api/whoami-v2"):
+            with socket.create_connection(("127.0.0.1", door.port), timeout=60) as sock:
+                sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: ".encode() + head + b"\r\n\r\n")
+                answer = sock.recv(4096)
+            assert answer.split(b" ")[1] in (b"400", b"401", b"429", b"431"), (head[:20], path, answer[:200])
+    assert "Traceback" not in door.log.read_text()

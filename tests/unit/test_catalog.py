@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -416,6 +417,17 @@ def test_repositories_without_a_manifest_are_not_listed(site: Site) -> None:
     assert site.guard.list(call).items == ()
     push_model(site, call, "acme/tiny", "1")
     assert site.guard.list(call).items == ("acme/tiny", "acme/tiny/profiles")
+
+
+def test_the_catalog_of_a_repository_is_json(site: Site) -> None:
+    key = call_of(site, make_key(site, "acme"))
+    pushed = push_model(site, key, "acme/tiny", "1")
+    shown = json.loads(json.dumps(site.guard.catalog_show(key, "acme/tiny")))
+    assert pushed.model.digest in json.dumps(shown)
+    found = site.catalog.repository("acme/tiny")
+    assert found is not None
+    only = json.loads(json.dumps(site.catalog.details(found.id)))
+    assert [(r["ref"], r["files"], r["bytes"]) for r in only] == [("1", 3, sum(map(len, pushed.files.values())))]
 
 
 def test_ten_thousand_files(site: Site) -> None:
