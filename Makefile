@@ -7,12 +7,11 @@ BIN := $(VENV)/bin
 ENGINE := build/engines/vllm
 # Where a plain package index cannot resolve the `+cpu` builds of torch.
 PYTORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-SYSTEM := docker-registry skopeo iproute2 gcc
 SOURCES := artifact registry mirror runtime migrations tests demo tools benchmarks
 
 export PYTORCH_INDEX
 
-.PHONY: setup system engine demo test test-fast test-full lint fix bench
+.PHONY: setup system system-test system-full engine demo test test-fast test-full lint fix bench
 
 setup: $(VENV)/.ready
 
@@ -22,13 +21,25 @@ $(VENV)/.ready: requirements/dev.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
-# System programs of the tests and the demo. Present ones are left alone; without root, sudo is used and said.
-system:
-	@missing=; for p in docker-registry skopeo ip gcc; do command -v $$p >/dev/null || missing="$$missing $$p"; done; \
+# System programs: of the demo, of the tests, of the long tests. Present ones are left alone; without root, sudo is used and said.
+# $(1): programs or files (a pattern may stand for one), $(2): the packages that bring them.
+define install
+	@missing=; for p in $(1); do command -v $$p >/dev/null || ls $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
 	test -n "$$missing" || exit 0; as=; \
-	if ! command -v apt-get >/dev/null; then echo "system: missing:$$missing (proven on Debian 12; install them by hand)"; exit 1; fi; \
-	if [ "$$(id -u)" != 0 ]; then as=sudo; echo "system: installing with sudo:$$missing"; fi; \
-	$$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SYSTEM) >/dev/null
+	if ! command -v apt-get >/dev/null; then echo "$@: missing:$$missing (proven on Debian 12; install them by hand)"; exit 1; fi; \
+	if [ "$$(id -u)" != 0 ]; then as=sudo; echo "$@: installing with sudo:$$missing"; fi; \
+	$$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(2) >/dev/null
+endef
+
+system:
+	$(call install,docker-registry skopeo ip gcc,docker-registry skopeo iproute2 gcc)
+
+system-test: system
+	$(call install,/usr/sbin/nginx /usr/bin/radosgw /usr/bin/ceph-mon /usr/bin/ceph-osd /usr/bin/ceph-mgr '/usr/lib/postgresql/*/bin/initdb' openssl,\
+	nginx-light radosgw ceph-mon ceph-osd ceph-mgr postgresql openssl)
+
+system-full: system-test
+	$(call install,/usr/sbin/dockerd containerd runc podman conmon crun buildah umoci busybox,docker.io containerd runc podman conmon crun buildah umoci busybox-static)
 
 engine: setup
 	$(BIN)/python tools/engine_env.py --to $(ENGINE)
@@ -36,13 +47,13 @@ engine: setup
 demo: system setup engine
 	$(BIN)/python -m demo
 
-test: system setup engine
+test: system-test setup engine
 	$(BIN)/python -m pytest -m 'not full'
 
 test-fast: setup
 	$(BIN)/python -m pytest -n 2 -m 'not server and not engine and not full'
 
-test-full: system setup engine
+test-full: system-full setup engine
 	$(BIN)/python -m pytest
 
 lint: setup
@@ -56,6 +67,6 @@ fix: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup
+bench: system-test setup
 	@set -e; ls benchmarks/*.py >/dev/null 2>&1 || { echo "bench: no benchmark yet"; exit 0; }; \
 	for f in benchmarks/[a-z]*.py; do echo "== $$f"; $(BIN)/python "$$f"; done
