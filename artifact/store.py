@@ -219,6 +219,10 @@ class BlobStore(ABC):
     def url(self, location: str, ttl_s: int, name: str) -> str | None:
         """A presigned URL, or None where the backend has none."""
 
+    def beside(self, host: str) -> bool:
+        """Whether its URLs are of this host or below it: Go's clients take `Authorization` along there, and a store refuses two proofs."""
+        return False
+
     def location(self, digest: str, generation: int = 0) -> str:
         """Where publish puts a digest, unless the backend keeps the staging object as it is."""
         algorithm, _, text = digest.partition(":")

@@ -35,6 +35,14 @@ _WORDS = {"endpoint", "region", "public", "ca", "credentials", "style", "checksu
 _EXPECTED = "s3://BUCKET/PREFIX?endpoint=URL&region=NAME&public=URL&ca=FILE&credentials=FILE&style=path|virtual&checksums=off|on"
 
 
+def hostname(url: str) -> str:
+    """The host name of a URL in lower case, without its port; empty for one that cannot be read."""
+    try:
+        return (urlsplit(url).hostname or "").lower()
+    except ValueError:
+        return ""
+
+
 @dataclass(frozen=True)
 class Options:
     """Where a bucket is and how to speak to it (docs/operations.md, Object storage)."""
@@ -53,6 +61,13 @@ class Options:
     tries: int = 4
     connect_s: float = 5
     read_s: float = 60
+
+    def beside(self, host: str) -> bool:
+        """Whether presigned URLs are of this Host or below it, whatever the ports (Go, net/http, shouldCopyHeaderOnRedirect)."""
+        own, asked = hostname(self.public or self.endpoint), hostname("//" + host)
+        if own and self.style == "virtual":
+            own = f"{self.bucket}.{own}"
+        return bool(asked) and (own == asked or own.endswith("." + asked))
 
     @classmethod
     def parse(cls, url: str) -> Options:

@@ -147,6 +147,8 @@ class Exchange:
         def work() -> T:
             call = self.guard.caller(self.key() if key is None else key, self.note["request_id"], time.time(), self.address, ask)
             self.note["key_id"] = call.principal.key_id
+            if call.redirect and self.guard.beside_store(self.headers.get("host", "")):
+                call = dataclasses.replace(call, redirect=False)
             self._caller = call
             return verb(call)
 

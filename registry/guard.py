@@ -206,6 +206,10 @@ class Guard(Registry, Files):
             raise NotFound(f"{repo} has no manifest {ref[:100]}", do="see the tags of the repository", reason="manifest")
         return found.descriptor()
 
+    def beside_store(self, host: str) -> bool:
+        """Whether a client that knows us by this Host would carry its key on to the store's URLs."""
+        return self._library.blobs.beside(host)
+
     def stat(self, call: Call, repo: str, digest: str) -> Descriptor:
         """Type and size of a linked blob or manifest without its bytes, for a key that may pull or push; raises NotFound, Denied."""
         found = self._find(call, repo, digest)

@@ -305,6 +305,10 @@ class S3Blobs(BlobStore):
         except BotoCoreError as error:
             raise _translate(error, "sign a URL", self.options) from error
 
+    def beside(self, host: str) -> bool:
+        """Whether presigned URLs are of this host or below it."""
+        return self.options.beside(host)
+
     def writer(self, upload_id: str, digest_hint: str | None = None, *, algorithm: str = "sha256", offset: int = 0, state: bytes = b"") -> S3Writer:
         """Opens or continues an upload, in this process or another's place; raises Mismatch when its staged bytes are gone, Unavailable.
 

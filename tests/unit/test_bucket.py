@@ -178,3 +178,23 @@ def test_the_document_tells_every_option() -> None:
     section = text.split("## Object storage", 1)[1].split("\n## ", 1)[0]
     assert all(f"`{word}`" in section for word in ("endpoint", "region", "public", "ca", "credentials", "style", "checksums"))
     assert Settings(Path("/x")).blobs_url == "file:"
+
+
+@pytest.mark.parametrize(
+    ("words", "host", "beside"),
+    [
+        ("endpoint=http://s3.site:9000", "s3.site:5000", True),
+        ("endpoint=http://S3.site:9000", "s3.SITE", True),
+        ("endpoint=http://s3.site", "site", True),
+        ("endpoint=http://s3.site", "registry.site", False),
+        ("endpoint=http://s3.site", "3.site", False),
+        ("endpoint=http://10.0.0.1&public=https://registry.site", "registry.site:443", True),
+        ("endpoint=http://site&style=virtual", "bucket.site", True),
+        ("endpoint=http://[::1]:9000", "[::1]:5000", True),
+        ("endpoint=http://s3.site", "", False),
+        ("endpoint=http://s3.site", "[", False),
+        ("region=eu", "s3.site", False),
+    ],
+)
+def test_a_store_beside_the_registry(words: str, host: str, beside: bool) -> None:
+    assert Options.parse(f"s3://bucket/x?credentials=/c&{words}").beside(host) is beside
