@@ -175,34 +175,48 @@ def test_backup_refuses_and_restore_checks(filled: tuple[Path, str], tmp_path: P
 
 
 @pytest.mark.server
-def test_drill_with_three_ages(tmp_path: Path) -> None:
-    """Database of Monday, secrets of Tuesday, store of Wednesday: what both know is served, what came later is told and comes back by a push."""
+@pytest.mark.parametrize("store", ["newer", "older"])
+def test_drill_with_three_ages(tmp_path: Path, store: str) -> None:
+    """Database of Monday, secrets and trust of Tuesday, store of Wednesday or of Sunday: nothing is served wrong, all comes back by a push."""
     data, new = tmp_path / "site" / "data", tmp_path / "new" / "data"
     data.parent.mkdir()
     new.parent.mkdir()
     keys = new_site(data)
-    late_raw = os.urandom(3000)
+    late_raw, monday_raw = os.urandom(3000), os.urandom(5000)
     with serving(data, keys) as door:
-        old = door.blob("acme/app", os.urandom(5000))
+        early = door.blob("acme/app", os.urandom(2000))
+        shutil.copytree(data / "blobs", tmp_path / "sunday")
+        monday = door.blob("acme/app", monday_raw)
         image, _ = door.image("acme/app", "1", [b"layer of monday"])
         said("registry", "backup", "--data", str(data), "--to", str(tmp_path / "monday"))
         door.blob("acme/app", os.urandom(4000))
         said("registry", "backup", "--data", str(data), "--to", str(tmp_path / "tuesday"))
         late = door.blob("acme/app", late_raw)
         shutil.copytree(data / "blobs", tmp_path / "wednesday")
-    for secret in (tmp_path / "tuesday" / "secrets").iterdir():
-        assert secret.read_bytes() == (tmp_path / "monday" / "secrets" / secret.name).read_bytes()
+    mixed = tmp_path / "mixed"
+    shutil.copytree(tmp_path / "tuesday", mixed)
+    shutil.copy(tmp_path / "monday" / "registry.db", mixed / "registry.db")
+    done = airlock("registry", "restore", "--from", str(mixed), "--data", str(new), check=False)
+    assert done.returncode == DAMAGED and "registry.db" in done.stderr  # a backup is whole or none: its days are mixed by hand, knowingly
     said("registry", "restore", "--from", str(tmp_path / "monday"), "--data", str(new))
-    shutil.copytree(tmp_path / "wednesday", new / "blobs", dirs_exist_ok=True)
-    report = said("registry", "rebuild", "--data", str(new))
-    assert (report["adopted"], report["missing_count"]) == (2, 0)
+    for part in ("secrets", "trust"):
+        shutil.rmtree(new / part)
+        shutil.copytree(tmp_path / "tuesday" / part, new / part)
+    shutil.copytree(tmp_path / ("wednesday" if store == "newer" else "sunday"), new / "blobs", dirs_exist_ok=True)
+    missing = 0 if store == "newer" else 3  # the blob of Monday, its layer and the empty config
+    report = said("registry", "rebuild", "--data", str(new), status=DAMAGED if missing else 0)
+    assert (report["adopted"], report["missing_count"]) == (2 if store == "newer" else 0, missing)
     with serving(new, keys) as door:
-        assert door.ask("GET", f"/v2/acme/app/blobs/{old}").status == 200
+        assert door.ask("GET", f"/v2/acme/app/blobs/{early}").status == 200
         assert door.ask("GET", "/v2/acme/app/manifests/1").headers["docker-content-digest"] == image
-        assert door.ask("HEAD", f"/v2/acme/app/blobs/{late}").status == 404  # its link is of a later day than the database
-        assert door.blob("acme/app", late_raw) == late
-        assert door.ask("GET", f"/v2/acme/app/blobs/{late}").body == late_raw
-    assert blob_path(new, late).exists() and not blob_path(new, late, ".g1").exists(), "one copy of the bytes"
+        found = door.ask("GET", f"/v2/acme/app/blobs/{monday}")
+        assert found.body == monday_raw if store == "newer" else (found.status == 404 and "missing or failed" in found.body.decode())
+        for digest, raw in ((late, late_raw), (monday, monday_raw)):  # the first one's link is of a later day than the database
+            assert door.blob("acme/app", raw) == digest
+            assert door.ask("GET", f"/v2/acme/app/blobs/{digest}").body == raw
+            assert blob_path(new, digest).exists() and not blob_path(new, digest, ".g1").exists(), "one copy of the bytes"
+        assert door.image("acme/app", "1", [b"layer of monday"])[0] == image
+    assert said("registry", "verify", "--data", str(new))["findings"] == []
 
 
 def test_secrets_of_another_site_are_refused(filled: tuple[Path, str], tmp_path: Path) -> None:
