@@ -5,6 +5,7 @@ The words of a refusal are written here once, so that every door and the runtime
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -172,6 +173,24 @@ def decide(principal: Principal, subject: Subject, action: str, now: float) -> D
     if found.allow and not scoped(principal, "repository", subject.name, action):
         return insufficient(subject.name, action)
     return replace(found, action=action)
+
+
+def decide_open(principal: Principal, subject: Subject, action: str, now: float) -> Decision:
+    """The decision of a site where everybody may read what is public: a living key, or its token, sees no less there than nobody does."""
+    decision = decide(principal, subject, action, now)
+    if decision.allow or principal.anonymous or not authenticate(principal, now).allow:
+        return decision
+    public = decide(Principal(access=principal.access, anonymous=True), subject, action, now)
+    # A token that is too narrow for what its key may read is told so: its client asks for another one.
+    return public if public.allow or public.reason == "insufficient_scope" else decision
+
+
+def best(decisions: Sequence[Decision]) -> Decision:
+    """The first yes; else that only the token is too narrow, so that the client asks for a wider one; else the first no."""
+    for found in (next((d for d in decisions if d.allow), None), next((d for d in decisions if d.reason == "insufficient_scope"), None)):
+        if found is not None:
+            return found
+    return decisions[0]
 
 
 def _public(principal: Principal, subject: Subject, action: str, now: float) -> Decision:

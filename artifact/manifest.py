@@ -228,10 +228,13 @@ class Manifest:
         """What this manifest points at inside its repository, config first; the subject is not among them."""
         return (*((self.config,) if self.config else ()), *self.layers, *self.manifests)
 
+    def own(self) -> tuple[Descriptor, ...]:
+        """Successors that are blobs, not manifests, config first."""
+        return (*((self.config,) if self.config else ()), *self.layers)
+
     def blobs(self) -> tuple[Descriptor, ...]:
-        """Successors that are blobs, not manifests; layers that are never pushed are left out."""
-        own = (*((self.config,) if self.config else ()), *self.layers)
-        return tuple(d for d in own if "nondistributable" not in d.media_type and ".foreign." not in d.media_type)
+        """Those of `own` that must be there; layers that need not be pushed, since their licence may forbid it, are left out."""
+        return tuple(d for d in self.own() if "nondistributable" not in d.media_type and ".foreign." not in d.media_type)
 
 
 def parse_manifest(raw: bytes, media_type: str = "", algorithm: str = "sha256") -> Manifest:

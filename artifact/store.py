@@ -100,6 +100,10 @@ class Upload(ABC):
     id: str
     offset: int
 
+    def expect(self, size: int) -> None:
+        """Says how many bytes this request brings, before they are read; raises Denied where they may not come."""
+        return None
+
     @abstractmethod
     def write(self, view: bytes | memoryview) -> None:
         """Appends bytes at `offset`; raises Unavailable when the disk is full."""

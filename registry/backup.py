@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sqlite3
+import stat
 import subprocess
 from contextlib import closing
 from pathlib import Path
@@ -19,13 +20,19 @@ from typing import Any
 from sqlalchemy import make_url
 
 from artifact.errors import Conflict, Invalid, Mismatch, NotFound, Unavailable
+from artifact.manifest import parse_json
 from registry.database import is_postgresql
 from registry.home import DATABASE, SITE
 from registry.settings import Settings
 
 INDEX = "backup.json"
 DUMP = "registry.pgdump"
+SQLITE, POSTGRESQL = "sqlite", "postgresql"
+STAGED = ".restore"
+SECRETS = ("pepper", "release.pem", "lease.pem")
 SCHEMA = 1
+MAX_TIME = 4_000_000_000
+BUFFER = 1024 * 1024
 KEPT = (SITE, "secrets", "trust")
 PARTIAL_SUFFIX = ".partial"
 MAX_INDEX_BYTES = 4 * 1024 * 1024
@@ -64,30 +71,28 @@ def backup(settings: Settings, to: Path, now: float, revision: str) -> dict[str,
 
 
 def read_index(source: Path) -> dict[str, Any]:
-    """The index of a backup whose files are all there, whole and unaltered; raises NotFound, Invalid, Mismatch."""
+    """The index of a backup that names all that a site needs, and only plain files inside it; raises NotFound, Invalid."""
     try:
         with (source / INDEX).open("rb") as file:
             raw = file.read(MAX_INDEX_BYTES + 1)
     except OSError as error:
         raise NotFound(f"{source} holds no {INDEX}", expected="a directory that airlock registry backup wrote") from error
-    try:
-        index = json.loads(raw)
-        files = {str(k): (str(v["sha256"]), int(v["size"])) for k, v in index["files"].items()}
-        taken, schema = int(index["taken"]), int(index["schema"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Invalid(f"{source / INDEX} is not a backup's index", expected="the file as it was written") from error
-    if schema != SCHEMA or taken < 0:
-        raise Invalid(f"the backup is of schema {schema}", expected=str(SCHEMA), do="use the version of Airlock that wrote it")
-    for name, (sha256, size) in files.items():
-        path, parts = source / name, Path(name).parts
-        if name.startswith("/") or ".." in parts or any((source / Path(*parts[:n])).is_symlink() for n in range(1, len(parts) + 1)):
-            raise Invalid(f"{INDEX} names {name[:100]!r}, which lies outside the backup", expected="relative paths of plain files")
-        if not path.is_file():
-            raise Mismatch(f"{name} is missing in the backup", do="copy the backup again", reason="backup")
-        if _facts(path) != {"sha256": sha256, "size": size}:
-            raise Mismatch(
-                f"{name} was altered since the backup was taken", expected=f"SHA-256 {sha256}", do="copy the backup again", reason="backup"
-            )
+    index = parse_json(raw, INDEX, MAX_INDEX_BYTES)
+    files, taken, kind = index.get("files"), index.get("taken"), index.get("database")
+    whole = isinstance(files, dict) and all(
+        isinstance(f, dict) and isinstance(f.get("size"), int) and isinstance(f.get("sha256"), str) for f in files.values()
+    )
+    if not whole or not isinstance(files, dict) or not isinstance(taken, int) or not 0 <= taken < MAX_TIME or kind not in (SQLITE, POSTGRESQL):
+        raise Invalid(f"{source / INDEX} is not a backup's index", expected="the file as it was written")
+    if index.get("schema") != SCHEMA:
+        raise Invalid(f"the backup is of schema {str(index.get('schema'))[:20]}", expected=str(SCHEMA), do="use the version that wrote it")
+    for name in files:
+        parts = Path(name).parts
+        if name.startswith("/") or not parts or ".." in parts or parts[0] not in (*KEPT, DATABASE, DUMP):
+            raise Invalid(f"{INDEX} names {name[:100]!r}, which is no part of a site", expected="site.json, secrets/, trust/ and the database")
+    needed = {SITE, DATABASE if kind == SQLITE else DUMP, *(f"secrets/{name}" for name in SECRETS)}
+    if missing := sorted(needed - files.keys()):
+        raise Invalid(f"{INDEX} does not name {', '.join(missing)}", expected="a whole backup", do="take another one")
     return dict(index)
 
 
@@ -99,28 +104,64 @@ def restore(source: Path, settings: Settings) -> dict[str, Any]:
         raise Invalid(
             f"the backup is of {index['database']}, and AIRLOCK_DATABASE says {wanted}", expected=str(index["database"]), do="set AIRLOCK_DATABASE"
         )
-    data = settings.data
-    used = [name for name in (*KEPT, DATABASE) if (data / name).exists()]
+    data, files = settings.data, index["files"]
+    used = [name for name in (*KEPT, DATABASE) if os.path.lexists(data / name)]
     if used:
         raise Conflict(f"{data} holds {', '.join(used)}", expected="a directory without a site; blobs/ may be there", do="restore into a new one")
+    staged = data / STAGED
     try:
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
         data.chmod(0o700)
-        if wanted == "postgresql":
-            _load(settings.database_url, source / DUMP)
-        else:
-            _copy(source / DATABASE, data / DATABASE)
-        for name in reversed(KEPT):  # site.json last: a directory with it is whole
-            _copy(source / name, data / name)
-        for entry in [*data.glob("secrets/*"), data / SITE, data]:
-            _sync(entry)
+        shutil.rmtree(staged, ignore_errors=True)
+        for name in sorted(files):
+            _take(source, name, files[name], staged / name)
+        (staged / "trust").mkdir(mode=0o700, exist_ok=True)  # empty at a site that pins no sender yet
+        if wanted == POSTGRESQL:
+            _load(settings.database_url, staged / DUMP)
+        for name in (DATABASE, *reversed(KEPT)):  # site.json last: a directory with it is whole
+            if (staged / name).exists():
+                (staged / name).rename(data / name)
+        _sync(data)
     except OSError as error:
         raise Unavailable(f"the restore failed: {error.strerror}", do=f"free space at {data}, empty it, then again") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
     return index
 
 
 def _kind(settings: Settings) -> str:
-    return "postgresql" if is_postgresql(settings.database_url) else "sqlite"
+    return POSTGRESQL if is_postgresql(settings.database_url) else SQLITE
+
+
+def _take(source: Path, name: str, facts: dict[str, Any], target: Path) -> None:
+    """Copies one file of a backup, hashed on the way and reached without any link; raises Mismatch, OSError."""
+    altered = Mismatch(f"{name} was altered after the backup", expected=f"SHA-256 {facts['sha256']}", do="copy the backup again", reason="backup")
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            for part in Path(name).parts[:-1]:
+                inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                os.close(folder)
+                folder = inner
+            fd = os.open(Path(name).name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+        except OSError as error:
+            raise Mismatch(f"{name} is missing in the backup, or no plain file", do="copy the backup again", reason="backup") from error
+    finally:
+        os.close(folder)
+    hasher, left = hashlib.sha256(), int(facts["size"])
+    with os.fdopen(fd, "rb") as file, target.open("xb") as out:
+        if not stat.S_ISREG(os.fstat(fd).st_mode) or os.fstat(fd).st_size != left:
+            raise altered
+        while piece := file.read(min(left, BUFFER)):
+            hasher.update(piece)
+            out.write(piece)
+            left -= len(piece)
+        out.flush()
+        os.fsync(out.fileno())
+    target.chmod(0o600)
+    if left or hasher.hexdigest() != facts["sha256"]:
+        raise altered
 
 
 def _facts(path: Path) -> dict[str, object]:

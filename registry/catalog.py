@@ -28,6 +28,7 @@ from registry.links import advance_upload as advance_upload
 from registry.links import blob_location as blob_location
 from registry.links import blob_locations as blob_locations
 from registry.links import check_quota as check_quota
+from registry.links import check_staging as check_staging
 from registry.links import chunks as chunks
 from registry.links import claim_upload as claim_upload
 from registry.links import delete_ref as delete_ref
@@ -41,6 +42,7 @@ from registry.links import kind_of as kind_of
 from registry.links import link_blob as link_blob
 from registry.links import org_exists as org_exists
 from registry.links import owning_org as owning_org
+from registry.links import promise_upload as promise_upload
 from registry.links import refresh_lease as refresh_lease
 from registry.links import replace_duplicates as replace_duplicates
 from registry.links import set_ref as set_ref

@@ -1,24 +1,26 @@
 """Runs the garbage collection: uploads nobody continued, retention, manifests, blobs, at last the bytes; in steps that others wait little for.
 
 One run at a time by the row of the job, for economy only: every step is right beside another run, beside pushes, and after a kill at any point.
-A dry run is the same code in one transaction that is taken back.
+A dry run is the same code in one transaction that is taken back; on SQLite in a copy, so that nobody waits for it.
+A run whose clock is far from where the last run left it takes nothing: every step goes by age.
 """
 
 from __future__ import annotations
 
 import logging
+import sqlite3
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Engine, StaticPool, create_engine, select
 
-from artifact.errors import AirlockError, Conflict
-from artifact.grant import model_of
+from artifact.errors import AirlockError, Conflict, Unavailable
+from artifact.grant import date, model_of
 from registry import holdings, job
 from registry.database import retried, writing
 from registry.library import Library, local_call
@@ -34,7 +36,11 @@ CLAIM_S = 30.0  # a run that slept longer asks again what it may remove
 WALK = "gc-walk"
 WALK_S = 86400.0
 STAGED_S = 86400.0  # what no upload's row names and nobody wrote to for so long
-DRY_S = 20.0  # a dry run holds its locks no longer than this
+DRY_S = 20.0  # a dry run takes no longer than this, and on PostgreSQL its row locks
+CLOCK = "gc-clock"
+AHEAD_S = 7 * 86400.0  # a clock further ahead of the last run's, and of ten periods, or further behind it, is not believed
+AHEAD_PERIODS = 10
+BEHIND_S = 3600.0
 LISTED = 10_000
 TOLD = 200
 LOOK_S = 30.0
@@ -64,6 +70,8 @@ class Report:
     items: list[dict[str, object]] = field(default_factory=list)
     orphans: list[dict[str, str]] = field(default_factory=list)
     error: str = ""
+    warning: str = ""
+    unjudged: str = ""  # why retention took nothing, or not all: what the rules may take was not to be known
 
     def count(self, batch: Batch) -> None:
         """Adds what a batch did."""
@@ -87,15 +95,36 @@ class _Undo(Exception):
     """Takes a dry run's transaction back."""
 
 
+@contextmanager
+def _trial(engine: Engine) -> Iterator[Connection]:
+    """A transaction that is taken back. SQLite has one writer, so there it is a copy of this moment; raises Unavailable."""
+    if engine.dialect.name != "sqlite":
+        with suppress(_Undo), writing(engine) as conn:
+            yield conn
+            raise _Undo
+        return
+    with closing(sqlite3.connect("", check_same_thread=False, isolation_level=None)) as copy:  # a file that is gone with its connection
+        try:
+            copy.execute("PRAGMA foreign_keys=ON")
+            with closing(engine.raw_connection()) as source:
+                source.driver_connection.backup(copy)  # type: ignore[union-attr]
+        except sqlite3.Error as error:
+            words = f"the database cannot be copied for a look: {error}"
+            raise Unavailable(words, do="free as much space as registry.db takes in /var/tmp, or set SQLITE_TMPDIR", reason="disk_full") from error
+        with create_engine("sqlite://", creator=lambda: copy, poolclass=StaticPool).connect() as conn:
+            yield conn
+
+
 def _silent(phase: str, done: int) -> None:
     """No progress is shown."""
 
 
 class Collector:
-    """Collects for one site; `garbage_delay_s` is how long bytes outlive the last row that named them."""
+    """Collects for one site; `garbage_delay_s` is how long bytes outlive the last row that named them, `every_s` the time between its runs."""
 
-    def __init__(self, library: Library, garbage_delay_s: float, batch: int = BATCH) -> None:
+    def __init__(self, library: Library, garbage_delay_s: float, batch: int = BATCH, *, every_s: float = 0) -> None:
         self._library, self._delay, self._batch = library, garbage_delay_s, batch
+        self._ahead_s = max(AHEAD_S, AHEAD_PERIODS * every_s)
         self._engine = library.catalog.engine
         self.profiles = holdings.Profiles(library)
         self._stop = threading.Event()
@@ -103,8 +132,8 @@ class Collector:
 
     # ---- runs
 
-    def run(self, now: float, *, progress: Progress = _silent, held: job.Job | None = None) -> Report:
-        """One collection; raises Conflict `running` while another process is at it, Unavailable."""
+    def run(self, now: float, *, progress: Progress = _silent, held: job.Job | None = None, clock_is_right: bool = False) -> Report:
+        """One collection, which takes nothing and warns where `now` is not to be believed; raises Conflict `running`, Unavailable."""
         mine = held or job.Job.take(self._engine, NAME, now)
         report = Report(now, complete=False)
 
@@ -113,16 +142,30 @@ class Collector:
             mine.beat(phase, done)
 
         try:
-            self._run(report, told)
+            report.warning = "" if clock_is_right else self._doubt(now)
+            if report.warning:
+                LOG.warning("the collection takes nothing: %s", report.warning)
+            else:
+                job.note(self._engine, CLOCK, {}, now)
+                self._run(report, told)
         except (AirlockError, OSError) as error:
             report.error = error.what if isinstance(error, AirlockError) else f"{error.filename}: {error.strerror}"
             raise
         finally:
             with suppress(Conflict):  # taken over: it is another run's by now
                 mine.end(report.as_json(TOLD), time.time())
-            figures = {k: v for k, v in asdict(report).items() if type(v) in (int, bool)}
-            LOG.info("job ended", extra={"facts": {"job": NAME, **figures, "error": report.error, "seconds": round(time.time() - report.at, 3)}})
+            figures = {k: v for k, v in asdict(report).items() if type(v) in (int, bool) or k in ("error", "warning", "unjudged")}
+            LOG.info("job ended", extra={"facts": {"job": NAME, **figures, "seconds": round(time.time() - report.at, 3)}})
         return report
+
+    def _doubt(self, now: float) -> str:
+        """Why the clock is not to be believed, compared with the last run that believed it, or where there was none the server's first start."""
+        last = job.last_ended(self._engine, CLOCK)
+        if not last or -BEHIND_S <= now - last <= self._ahead_s:
+            return ""
+        size = abs(now - last)
+        far = f"{size / 86400:.0f} days" if size >= 2 * 86400 else f"{size / 3600:.1f} hours"
+        return f"the clock ({date(now)}) is {far} {'ahead of' if now > last else 'behind'} the last run ({date(last)})"
 
     def _run(self, report: Report, progress: Progress) -> None:
         now = report.at
@@ -196,7 +239,9 @@ class Collector:
         for profiles in (True, False):  # profile manifests first: what they name may go when they have gone
             with self._library.catalog.reading() as conn:
                 names = holdings.repositories(conn, profiles)
-                pins = self.profiles.pins(conn)
+                pins = self._pins(conn, report)
+            if pins is None:
+                return
             for name in names:
                 rule = rule_for(rules, model_of(name))
                 repo = self._library.catalog.repository(name) if rule else None
@@ -207,6 +252,17 @@ class Collector:
                     progress("retention", len(report.retained))
                     if not done:
                         break
+
+    def _pins(self, conn: Connection, report: Report) -> holdings.Pins | None:
+        """What profiles name; None, which the report tells, where one of them cannot be read: not sure means kept."""
+        try:
+            return self.profiles.pins(conn)
+        except Unavailable as error:
+            if error.reason != "pins":
+                raise
+            report.unjudged = error.what
+            LOG.warning("retention is skipped: %s", error.what)
+            return None
 
     def _wanted(self, repo: Repo, rule: Rule, pins: holdings.Pins, now: float) -> bool:
         """Whether the rule may take anything: looked at without a write transaction, since most repositories have nothing to give."""
@@ -247,18 +303,18 @@ class Collector:
 
     # ---- dry runs
 
-    def dry_run(self, now: float, *, progress: Progress = _silent) -> Report:
-        """What a run would do now; nothing is changed, and after 20 s the answer is incomplete rather than in everybody's way."""
-        report = Report(now, dry_run=True)
+    def dry_run(self, now: float, *, progress: Progress = _silent, clock_is_right: bool = False) -> Report:
+        """What a run would do now, of what is there now; nothing is changed, and after 20 s the answer is incomplete; raises Unavailable."""
+        report = Report(now, dry_run=True, warning="" if clock_is_right else self._doubt(now))
+        if report.warning:
+            report.complete = False
+            return report
         report.uploads = len(self._library.catalog.expired_uploads(now))
         with self._library.catalog.reading() as conn:
-            self.profiles.pins(conn)  # reads the documents before the transaction begins
-        try:
-            with writing(self._engine) as conn:
-                self._try(conn, report, progress, time.monotonic() + DRY_S)
-                raise _Undo
-        except _Undo:
-            return report
+            self._pins(conn, report)  # reads the documents before the transaction begins
+        with _trial(self._engine) as conn:
+            self._try(conn, report, progress, time.monotonic() + DRY_S)
+        return report
 
     def _try(self, conn: Connection, report: Report, progress: Progress, end: float) -> None:
         now = report.at
@@ -278,7 +334,9 @@ class Collector:
     def _try_retention(self, conn: Connection, report: Report, end: float) -> None:
         rules = holdings.rules(conn)
         for profiles in (True, False) if rules else ():
-            pins = self.profiles.pins(conn)
+            pins = self._pins(conn, report)
+            if pins is None:
+                return
             for name in holdings.repositories(conn, profiles):
                 rule = rule_for(rules, model_of(name))
                 repo = self._library.catalog.repository(name) if rule else None
@@ -328,6 +386,11 @@ class Collector:
                 except Exception as error:  # noqa: BLE001 - the top of a thread: the next round tries again
                     on_error(error)
 
+        try:
+            if not job.last_ended(self._engine, CLOCK):
+                job.note(self._engine, CLOCK, {}, time.time())  # so that the first run has a time to compare with
+        except AirlockError as error:
+            on_error(error)
         if every_s > 0:
             self._spawn(work, "gc-schedule")
         return self.close

@@ -35,7 +35,6 @@ LOG = logging.getLogger("airlock.database")
 T = TypeVar("T")
 
 # What PostgreSQL's codes mean for whoever asked (PostgreSQL 15 manual, appendix A): the class of two characters, or the whole code.
-_DOWN = ("08", "57P01", "57P02", "57P03", "57P05")
 _BUSY = ("53300", "53200", "53400", "55P03", "57014")
 _AGAIN = ("40001", "40P01")
 # A refused connection carries no code; libpq says these words in the server's language, so the list is a hint and not a decision.

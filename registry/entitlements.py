@@ -12,6 +12,7 @@ import secrets
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import hexdigits
 from typing import Any
 
 from sqlalchemy import Connection, Engine, bindparam, delete, insert, select, update
@@ -26,6 +27,8 @@ PREFIX = "nvapi-"
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 BODY, CHECK = 43, 6
 MAX_KEY = 200
+MAX_GPUS = 64
+MAX_NONCE = 64
 ORIGINS = ("hf", "ngc", "nvcr.io", "localhost")
 
 CALLER = (
@@ -58,6 +61,23 @@ class LeaseWish:
     profile_id: str
     host: str
     gpus: tuple[str, ...]
+
+
+def lease_nonce(body: dict[str, object]) -> dict[str, object]:
+    """The claim by which a runtime tells that a lease was signed for its request; absent for a runtime that sends none; raises Invalid."""
+    if "nonce" not in body:
+        return {}
+    value = body["nonce"]
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_NONCE or not set(value) <= set(hexdigits):
+        raise Invalid("nonce is no hexadecimal text", expected=f"1 to {MAX_NONCE} characters of 0-9 and a-f", reason="body")
+    return {"nonce": value}
+
+
+def lease_gpus(value: object) -> tuple[str, ...]:
+    """The GPUs that a lease is asked for, each once; raises Invalid."""
+    if not isinstance(value, list) or len(value) > MAX_GPUS or not all(isinstance(v, str) and 0 < len(v) <= 100 and v.isprintable() for v in value):
+        raise Invalid("gpu_uuids is not a list of GPU ids", expected=f"at most {MAX_GPUS} texts, none on a CPU node", reason="body")
+    return tuple(dict.fromkeys(value))
 
 
 def _base62(value: int, width: int) -> str:

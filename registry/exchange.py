@@ -207,7 +207,10 @@ class Exchange:
     async def pour(self, upload: Upload, most: int | None = None) -> None:
         """Streams the body into an upload, hashing and writing in a thread, one batch in flight; suspends it when anything goes wrong."""
         self.scope[POURING] = True
+        length = self.headers.get("content-length", "")
         try:
+            if length.isascii() and length.isdigit():
+                await self.io(lambda: upload.expect(int(length)))
             await self._pour(upload, most)
         except BaseException:
             self.scope[POURING] = False

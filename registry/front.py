@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from artifact.errors import Unavailable
 from registry.exchange import LENT, POURING, SENDFILE, Message, Receive, Scope, Send
 from registry.logs import redacted
 from registry.metrics import Metrics
@@ -99,7 +100,10 @@ class Front:
             if seen["status"]:
                 raise
             await _bare(send, 503, {"error": "unavailable", "what": "the server is stopping", "do": "try again later; an upload goes on where it is"})
-        except Exception:  # the top of the program: logged with the request id, never shown
+        except Exception as error:  # the top of the program: logged with the request id, never shown
+            if seen["status"] and isinstance(error, Unavailable):  # in the middle of a body: its length tells the client, who asks for the rest
+                scope["airlock"] |= {"cut": error.what, "fault": scope["airlock"].get("fault") or "store"}
+                return
             ERRORS.exception("request %s failed", request)
             if seen["status"]:
                 raise
@@ -116,12 +120,12 @@ class Front:
                 self.metrics.observe(found, method, status, took, received, seen["bytes"])
                 if status in (401, 402, 403) or failure["reason"] == "not_visible":
                     self.metrics.denied(failure["reason"] or "unauthenticated")
-                if failure["fault"] and (status >= 500 or not status or failure["fault"] == "internal"):
+                if failure["fault"] and (status >= 500 or not status or failure["fault"] == "internal" or "cut" in note):
                     self.metrics.failed(failure["fault"])
             if self.tracing is not None:
                 parent = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"traceparent"), "")
                 self.tracing.record(found, method, status, note["request_id"], parent, began[0], began[0] + int(took * 1e9))
-        shown = {k: v for k, v in failure.items() if v} if status >= 400 or not status else {}
+        shown = {k: v for k, v in failure.items() if v} if status >= 400 or not status or "cut" in note else {}
         wanted = next((v.decode("latin-1")[:64] for k, v in scope["headers"] if k == b"range"), "")
         line = {**note, "method": method, "path": scope["path"][:1024], "range": wanted, **seen, "received": received, "seconds": round(took, 6)}
         ACCESS.info(json.dumps(line | shown))

@@ -9,11 +9,10 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from string import hexdigits
 from typing import NoReturn
 
 from artifact.errors import Denied, Invalid, NotFound, Unauthenticated
-from artifact.grant import PROFILES, Access, Decision, Subject, authenticate, date, decide, insufficient, scoped, visible
+from artifact.grant import PROFILES, Access, Decision, Subject, authenticate, best, date, decide, decide_open, insufficient, scoped, visible
 from artifact.manifest import PROFILES_TYPE, check_digest, check_name, check_ref, parse_manifest
 from artifact.profile import Profile
 from artifact.profile import parse as parse_profiles
@@ -23,15 +22,14 @@ from registry.admission import Admission, Policy
 from registry.audit import Audit
 from registry.catalog import Located, Repo
 from registry.collector import Collector
-from registry.entitlements import Entitlements, LeaseWish
+from registry.entitlements import Entitlements, LeaseWish, lease_gpus, lease_nonce
 from registry.home import Home
 from registry.library import MAX_PAGE, Library, as_revision, damaged
 from registry.lookup import Ask, Lookup, Sought
+from registry.rows import owner_of
 from registry.tokens import granted
 from registry.upkeep import Upkeep
 
-MAX_GPUS = 64
-MAX_NONCE = 64
 MAX_PROFILES_BYTES = 4 * 1024 * 1024
 SKEW_S = 60
 EVERYTHING = "every/name/of/this/site"  # a name that a grant on `**` covers, and no grant on some names
@@ -54,6 +52,7 @@ class Guard(Registry, Files):
         self._entitlements = entitlements
         self._audit = audit
         self._home = home
+        self._open = policy is not None and policy.anonymous
         self._lease_life_s, self._lease_grace_s = lease_life_s, lease_grace_s
         self._admission = Admission(entitlements, Lookup(library.catalog.engine), audit, home, policy or Policy())
 
@@ -106,7 +105,7 @@ class Guard(Registry, Files):
         if action == "push":
             return self._push_decision(call, access.name, repo).allow
         subject = self._subject(call, access.name, repo)
-        return decide(call.principal, subject, action, call.now).allow
+        return self._decide(call, subject, action).allow
 
     def attach(self, collector: Collector) -> None:
         """Gives this guard the administrator's verbs over what is held (registry/upkeep.py)."""
@@ -145,11 +144,13 @@ class Guard(Registry, Files):
             raise NotFound(decision.words, do=decision.remedy, reason="not_visible")
         raise Denied(decision.words, do=decision.remedy, reason=decision.reason)
 
+    def _decide(self, call: Call, subject: Subject, action: str) -> Decision:
+        return (decide_open if self._open else decide)(call.principal, subject, action, call.now)
+
     def _allow(self, call: Call, name: str, repo: Repo | None, *actions: str) -> Call:
         """The call with its decision, allowed by any of `actions`; a name that does not exist is refused as one that is not visible."""
         subject = repo.subject if repo else Subject(name, org="\0", visibility="private")
-        decisions = [decide(call.principal, subject, action, call.now) for action in actions]
-        decision = _best(decisions)
+        decision = best([self._decide(call, subject, action) for action in actions])
         if decision.allow:
             return replace(call, decision=decision)
         self._refuse(call, actions[0], name, decision)
@@ -167,16 +168,20 @@ class Guard(Registry, Files):
         """What a name is decided as: its repository, or that which its first push would make."""
         if found is not None:
             return found.subject
-        owner = name.split("/", 1)[0]
-        own = owner == call.principal.org and "/" in name
-        org = owner if own or ("/" in name and self._library.catalog.org_exists(owner)) else ""
-        return Subject(name, org, "org" if org else "public")
+        owner = owner_of(name)
+        theirs = owner and owner != call.principal.org
+        known = not owner or self._library.catalog.org_exists(owner)
+        free = Subject(name, "", "public")
+        if theirs and not known and decide(replace(call.principal, access=None), free, "admin", call.now).allow:
+            return free
+        # What belongs to no organisation is decided as another organisation's, so that a push does not tell which ones there are.
+        return Subject(name, owner, "org") if owner else free
 
     def _push_decision(self, call: Call, name: str, found: Repo | None) -> Decision:
         """Whether this caller may push, or create only; a new name needs an organisation of its first segment, or the action admin."""
         subject = self._subject(call, name, found)
         bare = replace(call.principal, access=None)  # what the key may comes first: a token does not change the words
-        decision = _best([decide(bare, subject, action, call.now) for action in ("push", "create")])
+        decision = best([decide(bare, subject, action, call.now) for action in ("push", "create")])
         admin = decision if subject.org else decide(bare, subject, "admin", call.now)
         if not admin.allow and found is not None:  # the site's own names, mirrored ones among them, are the administrator's
             return admin
@@ -260,7 +265,7 @@ class Guard(Registry, Files):
         """Links a blob of `source`, where this key may pull it; None otherwise, whatever the cause."""
         allowed = self._allow_push(call, repo)
         found = self._library.catalog.repository(source)
-        if found is None or not decide(call.principal, found.subject, "pull", call.now).allow:
+        if found is None or not self._decide(call, found.subject, "pull").allow:
             return None
         return self._library.mount(allowed, repo, digest, source)
 
@@ -350,27 +355,35 @@ class Guard(Registry, Files):
         return {"items": [self._summary(call, r) for r in repos], "after": cursor}
 
     def _summary(self, call: Call, repo: Repo) -> dict[str, object]:
-        decision = decide(call.principal, repo.subject, "pull", call.now)
+        decision = self._decide(call, repo.subject, "pull")
         facts: dict[str, object] = {"name": repo.name, "display": repo.display, "kind": repo.kind, "org": repo.subject.org}
         return facts | {"visibility": repo.subject.visibility, "gated": repo.gated, "entitled": decision.allow, "reason": decision.reason}
 
     def catalog_show(self, call: Call, name: str) -> dict[str, object]:
-        """A repository's summary with its refs (digest, type, size, commit, files, bytes) and, for a model, its profiles' refs; raises NotFound."""
+        """A repository's summary, with its refs (digest, type, size, commit, files, bytes) and a model's profiles' refs for who may list them.
+
+        Raises NotFound for a name that the caller does not see.
+        """
         self._demand_listing(call)
         found = self._library.catalog.repository(name)
         if found is None or not visible(call.principal, found.subject):
             self._allow(call, name, found, "pull")
         if found is None:
             raise NotFound(f"there is no repository {name}", reason="not_visible")
-        out = self._summary(call, found) | {"refs": self._library.catalog.details(found.id)}
         beside = None if name.endswith(PROFILES) else self._library.catalog.repository(name + PROFILES)
-        return out | {"profiles": self._library.catalog.details(beside.id) if beside else []}
+        return self._summary(call, found) | {"refs": self._details(call, found), "profiles": self._details(call, beside)}
+
+    def _details(self, call: Call, repo: Repo | None) -> Sequence[dict[str, object]]:
+        """What is known of a repository's refs, nothing for a caller who may not list them."""
+        if repo is None or not self._decide(call, repo.subject, "list").allow:
+            return []
+        return self._library.catalog.details(repo.id)
 
     def lease(self, call: Call, body: dict[str, object]) -> dict[str, object]:
         """A signed lease for one model, profile and set of GPUs (docs/format.md section 8); raises Invalid, NotFound, Denied."""
         name, ref = check_name(_text(body, "model")), check_ref(_text(body, "ref"))
         digest, profile_id, host = check_digest(_text(body, "profile_digest")), _text(body, "profile_id"), _text(body, "host")
-        gpus, nonce = _gpus(body.get("gpu_uuids")), _nonce(body)
+        gpus, nonce = lease_gpus(body.get("gpu_uuids")), lease_nonce(body)
         catalog = self._library.catalog
         call = self._allow(call, name, catalog.repository(name), "run")
         profile = self._profile(name, digest, profile_id)
@@ -426,32 +439,8 @@ class Guard(Registry, Files):
         raise NotFound(f"the profile manifest has no profile {profile_id[:80]!r}", do="airlock runtime list-model-profiles", reason="profile")
 
 
-def _best(decisions: Sequence[Decision]) -> Decision:
-    """The first yes; else that only the token is too narrow, so that the client asks for a wider one; else the first no."""
-    for found in (next((d for d in decisions if d.allow), None), next((d for d in decisions if d.reason == "insufficient_scope"), None)):
-        if found is not None:
-            return found
-    return decisions[0]
-
-
 def _text(body: dict[str, object], key: str) -> str:
     value = body.get(key)
     if not isinstance(value, str) or not 0 < len(value) <= 255 or any(ord(ch) < 32 or 0xD800 <= ord(ch) <= 0xDFFF for ch in value):
         raise Invalid(f"{key} is missing or not text", expected="1 to 255 characters", reason="body")
     return value
-
-
-def _nonce(body: dict[str, object]) -> dict[str, object]:
-    """The claim by which a runtime tells that a lease was signed for its request; absent for a runtime that sends none."""
-    if "nonce" not in body:
-        return {}
-    value = body["nonce"]
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_NONCE or not set(value) <= set(hexdigits):
-        raise Invalid("nonce is no hexadecimal text", expected=f"1 to {MAX_NONCE} characters of 0-9 and a-f", reason="body")
-    return {"nonce": value}
-
-
-def _gpus(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or len(value) > MAX_GPUS or not all(isinstance(v, str) and 0 < len(v) <= 100 and v.isprintable() for v in value):
-        raise Invalid("gpu_uuids is not a list of GPU ids", expected=f"at most {MAX_GPUS} texts, none on a CPU node", reason="body")
-    return tuple(dict.fromkeys(value))

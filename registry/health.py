@@ -27,7 +27,8 @@ from registry.wiring import Site
 
 BOUND_S = 3.0
 FRESH_S = 1.0
-CLIENT_S = 10.0
+HEAD_S = 5.0  # for the whole of a request, from the connection's first moment
+CLIENT_S = 20.0  # for a connection in all; the checks take two bounds at most
 MOST_CLIENTS = 32
 MOST_JOBS = 20
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -156,6 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answers one of the three paths."""
+        self.server.asked(self.connection)
         health, path = self.server.health, self.path.split("?")[0]
         if path == "/metrics":
             self._send(200, METRICS_TYPE, health.metrics())
@@ -190,22 +192,56 @@ class _Listener(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], health: Health) -> None:
         self.health = health
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self._places = threading.BoundedSemaphore(MOST_CLIENTS)
+        self._lock = threading.Lock()
+        self._open: dict[socket.socket, float] = {}  # since when, the oldest first
+        self._asking: set[socket.socket] = set()  # those of them whose request is not here yet
         super().__init__(address, _Handler)
 
+    def asked(self, request: socket.socket) -> None:
+        """The request is here whole: its connection gives way to no other."""
+        with self._lock:
+            self._asking.discard(request)
+
     def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: object) -> None:
-        """Hands a connection to a thread of its own, or closes it where too many are open."""
-        if self._places.acquire(blocking=False):
+        """Hands a connection to a thread of its own; where too many are open, the oldest that has asked nothing yet ends, or else this one."""
+        assert isinstance(request, socket.socket)
+        with self._lock:
+            late = next((r for r in self._open if r in self._asking), None) if len(self._open) >= MOST_CLIENTS else None
+            if late is not None:
+                self._end(late)
+            room = len(self._open) < MOST_CLIENTS
+            if room:
+                self._open[request] = time.monotonic()
+                self._asking.add(request)
+        if room:
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
 
+    def service_actions(self) -> None:
+        """Ends what has been open for too long; called several times a second."""
+        now = time.monotonic()
+        with self._lock:
+            for request, since in list(self._open.items()):
+                if now - since > (HEAD_S if request in self._asking else CLIENT_S):
+                    self._end(request)
+
+    def _end(self, request: socket.socket) -> None:
+        """Ends a connection, whose thread finds it ended; the lock is held."""
+        self._open.pop(request, None)
+        self._asking.discard(request)
+        with suppress(OSError):  # it ended by itself
+            request.shutdown(socket.SHUT_RDWR)
+
     def process_request_thread(self, request: socket.socket | tuple[bytes, socket.socket], client_address: object) -> None:
         """Serves one connection."""
+        assert isinstance(request, socket.socket)
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._places.release()
+            with self._lock:
+                self._open.pop(request, None)
+                self._asking.discard(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Nothing: a probe that left early is no event."""

@@ -9,15 +9,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from sqlalchemy import Connection, Engine, and_, case, delete, func, or_, select, update
 
-from artifact.errors import Conflict, Invalid, NotFound
+from artifact.errors import AirlockError, Conflict, Invalid, Mismatch, NotFound, Unavailable
 from artifact.grant import PROFILES, date
-from artifact.manifest import PROFILES_TYPE, is_digest, parse_manifest
+from artifact.manifest import PROFILES_TYPE, digest_of, is_digest, parse_manifest
 from artifact.profile import references
 from registry import tables as t
 from registry.database import reading
 from registry.library import Library
 from registry.links import chunks, delete_ref, replace_duplicates, set_ref, unlink_manifest
 from registry.retention import Removal, Rule, Tag, Version, check_rule
+from registry.rows import used_by
 from registry.statements import COLUMNS, HAS_POLICY, M, O, P, R, Repo, V, as_repo
 from registry.sweep import sweep_blobs, sweep_manifests
 from registry.uploads import pieces_of
@@ -85,36 +86,58 @@ def facts(conn: Connection, repo: Repo, now: float, pins: Pins) -> tuple[list[Ta
 
 
 class Profiles:
-    """The cross-repository references of all profile documents; a document is read once, since its digest names it."""
+    """The cross-repository references of all profile documents; a document is read once, since its digest names it.
+
+    One that is missing, damaged or unreadable names nobody knows what: that is an error each time, and never no reference.
+    """
 
     def __init__(self, library: Library) -> None:
         self._library = library
         self._read: dict[str, tuple[tuple[str, str], ...]] = {}
 
     def pins(self, conn: Connection) -> dict[tuple[str, str], str]:
-        """(name, digest) of each model and image that a profile names, with the name of a repository whose profile it is; raises Unavailable."""
+        """(name, digest) of each model and image that a profile names, with the name of a repository whose profile it is.
+
+        Raises Unavailable `pins` for a document that cannot be read: what it names is not known, so nothing may go.
+        """
         link = t.repo_manifest
         found = select(R.c.name, M.c.raw, M.c.media_type).join(link, link.c.repo_id == R.c.id).join(M, M.c.id == link.c.manifest_id)
         out: dict[tuple[str, str], str] = {}
         for row in conn.execute(found.where(M.c.artifact_type == PROFILES_TYPE).order_by(R.c.name, M.c.digest)).all():
             for layer in parse_manifest(bytes(row.raw), row.media_type).layers:
                 if layer.media_type == PROFILES_TYPE and layer.size <= MAX_DOCUMENT:
-                    out |= dict.fromkeys(self._references(conn, layer.digest), str(row.name))
+                    out |= dict.fromkeys(self._references(conn, layer.digest, str(row.name)), str(row.name))
         return out
 
-    def _references(self, conn: Connection, digest: str) -> tuple[tuple[str, str], ...]:
+    def _references(self, conn: Connection, digest: str, name: str) -> tuple[tuple[str, str], ...]:
         known = self._read.get(digest)
         if known is not None:
             return known
-        location = conn.execute(select(t.blob.c.location).where(t.blob.c.digest == digest)).scalar_one_or_none()
-        if location is None:
-            return ()
         try:
-            pins = references(b"".join(pieces_of(self._library.blobs.open(location))), PROFILES_TYPE)
+            raw = self._whole(conn, digest)
+        except (AirlockError, OSError) as error:
+            raise Unavailable(
+                f"the profile document {digest} of {name} cannot be read, so what it names is not known",
+                do="push it again, or import the bundle that brought it",
+                reason="pins",
+            ) from error
+        try:
+            pins = references(raw, PROFILES_TYPE)
         except Invalid:
-            pins = ()  # no runtime can read it either
+            pins = ()  # these are the bytes that were pushed, and no runtime can read them either
         self._read[digest] = tuple((pin.name, pin.digest) for pin in pins)
         return self._read[digest]
+
+    def _whole(self, conn: Connection, digest: str) -> bytes:
+        """The bytes of a document, which have its digest; raises NotFound, Mismatch, Unavailable, OSError."""
+        alias = select(t.blob_alias.c.blob).where(t.blob_alias.c.digest == digest).scalar_subquery()
+        location = conn.execute(select(t.blob.c.location).where(or_(t.blob.c.digest == digest, t.blob.c.digest == alias))).scalar_one_or_none()
+        if not location:
+            raise NotFound(f"{digest} is not in the store", reason="bytes")
+        raw = b"".join(pieces_of(self._library.blobs.open(location)))
+        if digest_of(raw, digest.partition(":")[0]) != digest:
+            raise Mismatch("the stored bytes have another digest", expected=digest, reason="digest")
+        return raw
 
 
 def repositories(conn: Connection, profiles: bool) -> list[str]:
@@ -143,14 +166,13 @@ def upload_ids(engine: Engine) -> set[str]:
 
 
 def quota_of(conn: Connection, org: str) -> dict[str, object]:
-    """Bytes that an organisation's repositories hold, each blob counted once, and its bound (0: none); raises NotFound."""
+    """Bytes of an organisation (blobs and manifests, each once, and unfinished uploads), its blobs, and its bound (0: none); raises NotFound."""
     found = conn.execute(select(t.org.c.id, t.org.c.quota_bytes).where(t.org.c.name == org)).first()
     if found is None:
         raise NotFound(f"there is no organisation {org[:100]}", do="airlock key create --org NAME makes one", reason="org")
     held = select(t.repo_blob.c.digest).join(R, R.c.id == t.repo_blob.c.repo_id).where(R.c.org_id == found.id)
-    used = select(func.coalesce(func.sum(t.blob.c.size), 0), func.count()).where(t.blob.c.digest.in_(held))
-    size, count = conn.execute(used).one()
-    return {"org": org, "used_bytes": int(size), "blobs": int(count), "quota_bytes": int(found.quota_bytes)}
+    count = conn.execute(select(func.count()).select_from(t.blob).where(t.blob.c.digest.in_(held))).scalar_one()
+    return {"org": org, "used_bytes": used_by(conn, found.id, org), "blobs": int(count), "quota_bytes": int(found.quota_bytes)}
 
 
 def set_quota(conn: Connection, org: str, size: int) -> bool:

@@ -134,7 +134,8 @@ class Library(Registry, Files):
     ) -> Descriptor:
         """Stores a manifest byte for byte and moves `refs` to it; `expect` is the digest it must have, `over` that which the refs name.
 
-        Raises Invalid, Mismatch, NotFound `manifest_blob` for what was not pushed before, Conflict, TooLarge.
+        Raises Invalid, Mismatch, NotFound `manifest_blob` for what was not pushed before, TooLarge, Conflict: `moved` where they name another one
+        than `over`, `immutable`, `signatures` where a `.sig` tag would lose one without `over`.
         """
         self._demand(call)
         manifest = parse_manifest(raw, media_type, check_digest(expect).partition(":")[0] if expect else "sha256")
@@ -147,7 +148,8 @@ class Library(Registry, Files):
 
         def work(conn: c.Connection) -> Descriptor:
             repo_id = ensure_repository(conn, call, repo)
-            rule = c.Rule(call.decision is not None and call.decision.action == "create", over)
+            c.check_quota(conn, repo, manifest.digest, len(raw))
+            rule = c.Rule(call.decision is not None and call.decision.action == "create", over, keeps=True)
             out = c.add_manifest(conn, repo_id, manifest, refs=refs, at=call.now, name=repo, key_id=call.principal.key_id, rule=rule)
             self.audit.change(conn, call, "push", f"{repo}@{manifest.digest}", refs=[*refs][:20])
             return out

@@ -31,6 +31,7 @@ from artifact.manifest import (
     parse_manifest,
 )
 from artifact.store import Descriptor, File
+from artifact.trust import SIGNATURE, is_sig_tag
 from registry import tables as t
 from registry.rows import add_alias as add_alias
 from registry.rows import add_blob as add_blob
@@ -41,6 +42,7 @@ from registry.rows import advance_upload as advance_upload
 from registry.rows import blob_location as blob_location
 from registry.rows import blob_locations as blob_locations
 from registry.rows import check_quota as check_quota
+from registry.rows import check_staging as check_staging
 from registry.rows import chunks as chunks
 from registry.rows import claim_upload as claim_upload
 from registry.rows import drop_upload as drop_upload
@@ -51,6 +53,7 @@ from registry.rows import in_garbage as in_garbage
 from registry.rows import link_blob as link_blob
 from registry.rows import org_exists as org_exists
 from registry.rows import owning_org as owning_org
+from registry.rows import promise_upload as promise_upload
 from registry.rows import refresh_lease as refresh_lease
 from registry.rows import replace_duplicates as replace_duplicates
 from registry.statements import M, R, V
@@ -61,10 +64,14 @@ KINDS = ("", "artifact", "image", "profiles", "model")  # a repository is of the
 
 @dataclass(frozen=True)
 class Rule:
-    """What a push may do with refs: only make new ones, and only where they name the digest `over` now (empty: where there are none)."""
+    """What a push may do with refs: only make new ones, only where they name the digest `over` now (empty: where there are none).
+
+    With `keeps`, a `.sig` tag only gets a manifest with every signature that it has, unless `over` says that the caller knows what it replaces.
+    """
 
     only_new: bool = False
     over: str | None = None
+    keeps: bool = False
 
 
 # ---- manifests and what they name
@@ -126,10 +133,10 @@ def _held_manifests(conn: Connection, repo_id: int, digests: Sequence[str]) -> s
 def _children(conn: Connection, repo_id: int, manifest: Manifest, name: str) -> dict[str, str]:
     """Each blob that the manifest names with its sha256 digest; raises NotFound `manifest_blob` for what is missing, Invalid for a wrong size."""
     blobs, children = sorted({d.digest for d in manifest.blobs()}), sorted({d.digest for d in manifest.manifests})
-    held = _held_blobs(conn, repo_id, blobs)
+    held = _held_blobs(conn, repo_id, sorted({d.digest for d in manifest.own()}))  # what need not be pushed is kept where it was
     have = _held_manifests(conn, repo_id, children)
     missing = [d for d in (*blobs, *children) if d not in held and d not in have]
-    for child in manifest.blobs():
+    for child in manifest.own():
         size = held[child.digest][1] if child.digest in held else child.size
         if size != child.size:
             raise Invalid(f"the manifest states {child.size} bytes for {child.digest}", expected=f"{size}, which it has", reason="manifest")
@@ -197,6 +204,8 @@ def add_manifest(
             conn.execute(
                 insert(t.file), [{"manifest_id": manifest_id, "path": f.path, "digest": f.digest, "size": f.size, "lfs": f.lfs} for f in files]
             )
+    else:
+        fill_edges(conn, manifest_id, blobs)
     link = replace_duplicates(conn, t.repo_manifest, ("repo_id", "manifest_id"), ("at",))  # the time of the last push: retention counts from it
     conn.execute(link.values(repo_id=repo_id, manifest_id=manifest_id, at=at))
     if kind == "model":
@@ -226,6 +235,15 @@ def _add_edges(conn: Connection, manifest_id: int, manifest: Manifest, blobs: Ma
     rows = [{"parent_id": manifest_id, "child_digest": digest, "kind": kind, "blob": blob} for (digest, kind), blob in sorted(edges.items())]
     if rows:
         conn.execute(insert(t.edge), rows)
+
+
+def fill_edges(conn: Connection, manifest_id: int, blobs: Mapping[str, str]) -> None:
+    """Names the blobs of layers that were not there when the manifest was first pushed: what is held and named is not swept."""
+    e = t.edge.c
+    bare = select(e.child_digest).where(e.parent_id == manifest_id, e.blob.is_(None), e.kind.in_(("config", "layer"))).order_by(e.child_digest)
+    for digest in conn.execute(bare).scalars().all():
+        if digest in blobs:
+            conn.execute(update(t.edge).where(e.parent_id == manifest_id, e.child_digest == digest, e.blob.is_(None)).values(blob=blobs[digest]))
 
 
 def _add_revision(conn: Connection, repo_id: int, manifest_id: int, manifest: Manifest, files: Sequence[File], at: float) -> None:
@@ -293,6 +311,23 @@ def _demand_allowed(rule: Rule, name: str, old: str) -> None:
         raise Denied(f"the key may create refs, and {name} exists", do="push under another version, or use a key with action push", reason="exists")
 
 
+def _demand_kept(conn: Connection, name: str, old_id: int, new_id: int) -> None:
+    """Raises Conflict where the new `.sig` manifest lacks a signature of the old one.
+
+    cosign reads the tag, appends its layer and pushes: of two signers that read it at once, the second is told so instead of undoing the first.
+    """
+    rows = conn.execute(select(M.c.id, M.c.raw, M.c.media_type).where(M.c.id.in_((old_id, new_id))))
+    held = {r.id: {(d.digest, d.annotations.get(SIGNATURE)) for d in parse_manifest(bytes(r.raw), r.media_type).layers} for r in rows}
+    lost = held[old_id] - held[new_id]
+    if lost:
+        raise Conflict(
+            f"{name} has {len(lost)} signatures that this manifest lacks: another signature was added meanwhile",
+            expected="every signature of the tag, and the new one",
+            do="read the tag again and add yours",
+            reason="signatures",
+        )
+
+
 def set_ref(
     conn: Connection,
     repo_id: int,
@@ -306,7 +341,7 @@ def set_ref(
 ) -> None:
     """Moves a ref to a manifest and notes it in the history.
 
-    Raises Invalid, Conflict where the ref is immutable and points elsewhere, Denied or Conflict where `rule` keeps it.
+    Raises Invalid, Conflict where the ref is immutable and points elsewhere, Denied or Conflict where `rule` keeps it, Conflict `signatures`.
     """
     check_ref(name)
     if is_digest(name):
@@ -326,6 +361,8 @@ def set_ref(
         _demand_allowed(rule, name, old.digest)
     if old.manifest_id != manifest_id:
         _demand_mutable(old.immutable, name)
+        if rule.keeps and rule.over is None and is_sig_tag(name):
+            _demand_kept(conn, name, old.manifest_id, manifest_id)
         conn.execute(insert(t.ref_history).values(_moved(repo_id, name, old.digest, new, at, key_id)))
     conn.execute(update(refs).where(refs.c.repo_id == repo_id, refs.c.name == name).values(kind=kind, manifest_id=manifest_id, at=at))
 

@@ -27,13 +27,22 @@ QUIET = (
 _SECRET = re.compile(
     r"nvapi-[A-Za-z0-9_-]{8,}|alt1\.[A-Za-z0-9_.-]{8,}|hf_[A-Za-z0-9]{16,}|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*"
     r"|(?<=X-Amz-Signature=)[^&\s\"'\\]+|(?<=X-Amz-Credential=)[^&\s\"'\\]+|(?<=X-Amz-Security-Token=)[^&\s\"'\\]+|(?<=Signature=)[0-9A-Za-z%+/=]{16,}"
-    r"|(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}|(?<=[Bb]asic )[A-Za-z0-9+/=_-]{8,}|(?<=://)[^/@:\s\"']*:[^/\s\"']*(?=@)"
+    r"|(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}|(?<=[Bb]asic )[A-Za-z0-9+/=_-]{8,}"
 )
+_URL = re.compile(r"(?<=://)[^\s\"'?]+")
+_AT = re.compile(r"@(?!sha(?:256|512):)")  # a name at a digest is no user at a host
+
+
+def _without_user(found: re.Match[str]) -> str:
+    """A URL without the user and the password before its last @, which may hold slashes and more of that sign."""
+    text = found.group()
+    ends = [at.start() for at in _AT.finditer(text)]
+    return "[secret]" + text[ends[-1] :] if ends and ":" in text[: ends[-1]] else text
 
 
 def redacted(text: str) -> str:
     """The text without keys, tokens, signatures of URLs and passwords in URLs."""
-    return _SECRET.sub("[secret]", text)
+    return _URL.sub(_without_user, _SECRET.sub("[secret]", text))
 
 
 class JsonLines(logging.Formatter):

@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import Connection, Table, delete, insert, select, update
 
-from artifact.errors import AirlockError, Invalid
+from artifact.digest import new
+from artifact.errors import AirlockError, Invalid, NotFound
 from artifact.manifest import Manifest, files_of, parse_manifest
 from artifact.store import BlobStore
 from registry import catalog as c
 from registry import links
 from registry import tables as t
 from registry.audit import Audit
-from registry.library import local_call
+from registry.library import local_call, pieces_of
 
 PAGE = 200
 MISSING, READY = "missing", "ready"
@@ -29,7 +30,10 @@ MAX_LISTED = 1000
 
 @dataclass
 class Report:
-    """What a rebuild read and changed; `missing` lists digests whose bytes the store does not hold, with the repositories that need them."""
+    """What a rebuild read and changed.
+
+    `damaged` names manifests and objects that are not what their digest says, `missing` digests without bytes and the repositories that need them.
+    """
 
     objects: int = 0
     bytes: int = 0
@@ -76,20 +80,44 @@ class Rebuild:
             self._adopt(report, page, now)
 
     def _adopt(self, report: Report, page: list[tuple[str, int]], now: float) -> None:
+        """Takes up what no row names or a row misses, each hashed before: an interrupted copy lies under the right name too."""
+        b = t.blob.c
+        digests = {location: self._blobs.digest_of(location) for location, _ in page}
+        with self._catalog.reading() as conn:
+            waiting = links.in_garbage(conn, list(digests))
+            found = conn.execute(select(b.digest, b.state, b.size).where(b.digest.in_(set(digests.values()))))
+            rows = {row.digest: (row.state, row.size) for row in found}
+        for location, size in page:
+            report.objects += 1
+            report.bytes += size
+            self._progress(size)
+            digest = digests[location]
+            state, wanted = rows.get(digest, ("", size))
+            if location in waiting or state == READY:
+                continue
+            if size != wanted or not self._whole(location, digest):
+                report.damaged.append(f"{digest} at {location}")
+                continue
+            self._take(report, digest, size, location, now)
+
+    def _whole(self, location: str, digest: str) -> bool:
+        hasher = new(digest.partition(":")[0])
+        try:
+            for piece in pieces_of(self._blobs.open(location)):
+                hasher.update(piece)
+        except (NotFound, FileNotFoundError):
+            return False
+        return hasher.digest() == digest
+
+    def _take(self, report: Report, digest: str, size: int, location: str, now: float) -> None:
         until = now + self._lease_s
+        row = {"digest": digest, "size": size, "location": location, "lease_until": until, "gc_after": until}
         with self._catalog.writing() as conn:
-            waiting = links.in_garbage(conn, [location for location, _ in page])
-            for location, size in page:
-                report.objects += 1
-                report.bytes += size
-                digest = self._blobs.digest_of(location)
-                if not digest or location in waiting:
-                    continue
-                row = {"digest": digest, "size": size, "location": location, "lease_until": until, "gc_after": until}
-                report.adopted += _added(conn, t.blob, row)
-                again = (t.blob.c.digest == digest, t.blob.c.state == MISSING)
-                report.found_again += conn.execute(update(t.blob).where(*again).values(state=READY, location=location, size=size)).rowcount
-        self._progress(sum(size for _, size in page))
+            if links.in_garbage(conn, [location]):
+                return
+            report.adopted += _added(conn, t.blob, row)
+            again = (t.blob.c.digest == digest, t.blob.c.state != READY)
+            report.found_again += conn.execute(update(t.blob).where(*again).values(state=READY, location=location)).rowcount
 
     def _manifests(self, report: Report) -> None:
         m, after = t.manifest.c, 0
@@ -149,12 +177,18 @@ def _derive(conn: Connection, manifest_id: int, manifest: Manifest) -> int:
     held: dict[str, str] = {digest: digest for digest in conn.execute(select(t.blob.c.digest).where(t.blob.c.digest.in_(named))).scalars()}
     alias = t.blob_alias.c
     held |= {row.digest: row.blob for row in conn.execute(select(alias.digest, alias.blob).where(alias.digest.in_(named)))}
+    loose = sorted({d.digest for d in manifest.own()} - set(named))  # need not be there: no row is made for them, and no link
+    linked_here = select(t.repo_blob.c.digest).join(t.repo_manifest, t.repo_manifest.c.repo_id == t.repo_blob.c.repo_id)
+    linked_here = linked_here.where(t.repo_manifest.c.manifest_id == manifest_id)
+    kept = {d: d for d in conn.execute(linked_here.where(t.repo_blob.c.digest.in_(loose))).scalars()}
+    far = select(alias.digest, alias.blob).where(alias.digest.in_(loose), alias.blob.in_(linked_here))
+    kept |= {row.digest: row.blob for row in conn.execute(far)}
     for blob in (d for d in manifest.blobs() if d.digest not in held and d.digest.startswith("sha256:")):
         # A row without bytes stands for the link; the last step marks it missing, and a push or import fills it.
         row = {"digest": blob.digest, "size": blob.size, "location": "", "state": MISSING}
         conn.execute(c.ignore_duplicates(conn, t.blob).values(row))
         held[blob.digest] = blob.digest
-    changed = _same_edges(conn, manifest_id, manifest, held) + _same_files(conn, manifest_id, manifest)
+    changed = _same_edges(conn, manifest_id, manifest, kept | held) + _same_files(conn, manifest_id, manifest)
     linked = list(conn.execute(select(t.repo_manifest.c.repo_id).where(t.repo_manifest.c.manifest_id == manifest_id)).scalars())
     for repo_id in linked:
         for digest in sorted(set(held.values())):

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Insert, Table, and_, case, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Insert, Row, Select, Table, and_, case, delete, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from artifact.errors import Conflict, Denied, Invalid, NotFound
 from artifact.manifest import check_name
 from registry import tables as t
 from registry.database import alone
-from registry.statements import R, UploadRow
+from registry.statements import M, R, UploadRow
 
 CHUNK = 2000
 
@@ -60,7 +60,7 @@ def org_exists(conn: Connection, name: str) -> bool:
     return conn.execute(select(t.org.c.id).where(t.org.c.name == name)).first() is not None
 
 
-def _owner(name: str) -> str:
+def owner_of(name: str) -> str:
     """The organisation that a name's first segment says; none where that is an origin (hf, ngc, a registry's host)."""
     first, _, rest = name.partition("/")
     return "" if not rest or first in ("hf", "ngc") or "." in first or first.startswith("localhost") else first
@@ -68,7 +68,7 @@ def _owner(name: str) -> str:
 
 def owning_org(conn: Connection, name: str, *, make_at: float | None = None) -> str:
     """The organisation that owns a name: its first segment, unless that is an origin; made where `make_at` is given."""
-    first = _owner(name)
+    first = owner_of(name)
     if not first:
         return ""
     if make_at is not None:
@@ -95,42 +95,97 @@ def ensure_repository(
     return int(conn.execute(select(R.c.id).where(R.c.name == name)).scalar_one())
 
 
-def check_quota(conn: Connection, repo: str, digest: str, size: int) -> None:
-    """Raises Denied `quota` where the blob would bring the repository's organisation above its bound; the organisation's row stays locked."""
-    own = select(R.c.org_id).where(R.c.name == repo).scalar_subquery()
-    named = and_(t.org.c.name == _owner(repo), ~select(R.c.id).where(R.c.name == repo).exists())
-    org = conn.execute(
-        select(t.org.c.id, t.org.c.name, t.org.c.quota_bytes).where(t.org.c.quota_bytes > 0, or_(t.org.c.id == own, named)).with_for_update()
-    ).first()
+def used_by(conn: Connection, org_id: int, org: str, upload: str = "") -> int:
+    """Bytes of an organisation: its blobs and manifests, each once, and what its unfinished uploads staged, but for one."""
+    link = t.repo_manifest
+    manifests = select(link.c.manifest_id).join(R, R.c.id == link.c.repo_id).where(R.c.org_id == org_id)
+    blobs = conn.execute(select(func.sum(t.blob.c.size)).where(t.blob.c.digest.in_(_held_by(org_id)))).scalar_one()
+    texts = conn.execute(select(func.sum(M.c.size)).where(M.c.id.in_(manifests))).scalar_one()
+    return int(blobs or 0) + int(texts or 0) + _staged_by(conn, org_id, org, upload)
+
+
+def _held_by(org_id: int) -> Select[tuple[str]]:
+    return select(t.repo_blob.c.digest).join(R, R.c.id == t.repo_blob.c.repo_id).where(R.c.org_id == org_id)
+
+
+def _staged_by(conn: Connection, org_id: int, org: str, upload: str) -> int:
+    """Bytes that the unfinished uploads of an organisation staged or were promised, but for one."""
+    u = t.upload.c
+    own = or_(u.repo.in_(select(R.c.name).where(R.c.org_id == org_id)), and_(u.repo.startswith(org + "/", autoescape=True), _unmade(u.repo)))
+    staged = select(func.sum(_later(u.offset, func.coalesce(u.size, 0)))).where(own, u.id != upload)
+    return int(conn.execute(staged).scalar_one() or 0)
+
+
+def _unmade(name: Any) -> Any:
+    return ~select(R.c.id).where(R.c.name == name).exists()
+
+
+def _bounded(conn: Connection, repo: str) -> Row[Any, Any, Any] | None:
+    """The organisation of a repository, or of one that its first push would make, where it has a bound; its row stays locked."""
+    org, own = t.org.c, select(R.c.org_id).where(R.c.name == repo).scalar_subquery()
+    named = and_(org.name == owner_of(repo), _unmade(repo))
+    found = select(org.id, org.name, org.quota_bytes).where(org.quota_bytes > 0, or_(org.id == own, named))
+    return conn.execute(found.with_for_update()).first()
+
+
+def _over(org: Row[Any, Any, Any], used: int, what: str, size: int) -> Denied:
+    return Denied(
+        f"organisation {org.name} has {used} bytes {what}of {org.quota_bytes} allowed, and {size} more are asked for",
+        expected=f"at most {org.quota_bytes} bytes",
+        do="delete what is not needed, or ask the administrator for a larger quota",
+        reason="quota",
+    )
+
+
+def check_quota(conn: Connection, repo: str, digest: str, size: int, *, upload: str = "") -> None:
+    """Raises Denied `quota` where these bytes would bring the repository's organisation above its bound; the organisation's row stays locked.
+
+    A blob or manifest that the organisation holds already costs nothing; what `upload` staged is what the size stands for.
+    """
+    org = _bounded(conn, repo)
+    if org is None or (digest and _has(conn, org.id, digest)):
+        return
+    used = used_by(conn, org.id, org.name, upload)
+    if used + size > org.quota_bytes:
+        raise _over(org, used, "", size)
+
+
+def check_staging(conn: Connection, repo: str, upload: str, size: int) -> int | None:
+    """How many bytes this upload may have while its organisation's unfinished ones stay within the bound; None where there is none.
+
+    What is held is not added before the upload's end: only then is it known whether it brings anything new. Raises Denied `quota`.
+    """
+    org = _bounded(conn, repo)
     if org is None:
-        return
-    link = t.repo_blob
-    held = select(link.c.digest).join(R, R.c.id == link.c.repo_id).where(R.c.org_id == org.id)
-    if digest and conn.execute(held.where(link.c.digest == digest).limit(1)).first() is not None:
-        return
-    used = conn.execute(select(func.coalesce(func.sum(t.blob.c.size), 0)).where(t.blob.c.digest.in_(held))).scalar_one()
-    if int(used) + size > org.quota_bytes:
-        raise Denied(
-            f"organisation {org.name} has {int(used)} bytes of {org.quota_bytes} allowed, and {size} more are asked for",
-            expected=f"at most {org.quota_bytes} bytes",
-            do="delete what is not needed, or ask the administrator for a larger quota",
-            reason="quota",
-        )
+        return None
+    staged = _staged_by(conn, org.id, org.name, upload)
+    if staged + size > org.quota_bytes:
+        raise _over(org, staged, "in unfinished uploads ", size)
+    return int(org.quota_bytes) - staged
+
+
+def _has(conn: Connection, org_id: int, digest: str) -> bool:
+    """Whether a repository of the organisation holds this blob or manifest."""
+    link = t.repo_manifest
+    manifest = select(M.c.id).join(link, link.c.manifest_id == M.c.id).join(R, R.c.id == link.c.repo_id)
+    found = (_held_by(org_id).where(t.repo_blob.c.digest == digest), manifest.where(R.c.org_id == org_id, M.c.digest == digest))
+    return any(conn.execute(part.limit(1)).first() is not None for part in found)
 
 
 # ---- blobs: rows, links, leases
 
 
-def add_blob(conn: Connection, digest: str, size: int, location: str, *, lease_until: float = 0.0) -> str:
-    """The location of a blob's bytes: that of its row, which is locked and leased, else the one given, in a new row."""
+def add_blob(conn: Connection, digest: str, size: int, location: str, *, lease_until: float = 0.0, dead: str = "") -> str:
+    """The location of a blob's bytes: that of its row, which is locked and leased, else the one given, in a new row or for a location `dead`."""
     dialect = postgresql if conn.dialect.name == "postgresql" else sqlite
     b = t.blob.c
     made = dialect.insert(t.blob).values(digest=digest, size=size, location=location, lease_until=lease_until, gc_after=lease_until)
     until = _later(b.lease_until, made.excluded.lease_until)
-    # Bytes that are missing or damaged (registry/scrub.py, registry/rebuild.py) are replaced by these.
-    place = case((b.state == "ready", b.location), else_=made.excluded.location)
+    # Bytes that are missing or damaged (registry/scrub.py, registry/rebuild.py; `dead`: just found so) are replaced by these.
+    whole = and_(b.state == "ready", b.location != dead)
+    place, length = case((whole, b.location), else_=made.excluded.location), case((whole, b.size), else_=made.excluded.size)
     merged = made.on_conflict_do_update(
-        index_elements=["digest"], set_={"lease_until": until, "gc_after": until, "location": place, "state": "ready"}
+        index_elements=["digest"], set_={"lease_until": until, "gc_after": until, "location": place, "size": length, "state": "ready"}
     )
     return str(conn.execute(merged.returning(b.location)).scalar_one())
 
@@ -144,6 +199,12 @@ def link_blob(conn: Connection, repo_id: int, digest: str, *, lease_until: float
     made = dialect.insert(t.repo_blob).values(repo_id=repo_id, digest=digest, lease_until=lease_until)
     kept = _later(t.repo_blob.c.lease_until, made.excluded.lease_until)
     conn.execute(made.on_conflict_do_update(index_elements=["repo_id", "digest"], set_={"lease_until": kept}))
+    # A layer that need not be pushed may come after the manifest that names it: from now on it is kept like any other.
+    e, link = t.edge.c, t.repo_manifest.c
+    aliases = conn.execute(select(t.blob_alias.c.digest).where(t.blob_alias.c.blob == digest)).scalars().all()
+    here = select(link.manifest_id).where(link.repo_id == repo_id, link.manifest_id == e.parent_id).exists()
+    late = update(t.edge).where(e.child_digest.in_([digest, *aliases]), e.kind.in_(("config", "layer")), e.blob.is_(None), here)
+    conn.execute(late.values(blob=digest))
 
 
 def refresh_lease(conn: Connection, repo_id: int, digest: str, lease_until: float) -> bool:
@@ -204,7 +265,12 @@ def advance_upload(conn: Connection, row: UploadRow, offset: int, state: bytes, 
     """Stores that bytes [0, offset) are durable; False where another request advanced the upload since `row` was read."""
     u = t.upload
     moved = update(u).where(u.c.id == row.id, u.c.generation == row.generation, u.c.offset == row.offset)
-    return conn.execute(moved.values(offset=offset, state=state, generation=row.generation + 1, expires=expires)).rowcount == 1
+    return conn.execute(moved.values(offset=offset, size=None, state=state, generation=row.generation + 1, expires=expires)).rowcount == 1
+
+
+def promise_upload(conn: Connection, upload_id: str, size: int) -> None:
+    """Notes how long an upload will be, as far as is known: its organisation's quota counts that."""
+    conn.execute(update(t.upload).where(t.upload.c.id == upload_id).values(size=size))
 
 
 def claim_upload(conn: Connection, row: UploadRow, expires: float) -> bool:

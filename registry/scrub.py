@@ -140,12 +140,14 @@ class Scrub:
             if finding:
                 report.findings.append(finding)
         elif problem:
-            report.findings.append(Finding(digest, location, f"{problem} (quarantined before)", self._named(digest)))
-        elif state == QUARANTINED and self._heal(digest, location, now):
+            report.findings.append(Finding(digest, location, f"{problem} ({state} before)", self._named(digest)))
+        elif state != READY and self._heal(digest, location, now):
             report.healed.append(digest)
 
     def _judge(self, digest: str, size: int, location: str) -> str:
         """What is wrong with the bytes at a location; empty when they are whole; raises Unavailable."""
+        if not location:
+            return "the bytes are missing"
         try:
             content = self._blobs.open(location)
         except NotFound:
@@ -179,7 +181,7 @@ class Scrub:
         """Puts an object back into service whose bytes an administrator restored in place."""
         b = t.blob.c
         with self._catalog.writing() as conn:
-            held = and_(b.digest == digest, b.location == location, b.state == QUARANTINED)
+            held = and_(b.digest == digest, b.location == location, b.state != READY)
             if not conn.execute(update(t.blob).where(held).values(state=READY)).rowcount:
                 return False
             conn.execute(delete(t.garbage).where(t.garbage.c.location == location))

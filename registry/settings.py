@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from artifact.errors import Invalid, NotFound
 
@@ -22,7 +21,10 @@ PREFIX = "AIRLOCK_"
 CONFIG = "AIRLOCK_CONFIG"
 FILE = "registry.yaml"
 MAX_FILE_BYTES = 1024 * 1024
-_PASSWORD = re.compile(r"(://[^/@:\s]*:)[^/\s]*(?=@)|([?&]password=)[^&\s]*")
+SIGNED_URL_S = 600  # the longest life of a URL that sends a client to the store
+_ORIGIN = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::([0-9]{1,5}))?/?", re.ASCII)
+_INSIDE = re.compile(r"/(?:[0-9A-Za-z_~-][0-9A-Za-z._~-]*/)+", re.ASCII)
+_SECRET_OPTION = re.compile(r"([?&][^=&]*(?:pass|secret|token|key)[^=&]*=)[^&\s]*", re.IGNORECASE)
 Parser = Callable[[str], Any]
 
 
@@ -89,10 +91,17 @@ def _place(text: str) -> str:
 
 
 def _web(text: str) -> str:
-    parts = urlsplit(_word(text))
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
+    """A URL without path: realms and links are made by adding to it, and nothing is served below a path."""
+    found = _ORIGIN.fullmatch(text)
+    if not found or int(found[1] or 0) > 65535:
         raise ValueError(text)
     return text.rstrip("/")
+
+
+def _inside(text: str) -> str:
+    if not _INSIDE.fullmatch(text):
+        raise ValueError(text)
+    return text
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ class Settings:
     data: Path = field(metadata={"spec": Spec(lambda text: Path(_word(text)), "a directory", "The data directory made by `airlock site init`.")})
     host: str = _text("127.0.0.1", "Address that the registry listens on.", "an address of this host")
     port: int = _whole(5000, 0, 65535, "Port that the registry listens on; 0 takes any free one.")
-    public_url: str = _setting("", "URL that clients are told, where it is not the one they used.", _web, "http[s]://HOST[:PORT]")
+    public_url: str = _setting("", "URL that clients are told, where it is not the one they used.", _web, "http[s]://HOST[:PORT], no path")
     log_level: str = _choice("info", LOG_LEVELS, "The least severe log line that is written.")
     upload_ttl_s: int = _whole(7 * 86400, 60, 365 * 86400, "How long an unfinished upload can be resumed.")
     lease_life_s: int = _whole(86400, 60, 30 * 86400, "Life of a runtime's lease.")
@@ -113,7 +122,7 @@ class Settings:
     blobs: str = _text("", "URL of the store of bytes; empty is the data directory.", "file: or s3://BUCKET/PREFIX?endpoint=…", secret=True)
     redirect: bool = _flag(True, "Whether pulls from an S3 store are redirected to it.")
     stream_to: tuple[str, ...] = _names("Networks whose pulls are streamed, never redirected.", "CIDRs with commas between")
-    x_accel: str = _text("", "Internal location of an nginx in front that sends the bytes.", "a path such as /blobs/")
+    x_accel: str = _setting("", "Internal location of an nginx in front that sends the bytes.", _inside, "/NAME/, as /internal/")
     anonymous: bool = _flag(False, "Whether public repositories can be read without a key.")
     token_life_s: int = _whole(600, 60, 86400, "Life of a token of the token endpoint.")
     blob_lease_s: int = _whole(86400, 60, 30 * 86400, "How long a blob without a manifest is kept for its uploader.")
@@ -179,16 +188,35 @@ class Settings:
             raise Invalid(f"{'tls_cert' if self.tls_cert else 'tls_key'} is set alone", expected="tls_cert and tls_key together, or neither")
         if self.tls != "off" and self.tls_cert:
             raise Invalid(f"tls is {self.tls} and tls_cert is set", expected="one of the two", do="remove AIRLOCK_TLS or AIRLOCK_TLS_CERT")
+        bucket = not self.blobs_url.startswith("file:")
+        if bucket and self.x_accel:
+            raise Invalid("x_accel is set and the bytes lie in a bucket", expected="one of the two: nginx sends files", do="remove AIRLOCK_X_ACCEL")
+        if bucket and self.redirect and self.garbage_delay_s < SIGNED_URL_S:
+            raise Invalid(
+                f"garbage_delay_s is {self.garbage_delay_s} and pulls are sent to the store by URLs that live {SIGNED_URL_S} s",
+                expected=f"{SIGNED_URL_S} or more, so that no pull under way loses its bytes",
+                do="raise AIRLOCK_GARBAGE_DELAY_S, or set AIRLOCK_REDIRECT=off",
+                reason="setting",
+            )
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Name, value as it would be written, source and sentence of every setting; passwords are masked."""
         out = []
         for name, spec in specs().items():
             text = written(getattr(self, name))
-            out.append(
-                (name, _PASSWORD.sub(lambda m: f"{m[1] or m[2]}***", text) if spec.secret else text, self.sources.get(name, "default"), spec.about)
-            )
+            out.append((name, _masked(text) if spec.secret else text, self.sources.get(name, "default"), spec.about))
         return out
+
+
+def _masked(text: str) -> str:
+    """A URL without what may be secret in it: all between the first colon behind its scheme and the last @, and options that sound like it."""
+    scheme, mark, rest = text.partition("://")
+    if not mark:
+        return text if text in ("", "file:") else "***"
+    who, at, where = rest.rpartition("@")
+    if at and ":" in who:
+        rest = f"{who.split(':', 1)[0]}:***@{where}"
+    return _SECRET_OPTION.sub(r"\1***", scheme + mark + rest)
 
 
 def specs() -> dict[str, Spec]:
@@ -273,4 +301,7 @@ def _plain(value: object) -> str | None:
         return ""
     if isinstance(value, list):
         return ",".join(value) if all(isinstance(v, str) for v in value) else None
-    return written(value) if isinstance(value, str | int | bool) else None
+    try:
+        return written(value) if isinstance(value, str | int | bool) else None
+    except ValueError:  # a whole number of thousands of digits
+        return None

@@ -145,7 +145,8 @@ def adopt(conn: Connection, places: Sequence[tuple[str, int, str]], until: float
     named = {*conn.execute(known).scalars(), *conn.execute(waiting).scalars()}
     strange = [found for found in places if found[0] not in named]
     for location, size, digest in strange:
-        row = {"digest": digest, "size": size, "location": location, "lease_until": until, "gc_after": until}
+        # Nobody hashed these bytes here: not served until verify or rebuild did, and replaced by whoever publishes the digest.
+        row = {"digest": digest, "size": size, "location": location, "state": "unverified", "lease_until": until, "gc_after": until}
         if conn.execute(ignore_duplicates(conn, t.blob).values(row)).rowcount != 1:
             held = conn.execute(select(t.blob.c.location).where(t.blob.c.digest == digest).with_for_update()).scalar_one_or_none()
             if held is not None and held != location:

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from artifact.errors import AirlockError, Invalid, NotFound, Unavailable
+from artifact.errors import Invalid, NotFound, Unavailable
 from registry.settings import Settings
 
 DAYS = 397  # the longest that common clients accept
@@ -261,11 +261,3 @@ def trust_commands(settings: Settings, port: int) -> list[str]:
         "hf, pip     export SSL_CERT_FILE=ca.crt REQUESTS_CA_BUNDLE=ca.crt PIP_CERT=ca.crt    (whole paths)",
         "airlock     export AIRLOCK_CA_FILE=ca.crt    (runtime, model, catalog), or ca_file: ca.crt in a mirror plan",
     ]
-
-
-def try_reload(certificate: Certificate) -> tuple[str, AirlockError | None]:
-    """Reloads and returns the fingerprint, or the error with the old pair still served."""
-    try:
-        return certificate.reload(), None
-    except AirlockError as error:
-        return "", error

@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from artifact.errors import Conflict, Invalid, NotFound
+from artifact.errors import Conflict, Invalid, NotFound, Unavailable
 from artifact.grant import date, visible
 from artifact.manifest import check_name, check_ref
 from artifact.store import Call
@@ -58,12 +58,12 @@ class Upkeep:
         ref = _text(body, "ref", empty=True)
         dry, along, force = (_flag(body, key) for key in ("dry_run", "referrers", "force"))
         with self._library.catalog.reading() as conn:
-            self._collector.profiles.pins(conn)  # reads the documents before the transaction begins
+            self._pins(conn, force)  # reads the documents before the transaction begins
         out: dict[str, object] = {}
 
         def work(conn: Connection) -> None:
             out.clear()
-            out.update(self._remove(conn, call, repo, ref, along))
+            out.update(self._remove(conn, call, repo, ref, along, force))
             if not dry and not force and (out["profiles"] or out["holders"]):
                 named = [*_list(out["profiles"]), *_list(out["holders"])][0]
                 raise Conflict(f"{named} still names what would go", do="remove that first, or add --force", reason="in_use")
@@ -76,12 +76,21 @@ class Upkeep:
             retried(self._engine, work)
         return out | {"dry_run": dry}
 
-    def _remove(self, conn: Connection, call: Call, repo: Repo, ref: str, along: bool) -> dict[str, object]:
+    def _pins(self, conn: Connection, force: bool) -> holdings.Pins:
+        """What profiles name; where one cannot be read, only a removal by force goes on."""
+        try:
+            return self._collector.profiles.pins(conn)
+        except Unavailable as error:
+            if not force or error.reason != "pins":
+                raise
+            return {}
+
+    def _remove(self, conn: Connection, call: Call, repo: Repo, ref: str, along: bool, force: bool) -> dict[str, object]:
         tags, versions = holdings.facts(conn, repo, call.now, {})
         if ref and ref not in {t.name for t in tags} | {v.digest for v in versions}:
             raise NotFound(f"{repo.name} has no {ref[:100]}", do=f"airlock catalog show {repo.name}", reason="manifest")
         wish = removal(tags, versions, ref, referrers=along)
-        pins = self._collector.profiles.pins(conn)
+        pins = self._pins(conn, force)
         going = set(wish.versions)
         profiles = sorted({where for (name, digest), where in pins.items() if name == repo.name and digest in going and where != repo.name})
         blobs = holdings.blobs_of(conn, going) if ref else holdings.linked_blobs(conn, repo.id)

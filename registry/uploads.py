@@ -23,6 +23,7 @@ from registry.catalog import Catalog, UploadRow
 
 OCTETS = "application/octet-stream"
 ALGORITHMS = ("sha256", "sha512")
+QUOTA_STEP = 64 * 1024 * 1024  # how far an upload of unknown length goes on before its organisation's quota is looked at again
 SURPLUS_S = 3600.0  # longer than any request needs from the publication of bytes to their record
 PATIENCE_S = 6.0  # for a database that restarts just when a blob's bytes are in their place
 
@@ -97,12 +98,12 @@ class Uploads:
         own, total = digest if digest.startswith("sha256:") else writer.digest(), writer.offset
         try:
             with self.catalog.reading() as conn:  # before the bytes are moved; once more below, where it counts
-                c.check_quota(conn, repo, own, total)
+                c.check_quota(conn, repo, own, total, upload=upload.id)
         except Denied:
             writer.discard()
             raise
         generation = self.generation(own)
-        location = self._held(own, writer)
+        location, dead = self._held(own, writer)
         if location:
             writer.discard()
         else:
@@ -110,23 +111,24 @@ class Uploads:
         try:
             if own != digest and not upload.proves(digest) and self._digest(location, "sha512") != digest:
                 raise Mismatch("the uploaded bytes have another digest", expected=digest, do="send them again", reason="digest")
-            while not self._patiently(partial(self._record, call, repo, upload.id, own, digest, total, location)):
+            while not self._patiently(partial(self._record, call, repo, upload.id, own, digest, total, location, dead)):
                 generation += 1
                 location = self.store(self.blobs.open(location), own, generation)
         except (Mismatch, Denied):
-            self._leave(own, total, location)
+            self._leave(own, total, location, dead)
             raise
         except AirlockError:
             upload.let_go()  # its bytes have left the staging place: there is nothing to suspend, and the same bytes sent again find them
             raise
         return Descriptor(OCTETS, digest, total)
 
-    def _held(self, digest: str, writer: BlobWriter) -> str:
-        """Where the store holds these very bytes already; empty where it does not, or where the writer's are others."""
+    def _held(self, digest: str, writer: BlobWriter) -> tuple[str, str]:
+        """Where the store holds these very bytes already, else where the blob's row says so though they are gone; empty for neither."""
         with self.catalog.reading() as conn:
             location = c.blob_location(conn, digest)
-        same = bool(location) and writer.digest() == digest and self.blobs.stat(location) == writer.offset
-        return location if same else ""
+        if not location or writer.digest() != digest:
+            return "", ""
+        return (location, "") if self.blobs.stat(location) == writer.offset else ("", location)
 
     def generation(self, digest: str) -> int:
         """The generation of the blob's row, else the first of which no bytes wait for their removal."""
@@ -153,17 +155,22 @@ class Uploads:
                     raise
             time.sleep(0.25)
 
-    def _record(self, call: Call, repo: str, upload_id: str, own: str, digest: str, total: int, location: str) -> bool:
-        """The one transaction of an upload; False, with nothing changed, where the bytes at the location wait for their removal."""
+    def _record(self, call: Call, repo: str, upload_id: str, own: str, digest: str, total: int, location: str, dead: str) -> bool:
+        """The one transaction of an upload; False, with nothing changed, where the bytes at the location wait for their removal.
+
+        A row that still names the place `dead` gets the new one: what is left at the old place goes to the sweep.
+        """
         until = call.now + self.lease_s
         with suppress(_Swept), self.catalog.writing() as conn:
             repo_id = ensure_repository(conn, call, repo)
-            c.check_quota(conn, repo, own, total)
-            held = c.add_blob(conn, own, total, location, lease_until=until)
+            c.check_quota(conn, repo, own, total, upload=upload_id)
+            held = c.add_blob(conn, own, total, location, lease_until=until, dead=dead)
             if held != location:
                 c.add_garbage(conn, location, total, call.now + SURPLUS_S)  # another upload of these bytes was first
             elif c.in_garbage(conn, [location]):
                 raise _Swept
+            if dead and dead != held:
+                c.add_garbage(conn, dead, 0, call.now + SURPLUS_S)
             if own != digest:
                 c.add_alias(conn, digest, own)
             c.link_blob(conn, repo_id, own, lease_until=until)
@@ -172,10 +179,10 @@ class Uploads:
             return True
         return False
 
-    def _leave(self, digest: str, total: int, location: str) -> None:
+    def _leave(self, digest: str, total: int, location: str, dead: str) -> None:
         """Leaves published bytes that nobody may have to the sweep: a row without link or lease."""
         with suppress(_Swept), self.catalog.writing() as conn:
-            if c.add_blob(conn, digest, total, location) == location and c.in_garbage(conn, [location]):
+            if c.add_blob(conn, digest, total, location, dead=dead) == location and c.in_garbage(conn, [location]):
                 raise _Swept
 
     def _digest(self, location: str, algorithm: str) -> str:
@@ -207,6 +214,7 @@ class StoredUpload(Upload):
         self._announced = hashlib.new(row.algorithm) if row.algorithm != "sha256" and row.offset == 0 else None
         self.id = row.id
         self.offset = row.offset
+        self._granted = row.offset  # how far the organisation's quota lets it go on for now
 
     def _open(self) -> BlobWriter:
         if self._writer is None:
@@ -237,9 +245,32 @@ class StoredUpload(Upload):
                 raise RangeInvalid("another request moved this upload on", do="ask for its offset and continue there", reason="upload")
         return replace(row, generation=row.generation + 1)
 
+    def expect(self, size: int) -> None:
+        """Says that this request brings so many bytes; raises Denied `quota` before any of them is read."""
+        self._grant(self.offset + size)
+
+    def _grant(self, end: int) -> None:
+        """Makes sure that the upload may have `end` bytes; raises Denied `quota`."""
+        catalog, repo = self._uploads.catalog, self._row.repo
+        with catalog.reading() as conn:
+            most = c.check_staging(conn, repo, self.id, end)
+        if most is not None:
+            with catalog.writing() as conn:  # uploads beside this one see what it was granted
+                most = c.check_staging(conn, repo, self.id, end)
+                c.promise_upload(conn, self.id, end)
+        self._granted = end + QUOTA_STEP if most is None else max(end, min(end + QUOTA_STEP, most))
+
     def write(self, view: bytes | memoryview) -> None:
-        """Appends bytes at `offset`; raises Unavailable, Conflict while another request writes, RangeInvalid when one has written."""
+        """Appends bytes at `offset`; raises Unavailable, Conflict while another request writes, RangeInvalid when one has written, Denied `quota`."""
         writer = self._open()
+        end = writer.offset + memoryview(view).nbytes
+        if end > self._granted:
+            try:
+                self._grant(end)
+            except Denied:
+                writer.discard()
+                self._forget()
+                raise
         writer.write(view)
         if self._announced is not None:
             self._announced.update(view)

@@ -21,6 +21,7 @@ import httptools
 from uvicorn.protocols.http.flow_control import service_unavailable
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from registry.crowd import Crowd
 from registry.intake import Loan
 
 SENDFILE = "airlock.sendfile"
@@ -30,6 +31,7 @@ HIGH_WATER = 256 * 1024
 MAX_HEAD_BYTES = 64 * 1024
 MAX_FIELDS = 200
 STALL_S = 60.0
+HEAD_S = 30.0
 _BYTES_ACKED = 120  # offset of tcpi_bytes_acked in Linux' struct tcp_info
 
 
@@ -155,29 +157,90 @@ class Cycle(RequestResponseCycle):
 
 
 class WireProtocol(HttpToolsProtocol):
-    """HttpToolsProtocol that builds our Cycle, bounds the request head and never upgrades."""
+    """HttpToolsProtocol that builds our Cycle, bounds the request head in size and in time, and never upgrades."""
 
     stall_s = STALL_S
+    head_s = HEAD_S  # from the first moment of a connection, or the first byte of a next request, to the end of the head
     seeding = False  # while a new parser is brought to where the old one would be
     head_bytes = -1  # received since the piece in which an unfinished request head began; -1 between heads
     field_bytes = 0  # of the header fields of this request so far
 
+    number = -1  # of the connection in the crowd
+    head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        self.number = sock.fileno() if sock is not None else -1
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_came()
+        super().connection_lost(exc)
+
     def data_received(self, data: bytes) -> None:
+        # uvicorn's method, which loses the body, or what follows it, of a request that asks for an upgrade (RFC 9110 section 7.8: to be ignored).
+        self._unset_keepalive_if_required()
         before = self.head_bytes
-        super().data_received(data)
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
+            return
         if before >= 0 and self.head_bytes >= 0:
             self.head_bytes += len(data)
             if self.head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self.send_400_response("The request head is too long.")
+        if self.head_bytes >= 0 or self.cycle is None or self.cycle.response_complete:
+            self._await_head()
+
+    def _parse(self, data: bytes) -> None:
+        """Feeds the parser; at the end of a head that asks for an upgrade, where the parser leaves HTTP, another goes on with what follows."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as found:
+                data = data[found.args[0] :]
+                fields = [(k, v) for k, v in self.headers if k in (b"content-length", b"transfer-encoding")]
+                self._seed(b"".join(k + b": " + v + b"\r\n" for k, v in fields))
+                if not data:
+                    return
 
     def _go_on(self, left: int) -> None:
         """A parser inside the body of the present request with `left` bytes to come: the old one does not know of those that were read past it."""
-        keep = "keep-alive" if self.cycle.keep_alive else "close"
+        self._seed(b"Content-Length: %d\r\n" % left)
+
+    def _seed(self, framing: bytes) -> None:
+        """A new parser behind the head of the present request, whose body is framed so."""
+        keep = b"keep-alive" if self.cycle.keep_alive else b"close"
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self.seeding = True
-        self.parser.feed_data(f"POST / HTTP/1.1\r\nConnection: {keep}\r\nContent-Length: {left}\r\n\r\n".encode())
-        self.seeding = False
+        try:
+            self.parser.feed_data(b"POST / HTTP/1.1\r\nConnection: " + keep + b"\r\n" + framing + b"\r\n")
+        finally:
+            self.seeding = False
+
+    def _await_head(self) -> None:
+        if self.head_timer is None and not self.transport.is_closing():
+            self.head_timer = self.loop.call_later(self.head_s, self._head_late)
+
+    def _head_came(self) -> None:
+        if self.head_timer is not None:
+            self.head_timer.cancel()
+            self.head_timer = None
+
+    def _head_late(self) -> None:
+        """Closes a connection on which no head was completed in time; one that is still being answered keeps its answer."""
+        self.head_timer = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._await_head()
+        elif self.transport.get_write_buffer_size():
+            self.transport.abort()  # it takes nothing either, and a close would wait for it
+        else:
+            self.transport.close()
 
     def on_message_begin(self) -> None:
         if self.seeding:
@@ -204,12 +267,27 @@ class WireProtocol(HttpToolsProtocol):
     def _should_upgrade(self) -> bool:
         return False
 
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():  # else it is not: the body is read by the next parser
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        idle = not self.pipeline
+        super().on_response_complete()
+        if idle and isinstance(self.server_state, Crowd) and not self.transport.is_closing():
+            self.server_state.idle(self.number)
+
     def on_headers_complete(self) -> None:
         # The body of uvicorn 0.54.0's method without its WebSocket branch; it names its cycle class itself, so it cannot be parametrised.
         if self.seeding:
             return
         self._bound()
+        if self.parser.get_method() == b"CONNECT":
+            raise httptools.HttpParserError("a tunnel is not served, and what follows such a head is no request")
         self.head_bytes = -1
+        self._head_came()
+        if isinstance(self.server_state, Crowd):
+            self.server_state.busy(self.number)
         version = self.parser.get_http_version()
         scope: Any = self.scope
         scope["method"] = self.parser.get_method().decode("ascii")

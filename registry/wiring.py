@@ -150,7 +150,7 @@ def open_site(settings: Settings, *, background: bool = True) -> Site:
     library = Library(catalog, blobs, audit, settings.upload_ttl_s, settings.blob_lease_s)
     policy = Policy(settings.anonymous, settings.token_life_s, settings.redirect, settings.stream_to)
     guard = Guard(library, entitlements, audit, home, settings.lease_life_s, settings.lease_grace_s, policy)
-    collector = Collector(library, settings.garbage_delay_s)
+    collector = Collector(library, settings.garbage_delay_s, every_s=settings.gc_every_s)
     guard.attach(collector)
     if background:
         blobs.probe()

@@ -79,21 +79,28 @@ class Soak:
     seed: int
     lease_s: float  # a push must not take longer than this
     sizes: tuple[int, int] = (1, 4000)
+    large: tuple[int, int] = (0, 0)  # how many blobs of which size, larger than one part of an S3 upload; seldom used, so that the rest goes on
     pool: dict[str, bytes] = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
     oracle: dict[str, dict[str, Held]] = field(default_factory=dict)
     done: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
+    giants: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         draw = random.Random(self.seed)
         for _ in range(24):
-            data = draw.randbytes(draw.randint(*self.sizes))
-            self.pool[sha(data)] = data
+            self._make(draw, draw.randint(*self.sizes))
         self.shared = sorted(self.pool)
+        self.giants = sorted(self._make(draw, self.large[1] + n) for n in range(self.large[0]))
         self.pool[sha(b"{}")] = b"{}"
         self.oracle = {self.repo(n): {} for n in range(len(self.clients))}
+
+    def _make(self, draw: random.Random, size: int) -> str:
+        data = draw.randbytes(size)
+        self.pool[sha(data)] = data
+        return sha(data)
 
     def repo(self, n: int) -> str:
         return f"acme/soak-{n}"
@@ -142,15 +149,16 @@ class Soak:
                 self.done["mounted"] += 1
                 return
         self._sure(lambda: client.put(repo, self.pool[digest]))
-        self.done["uploaded"] += 1
+        self.done["large uploaded" if digest in self.giants else "uploaded"] += 1
 
     def _image(self, client: Client, repo: str, ref: str, draw: random.Random) -> tuple[bytes, set[str]]:
         empty = sha(b"{}")
         layers = draw.sample(self.shared, draw.randint(0, 3))
         if not layers or draw.random() < 0.5:
-            fresh = draw.randbytes(draw.randint(*self.sizes))
-            self.pool[sha(fresh)] = fresh
-            layers.append(sha(fresh))
+            layers.append(self._make(draw, draw.randint(*self.sizes)))
+        if self.giants and draw.random() < 0.04:
+            layers.append(draw.choice(self.giants))
+            self.done["large"] += 1
         doc = {"schemaVersion": 2, "mediaType": MANIFEST, "artifactType": "application/x-soak", "annotations": {"n": str(draw.randrange(6))}}
         doc["config"] = {"mediaType": "application/vnd.oci.empty.v1+json", "digest": empty, "size": 2}
         doc["layers"] = [{"mediaType": "application/x-layer", "digest": d, "size": len(self.pool[d])} for d in layers]

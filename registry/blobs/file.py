@@ -21,6 +21,7 @@ from artifact.store import BlobStore, BlobWriter, Content
 from registry.home import free_bytes
 
 _LOCATION = re.compile(r"(sha256|sha512)/([0-9a-f]{2})/([0-9a-f]{64}|[0-9a-f]{128})(?:\.g[0-9]+)?\Z")
+RESERVE, RESERVE_PART = 64 * 1024 * 1024, 50  # what uploads leave free, and on a small disk one in so many bytes: the database needs room
 _UPLOAD = re.compile(r"[0-9a-zA-Z_-]{8,64}\Z")
 OCTETS = "application/octet-stream"
 
@@ -145,6 +146,7 @@ class FileWriter(BlobWriter):
             self._close()
             raise
         self.offset = offset
+        self._durable = (algorithm, offset, state)  # what the upload's row knows
         self._trimmed = False
 
     def _trim(self) -> None:
@@ -170,13 +172,26 @@ class FileWriter(BlobWriter):
         rest = memoryview(view).cast("B")
         try:
             self._trim()
+            _demand_room(self._fd, len(rest))
             while len(rest):
                 done = os.pwrite(self._fd, rest, self.offset)
                 self._hasher.update(rest[:done])
                 self.offset += done
                 rest = rest[done:]
         except OSError as error:
-            raise _unavailable(error, "write", self._path.parent) from error
+            failed = _unavailable(error, "write", self._path.parent)
+            self._give_back()
+            raise failed from error
+
+    def _give_back(self) -> None:
+        """Frees what this request took: nobody was told that those bytes are here, and a full disk would keep them until the upload expires."""
+        algorithm, offset, state = self._durable
+        if not offset:
+            self.discard()
+            return
+        with suppress(OSError, Mismatch):
+            os.ftruncate(self._fd, offset)
+            self._hasher, self.offset = self._continue(algorithm, offset, state), offset
 
     def state(self) -> bytes:
         """The exported hash state of bytes [0, offset); empty when the library cannot export it."""
@@ -192,7 +207,10 @@ class FileWriter(BlobWriter):
             os.fsync(self._fd)
             _sync_folder(self._path.parent)
         except OSError as error:
-            raise _unavailable(error, "sync", self._path.parent) from error
+            failed = _unavailable(error, "sync", self._path.parent)
+            self._give_back()
+            raise failed from error
+        self._durable = (self._durable[0], self.offset, self._hasher.state())
 
     def close(self) -> None:
         """Lets go of the staging file; its bytes stay for the next request."""
@@ -248,6 +266,14 @@ def _open_locked(path: Path, create: bool) -> int:
         os.close(fd)
         raise Conflict("another request writes this upload now", do="retry when it has ended", reason="upload") from error
     return fd
+
+
+def _demand_room(fd: int, size: int) -> None:
+    """Raises OSError ENOSPC where a write would go into the reserve."""
+    disk = os.fstatvfs(fd)
+    reserve = min(RESERVE, disk.f_blocks * disk.f_frsize // RESERVE_PART)
+    if disk.f_bavail * disk.f_frsize - size < reserve:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _sync_folder(path: Path) -> None:

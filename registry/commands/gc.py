@@ -7,6 +7,8 @@ import json
 import sys
 import time
 
+from artifact.errors import Conflict
+from artifact.grant import date
 from registry.collector import Report
 from registry.commands.catalog import size_text
 from registry.settings import Settings
@@ -20,7 +22,9 @@ def _progress(phase: str, done: int) -> None:
 
 def _lines(report: Report) -> list[str]:
     would = "would go" if report.dry_run else "went"
-    lines = []
+    if report.warning:
+        return [f"nothing {would}: {report.warning}", "set the clock right, or say that it is: airlock gc --clock-is-right"]
+    lines = [f"as of {date(report.at)}"] if report.dry_run else []
     for item in report.retained:
         name = f"{item['name']}:{item['tag']}" if item["tag"] else f"{item['name']}@{item['digest']}"
         freed = f", {size_text(int(str(item['bytes'])))}" if item.get("bytes") else ""
@@ -34,6 +38,8 @@ def _lines(report: Report) -> list[str]:
     lines.append(f"{report.removed} objects with {size_text(report.removed_bytes)} {'would be' if report.dry_run else 'were'} removed from the store")
     if report.uploads or report.staging:
         lines.append(f"{report.uploads} uploads that nobody continued {would}, {report.staging} stale pieces")
+    if report.unjudged:
+        lines.append(f"no retention rule was followed: {report.unjudged}")
     if report.failed:
         lines.append(f"{report.failed} objects could not be removed from the store and are tried again later")
     if not report.complete:
@@ -52,12 +58,13 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--data", help="data directory (AIRLOCK_DATA)")
     parser.add_argument("--dry-run", action="store_true", help="list what would go, with bytes and reasons; change nothing")
+    parser.add_argument("--clock-is-right", action="store_true", help="go on although the clock is far from where the last run left it")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     with open_site(Settings.load(args.data), background=False) as site:
         work = site.collector.dry_run if args.dry_run else site.collector.run
-        report = work(time.time(), progress=_progress)
+        report = work(time.time(), progress=_progress, clock_is_right=args.clock_is_right)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     print(json.dumps(report.as_json()) if args.json else "\n".join(_lines(report)))
-    return 0
+    return Conflict.exit_code if report.warning else 0

@@ -10,15 +10,18 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from artifact.errors import AirlockError, Unavailable
 from registry import health, telemetry, tls
 from registry.app import create_app
+from registry.crowd import Crowd, Listener, bound, raise_limit
 from registry.front import Front
 from registry.logs import log_to_stderr
 from registry.metrics import Metrics
@@ -29,6 +32,7 @@ from registry.wiring import open_site, sole_server
 BACKLOG = 2048
 KEEP_ALIVE_S = 30
 TICK_S = 0.2
+TELL_S = 10.0  # between two lines that tell that no connection can be accepted
 WATCH_S = 2.0
 END_S = 10.0  # how long after a second SIGTERM an orderly end may take
 LOG = logging.getLogger("airlock.registry")
@@ -37,22 +41,34 @@ LOG = logging.getLogger("airlock.registry")
 class _Server(uvicorn.Server):
     """uvicorn's server with our own stop: not ready first, then no more connections, uploads suspended, pulls to their end."""
 
-    def __init__(self, config: uvicorn.Config, front: Front, state: health.Health, settings: Settings) -> None:
+    def __init__(self, config: uvicorn.Config, front: Front, state: health.Health, settings: Settings, crowd: Crowd) -> None:
         super().__init__(config)
+        self.server_state = crowd
         self.front, self.state, self.settings = front, state, settings
         self.certificate: tls.Certificate | None = None
         self.ready: Callable[[], None] = lambda: None
         self.stops = 0
         self._tasks: list[asyncio.Task[None]] = []
+        self._complained = -TELL_S
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.state.loop = asyncio.get_running_loop()
+        self.state.loop.set_exception_handler(self._complain)
         self.state.loop.add_signal_handler(signal.SIGHUP, self._reload)
         if self.certificate is not None:
             self._tasks.append(asyncio.create_task(self._watch(self.certificate)))
         if self.started:
             self.ready()
+
+    def _complain(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Logs what failed in the loop; that descriptors are short only once in a while, as it is found at each try to accept."""
+        if "socket.accept()" not in str(context.get("message")):
+            loop.default_exception_handler(context)
+        elif time.monotonic() - self._complained >= TELL_S:
+            self._complained = time.monotonic()
+            reason = getattr(context.get("exception"), "strerror", None)
+            LOG.error("no connection can be accepted", extra={"facts": {"reason": reason, "do": "raise the limit of open files (LimitNOFILE)"}})
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second ends at once; it is not raised again, as stopping when told to is success."""
@@ -98,11 +114,11 @@ class _Server(uvicorn.Server):
             LOG.error("the certificate was not loaded, the old one stays: %s", error)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int) -> Listener:
     """A bound socket; raises Unavailable when the address is taken or not ours."""
     try:
         family, kind, proto, _name, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        sock = socket.socket(family, kind, proto)
+        sock = Listener(family, kind, proto)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen(BACKLOG)
@@ -138,7 +154,7 @@ def _config(front: Front, settings: Settings, certificate: tls.Certificate | Non
     )
 
 
-def _tell(as_json: bool, url: str, operator: str, certificate: tls.Certificate | None, trust: list[str]) -> None:
+def _tell(as_json: bool, url: str, operator: str, certificate: tls.Certificate | None, trust: list[str], limits: dict[str, int]) -> None:
     """What an operator must know once the server listens; nothing of it is a secret."""
     facts = {"listening": url, "metrics": operator, "certificate_sha256": certificate.fingerprint if certificate else ""}
     facts = {name: value for name, value in facts.items() if value}
@@ -148,14 +164,17 @@ def _tell(as_json: bool, url: str, operator: str, certificate: tls.Certificate |
         lines = [f"listening on {url}", *([f"health and metrics on {operator}"] if operator else [])]
         lines += [f"certificate SHA-256 {certificate.fingerprint}"] if certificate else []
         print("\n".join([*lines, *trust]), flush=True)
-    LOG.info("started", extra={"facts": facts})
+    LOG.info("started", extra={"facts": {**facts, **limits}})
 
 
 def _serve(settings: Settings, as_json: bool) -> int:
+    files = raise_limit()
+    crowd = Crowd(bound(files))
     with ExitStack() as stack:
         stack.enter_context(sole_server(settings))
         certificate, made = _certificate(settings)
         sock = stack.enter_context(_listen(settings.host, settings.port))
+        sock.crowd = crowd
         port = sock.getsockname()[1]
         site = stack.enter_context(open_site(settings))
         stack.callback(site.collector.start(settings.gc_every_s, lambda error: LOG.error("the collection failed: %s", error)))
@@ -168,12 +187,12 @@ def _serve(settings: Settings, as_json: bool) -> int:
             operator, end = health.listen(settings.metrics, state)
             stack.callback(end)
         front = create_app(site, settings, metrics, tracing)
-        server = _Server(_config(front, settings, certificate), front, state, settings)
+        server = _Server(_config(front, settings, certificate), front, state, settings, crowd)
         server.certificate = certificate
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         url = f"{'https' if certificate else 'http'}://{host}:{port}"
         trust = tls.trust_commands(settings, port) if made else []
-        server.ready = lambda: _tell(as_json, url, operator, certificate, trust)
+        server.ready = lambda: _tell(as_json, url, operator, certificate, trust, {"files": files, "connections": crowd.most})
         for stop in (signal.SIGTERM, signal.SIGINT):
             signal.signal(stop, lambda *_: None)  # what the server puts back when it has stopped: a late signal must not cut the end short
         server.run(sockets=[sock])

@@ -14,6 +14,7 @@ from registry.scrub import Report, Scrub
 from registry.settings import Settings
 from registry.wiring import open_site
 
+MAX_MINUTES = 10_000_000
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -38,6 +39,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(argv)
     rate = _rate(given.rate)
+    if not 0 <= given.minutes < MAX_MINUTES:
+        raise Invalid("--minutes is no time to run for", expected=f"0 (no end) to {MAX_MINUTES}")
     end = time.monotonic() + given.minutes * 60 if given.minutes else 0.0
     with open_site(Settings.load(given.data), background=False) as site:
         progress = None if given.json else Progress(Scrub(site.catalog, site.blobs, site.audit).total(), "verify", sys.stderr)

@@ -244,21 +244,17 @@ class HubDoor:
         await x.json(200, nodes[start : start + limit], headers)
 
     async def _paths(self, x: Exchange, repo_id: str, ref: str) -> None:
+        await x.call(lambda call: self._find(x, call, repo_id, ref))  # a body is read for nobody who may not see the revision
         raw = await x.read_body(4 * 1024 * 1024, "the list of paths")
-        if x.headers.get("content-type", "").startswith("application/json"):
-            asked = parse_json(raw, "the list of paths").get("paths")
-        else:
-            try:
-                asked = [v for k, v in parse_qsl(raw.decode("utf-8"), max_num_fields=_FILES + 10) if k == "paths"]
-            except ValueError as error:
-                raise errors.Invalid("the list of paths is not a form", expected="paths=a&paths=b") from error
-        listed = asked if isinstance(asked, list) else [asked]
-        if not all(isinstance(p, str) for p in listed):
-            raise errors.Invalid("paths are not text", expected="a list of strings")
-        wanted = set(listed)
-        revision, files = await x.call(lambda call: self._files(x, call, repo_id, ref))
-        nodes = [n for n in _tree(files, "", True) if n["path"] in wanted]
-        await x.json(200, nodes, {"x-repo-commit": revision.commit})
+        as_json = x.headers.get("content-type", "").startswith("application/json")
+
+        def work(call: Call) -> tuple[str, list[dict[str, object]]]:
+            wanted = _asked(raw, as_json)  # in the thread: megabytes of it would hold up the loop
+            revision, files = self._files(x, call, repo_id, ref)
+            return revision.commit, [n for n in _tree(files, "", True) if n["path"] in wanted]
+
+        commit, nodes = await x.call(work)
+        await x.json(200, nodes, {"x-repo-commit": commit})
 
     async def _refs(self, x: Exchange, repo_id: str) -> None:
         def work(call: Call) -> list[dict[str, str]]:
@@ -303,6 +299,21 @@ class HubDoor:
 
         await x.content(content, headers, again)
         await x.served(name, file.digest)
+
+
+def _asked(raw: bytes, as_json: bool) -> set[str]:
+    """The paths that a client asks for, from JSON or from a form; raises Invalid."""
+    if as_json:
+        asked = parse_json(raw, "the list of paths").get("paths")
+    else:
+        try:
+            asked = [v for k, v in parse_qsl(raw.decode("utf-8"), max_num_fields=_FILES + 10) if k == "paths"]
+        except ValueError as error:
+            raise errors.Invalid("the list of paths is not a form", expected="paths=a&paths=b") from error
+    listed = asked if isinstance(asked, list) else [asked]
+    if not all(isinstance(p, str) for p in listed):
+        raise errors.Invalid("paths are not text", expected="a list of strings")
+    return set(listed)
 
 
 def _sibling(file: File, blobs: bool) -> dict[str, object]:

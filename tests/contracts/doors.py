@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import json
 import os
+import pwd
 import subprocess
 import sys
 import time
@@ -64,6 +65,7 @@ class Door:
     keys: dict[str, str]
     log: Path
     made: set[str] = field(default_factory=set)
+    wait_s: float = 30  # for each part of an answer
 
     @property
     def url(self) -> str:
@@ -74,7 +76,7 @@ class Door:
         if who:
             key = self.keys[who]
             given["Authorization"] = "Basic " + base64.b64encode(f"$oauthtoken:{key}".encode()).decode() if basic else f"Bearer {key}"
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.wait_s)
         try:
             connection.request(method, path, body=body, headers=given, encode_chunked="Transfer-Encoding" in given)
             answer = connection.getresponse()
@@ -117,13 +119,15 @@ def new_site(data: Path, **env: str) -> dict[str, str]:
 
 
 @contextmanager
-def serving(data: Path, keys: dict[str, str], **env: str) -> Iterator[Door]:
-    """Starts `airlock registry serve` on a free port and stops it by SIGTERM."""
+def serving(data: Path, keys: dict[str, str], *, user: str | None = None, **env: str) -> Iterator[Door]:
+    """Starts `airlock registry serve` on a free port and stops it by SIGTERM; as another user only where the tests run as root."""
     log = data.parent / f"{data.name}.log"
     airlock = Path(sys.executable).parent / "airlock"
     argv = [str(airlock), "registry", "serve", "--data", str(data), "--port", "0"]
     with log.open("a") as err:
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=err, text=True, env={**os.environ, "AIRLOCK_DRAIN_TIMEOUT_S": "2", **env})
+        given = {**os.environ, "AIRLOCK_DRAIN_TIMEOUT_S": "2", **env}
+        other = {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": ()} if user else {}
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=err, text=True, env=given, **other)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import pwd
 import sqlite3
+import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,8 @@ from artifact.manifest import digest_of
 from artifact.remote import NO_CALL, RemoteRegistry
 from mirror.home import MirrorHome
 from mirror.pack import pack
+from registry import tables as t
+from registry.collector import STAGED_S
 from registry.home import Home
 from registry.settings import Settings
 from registry.wiring import open_site
@@ -25,6 +30,7 @@ from tests.contracts.doors import Answer, Door, new_site, serving, sha
 from tests.contracts.stores import s3_store, s3_url, whole
 from tests.contracts.test_hub_door import FILES
 from tests.contracts.test_hub_door import push as push_files
+from tests.contracts.test_upkeep_door import collect
 from tests.fakes.unsteady import Unsteady
 from tests.flows.test_clients import contents, hf, layout, skopeo
 from tests.services import nginx, rgw
@@ -199,27 +205,70 @@ def test_a_store_that_is_down_answers_503_and_recovers_by_itself(tmp_path: Path,
         door.blob(REPO, b"new")
 
 
-def test_abandoned_uploads_are_swept_from_the_bucket(tmp_path: Path) -> None:
-    url = s3_url(tmp_path)
-    keys = new_site(tmp_path / "data", AIRLOCK_BLOBS=url)
-    with serving(tmp_path / "data", keys, AIRLOCK_BLOBS=url, AIRLOCK_UPLOAD_TTL_S="60") as door:
-        begun = door.ask("POST", f"/v2/{REPO}/blobs/uploads/")
-        assert door.ask("PATCH", begun.headers["location"], RAW[: 6 * MIB]).status == 202
+def begin(door: Door, raw: bytes) -> tuple[str, str]:
+    """An upload of which the first bytes were sent: its id and where it goes on."""
+    place = door.ask("PATCH", door.ask("POST", f"/v2/{REPO}/blobs/uploads/").headers["location"], raw).headers["location"]
+    return urllib.parse.urlsplit(place).path.rsplit("/", 1)[1], place
+
+
+def test_a_collection_of_the_server_aborts_abandoned_uploads_in_the_bucket(tmp_path: Path) -> None:
+    url, data = s3_url(tmp_path), tmp_path / "data"
+    keys = new_site(data, AIRLOCK_BLOBS=url)
+    keys["root"] = airlock(
+        "key", "create", "--data", str(data), "--org", "acme", "--models", "**", "--actions", "admin", AIRLOCK_BLOBS=url
+    ).stdout.strip()
     store = s3_store(url, tmp_path)
-    assert len(list(store.multiparts("uploads/"))) == 1
-    assert store.sweep((), time.time() + 60) >= 1 and list(store.multiparts("")) == []
+
+    def staged() -> set[str]:
+        return {str(item["Key"]).removeprefix("uploads/") for item in store.multiparts("")}
+
+    with serving(data, keys, AIRLOCK_BLOBS=url, AIRLOCK_GC_EVERY_S="0") as door:
+        (late, _), (alive, place), (lost, gone) = (begin(door, RAW[: 6 * MIB]) for _ in range(3))
+        assert staged() == {late, alive, lost}
+        with open_site(Settings.load(data, environ={"AIRLOCK_BLOBS": url}), background=False) as site, site.catalog.writing() as conn:
+            conn.execute(t.upload.update().where(t.upload.c.id == late).values(expires=1.0))  # as if a week had passed
+            conn.execute(t.upload.delete().where(t.upload.c.id == lost))  # as after the restore of an older database
+        report = collect(door)
+        assert report["uploads"] == 1 and not report["error"] and staged() == {alive, lost}  # what has no row waits for a day
+        assert door.ask("PATCH", gone, b"more").status == 404
+        joint = "&" if "?" in place else "?"
+        assert door.ask("PUT", f"{place}{joint}digest={sha(RAW)}", RAW[6 * MIB :]).status == 201 and staged() == {lost}
+        assert door.ask("GET", f"/v2/{REPO}/blobs/{sha(RAW)}", Host="registry.example").status == 307
+    with open_site(Settings.load(data, environ={"AIRLOCK_BLOBS": url}), background=False) as site:
+        assert site.collector.run(time.time() + STAGED_S + 60).staging >= 1
+    assert staged() == set() and list(store.listing("partial/")) == []
 
 
 # ---- nginx
 
 
-def test_nginx_sends_the_bytes(tmp_path: Path) -> None:
-    keys = new_site(tmp_path / "data")
-    document = ROOT / "docs" / "operations.md"
+@pytest.fixture
+def owned() -> Iterator[tuple[Path, dict[str, str]]]:
+    """A data directory, and the keys, of the user who runs the registry and nginx."""
+    with tempfile.TemporaryDirectory(prefix="airlock-site-", dir="/tmp") as folder:  # pytest's own folders are closed to other users
+        Path(folder).chmod(0o755)
+        data = Path(folder) / "data"
+        keys = new_site(data)
+        if os.geteuid() == 0:
+            entry = pwd.getpwnam(nginx.owner())
+            for path in (data, *data.rglob("*")):
+                os.chown(path, entry.pw_uid, entry.pw_gid)
+        yield data, keys
+
+
+@contextmanager
+def fronted(data: Path, keys: dict[str, str], workers: str, blobs: Path | None = None) -> Iterator[tuple[Door, str]]:
+    """A registry and the URL of the nginx before it, whose workers run as that user and look into that directory."""
+    user = nginx.owner() if os.geteuid() == 0 else None
     with (
-        serving(tmp_path / "data", keys, AIRLOCK_X_ACCEL="/internal/") as door,
-        nginx.serving(document, door.url, tmp_path / "data" / "blobs") as front,
+        serving(data, keys, user=user, AIRLOCK_X_ACCEL="/internal/") as door,
+        nginx.serving(ROOT / "docs" / "operations.md", door.url, blobs or data / "blobs", workers) as front,
     ):
+        yield door, front
+
+
+def test_nginx_sends_the_bytes(owned: tuple[Path, dict[str, str]]) -> None:
+    with fronted(*owned, nginx.owner()) as (door, front):
         path, key = push(door), {"Authorization": f"Bearer {door.keys['acme']}"}
         inner = door.ask("GET", path)
         assert inner.status == 200 and inner.body == b"" and inner.headers["x-accel-redirect"].startswith("/internal/sha256/")
@@ -242,7 +291,20 @@ def test_nginx_sends_the_bytes(tmp_path: Path) -> None:
         assert fetch(f"{front}/v2/{REPO}/manifests/{digest}", **key).body == raw
         through = Door(door.data, door.process, int(front.rsplit(":", 1)[1]), door.keys, door.log)
         assert push(through) == path and through.blob(REPO, b"by nginx") == sha(b"by nginx")
-    assert outcomes(tmp_path / "data") == {"granted"}
+        assert os.geteuid() or nginx.owner() == "root" or (door.data / "blobs").stat().st_uid == os.stat(f"/proc/{door.process.pid}").st_uid != 0
+    assert outcomes(owned[0]) == {"granted"}
+
+
+def test_an_nginx_that_may_not_read_the_directory_answers_403_without_bytes(owned: tuple[Path, dict[str, str]]) -> None:
+    """Its workers are another user, which only root can start; else they look into a directory that is closed to them."""
+    data, keys = owned
+    closed = data.parent / "closed"
+    closed.mkdir(mode=0)
+    other, blobs = ("www-data", None) if os.geteuid() == 0 else (nginx.owner(), closed)
+    with fronted(data, keys, other, blobs) as (door, front):
+        found = fetch(front + push(door), Authorization=f"Bearer {door.keys['acme']}")
+        assert found.status == 403 and RAW[:64] not in found.body and len(found.body) < 1000
+    closed.chmod(0o700)
 
 
 def test_without_the_setting_the_header_never_occurs(tmp_path: Path) -> None:

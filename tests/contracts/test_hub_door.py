@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 from urllib.parse import urlencode
 
 import pytest
@@ -111,6 +112,15 @@ def test_paths_info(door: Door, model: str) -> None:
     by_json = door.ask("POST", url, json.dumps({"paths": ["config.json", "sub"]}), Content_Type="application/json").json()
     assert [n["path"] for n in by_form] == ["config.json"] and [n["path"] for n in by_json] == ["config.json", "sub"]
     assert door.ask("POST", url, "[" * 5000, Content_Type="application/json").status == 400
+
+
+@pytest.mark.parametrize(("who", "status"), [(None, b"401"), ("other", b"403")])
+def test_paths_info_reads_no_body_for_nobody(door: Door, model: str, who: str | None, status: bytes) -> None:
+    key = f"Authorization: Bearer {door.keys[who]}\r\n" if who else ""
+    head = f"POST /api/models/{model}/paths-info/main HTTP/1.1\r\nHost: x\r\n{key}Content-Type: application/json\r\nExpect: 100-continue\r\n"
+    with socket.create_connection(("127.0.0.1", door.port), 30) as sock:
+        sock.sendall(f"{head}Content-Length: 4000000\r\n\r\n".encode())  # whoever reads the body asks for it first
+        assert sock.recv(12, socket.MSG_WAITALL) == b"HTTP/1.1 " + status
 
 
 def test_small_routes(door: Door, model: str) -> None:

@@ -167,12 +167,13 @@ def test_history_and_rollback(door: Door) -> None:
 
 
 def test_quota_search_and_retention(door: Door) -> None:
-    door.image("other/thing", "v1", [b"x" * 500], who="other")
-    assert json.loads(run(door, "catalog", "quota", "other", "--json"))["used_bytes"] == 502
-    assert "uses 502 B" in run(door, "catalog", "quota", "other", "--bytes", "1K")
+    _, raw = door.image("other/thing", "v1", [b"x" * 500], who="other")
+    used = 502 + len(raw)
+    assert json.loads(run(door, "catalog", "quota", "other", "--json"))["used_bytes"] == used
+    assert f"uses {used} B" in run(door, "catalog", "quota", "other", "--bytes", "1K")
     found = door.ask("POST", f"/v2/other/thing/blobs/uploads/?digest={sha(b'y' * 600)}", b"y" * 600, "other")
     assert (found.status, found.code) == (403, "DENIED")
-    assert "502" in found.body.decode()
+    assert str(used) in found.body.decode()
     run(door, "catalog", "quota", "other", "--bytes", "0")
     assert run(door, "catalog", "quota", "nobody", code=3)
     assert run(door, "catalog", "search", "PAUSE", who="acme").split() == ["acme/lease/pause", "artifact"]
@@ -182,6 +183,56 @@ def test_quota_search_and_retention(door: Door) -> None:
     run(door, "catalog", "retention", "acme/none/*", "--remove")
     assert run(door, "catalog", "retention").strip() == "no rule: everything is kept"
     assert run(door, "catalog", "retention", "acme/none/*", "--remove", code=3)
+
+
+def test_a_quota_counts_what_is_not_finished_and_manifests(door: Door) -> None:
+    door.image("bound/thing", "v1", [b"x" * 500], who="root")
+    used = ask(door, "GET", "quota/other")["used_bytes"]
+    ask(door, "POST", "quota", {"org": "other", "bytes": used + 100_000})
+    begun = []
+    for size, chunked, status in ((5_000_000, False, 403), (5_000_000, True, 403), (60_000, False, 202), (60_000, True, 403)):
+        place = door.ask("POST", "/v2/other/thing/blobs/uploads/", None, "other").headers["location"]
+        begun.append(place)
+        body = iter([b"y" * 10_000] * (size // 10_000)) if chunked else b"y" * size
+        extra = {"Transfer_Encoding": "chunked"} if chunked else {"Content_Type": "application/octet-stream"}
+        try:
+            found = door.ask("PATCH", place, body, "other", **extra).status
+        except OSError:  # refused and closed while the client still sent
+            found = 403
+        assert found == status, (size, chunked)
+    assert ask(door, "GET", "quota/other")["used_bytes"] == used + 60_000
+    ask(door, "POST", "quota", {"org": "other", "bytes": used + 60_000 + 10})
+    raw = manifest(b"{}")
+    door.blob("other/thing", b"{}", who="other")
+    found = door.ask("PUT", "/v2/other/thing/manifests/v2", raw, "other", Content_Type=MANIFEST)
+    assert (found.status, found.code) == (403, "DENIED")
+    for place in begun:
+        door.ask("DELETE", place, None, "other")
+    assert ask(door, "GET", "quota/other")["used_bytes"] == used
+    ask(door, "POST", "quota", {"org": "other", "bytes": 0})
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/vnd.oci.image.layer.nondistributable.v1.tar", "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"]
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_layer_that_need_not_be_pushed_is_kept_where_it_was(door: Door, kind: str, late: bool) -> None:
+    repo, layer = f"acme/windows{len(kind)}{late:d}", f"{kind}{late}".encode()
+    config = door.blob(repo, b"{}")
+    doc: dict[str, Any] = {"schemaVersion": 2, "mediaType": MANIFEST, "artifactType": "application/x-test"}
+    doc["config"] = {"mediaType": "application/octet-stream", "digest": config, "size": 2}
+    doc["layers"] = [{"mediaType": kind, "digest": sha(layer), "size": len(layer)}]
+    raw = json.dumps(doc).encode()
+    steps = [lambda: door.blob(repo, layer), lambda: door.ask("PUT", f"/v2/{repo}/manifests/v1", raw, Content_Type=MANIFEST)]
+    for step in reversed(steps) if late else steps:
+        step()
+    end_leases(door, config, sha(layer))
+    collect(door)
+    assert door.ask("GET", f"/v2/{repo}/blobs/{sha(layer)}").body == layer
+    assert door.ask("DELETE", f"/v2/{repo}/blobs/{sha(layer)}").status in (405, 409)
+    assert door.ask("DELETE", f"/v2/{repo}/manifests/{sha(raw)}").status == 202
+    collect(door)
+    assert not held(door, sha(layer))
 
 
 def test_command_beside_the_server(door: Door) -> None:

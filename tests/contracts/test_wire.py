@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from artifact.store import Content, Descriptor, Upload
 from registry import exchange, intake, wire
 from registry.exchange import Exchange, Gone, Pools
 from registry.front import Front
+from tests.conftest import missing
 
 pytestmark = pytest.mark.server
 SIZE = 20 * 1024 * 1024 + 17
@@ -527,3 +530,105 @@ def test_a_turn_is_bounded(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
         assert reader.answer()[1]["sha256"] == hashlib.sha256(data).hexdigest()
         ask(sock, Range="bytes=0-9")
         assert reader.answer()[2] == site.data[:10]
+
+
+# ---- requests that ask for an upgrade, which is never done (RFC 9110 section 7.8), and heads that do not end
+
+UPGRADE = b"Host: x\r\nUpgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+HIDDEN = b"GET / HTTP/1.1\r\nHost: x\r\nRange: bytes=0-0\r\n\r\n"  # a body that would be a request, were it not read as a body
+
+
+def framed(body: bytes, chunked: bool) -> tuple[bytes, bytes]:
+    if not chunked:
+        return b"Content-Length: %d\r\n\r\n" % len(body), body
+    parts = [body[at : at + 50_000] for at in range(0, len(body), 50_000)]
+    return b"Transfer-Encoding: chunked\r\n\r\n", b"".join(b"%x\r\n" % len(p) + p + b"\r\n" for p in parts) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("site", ["sendfile"], indirect=True)
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("path", [b"/upload", b"/body"])
+@pytest.mark.parametrize("how", ["together", "head first", "in the head", "last byte"])
+@pytest.mark.parametrize("body", [HIDDEN, HIDDEN * 20_000], ids=["small", "large"])
+def test_a_body_behind_an_upgrade_is_read_as_a_body(site: Site, chunked: bool, path: bytes, how: str, body: bytes) -> None:
+    fields, sent = framed(body, chunked)
+    head = b"PUT " + path + b" HTTP/1.1\r\n" + UPGRADE + fields
+    behind = b"GET / HTTP/1.1\r\nHost: x\r\nRange: bytes=5-9\r\n\r\n"
+    everything = head + sent + behind
+    cut = {"together": 0, "head first": len(head), "in the head": len(head) - 3, "last byte": len(everything) - 1}[how]
+    with site.connect() as sock:
+        for part in (everything[:cut], everything[cut:]):
+            sock.sendall(part)
+            time.sleep(0.1 if cut else 0)
+        reader = Reader(sock)
+        status, headers, told = reader.answer()
+        if path == b"/upload":
+            assert (status, headers["sha256"]) == (201, hashlib.sha256(body).hexdigest())
+        else:
+            assert (status, told) == (200, str(len(body)).encode())
+        status, headers, told = reader.answer()
+        assert (status, told, headers["content-range"]) == (206, site.data[5:10], f"bytes 5-9/{SIZE}")
+        ask(sock, "/body", "PUT", Content_Length="0")
+        assert reader.answer()[2] == b"0", "nothing but the three was answered"
+
+
+@pytest.mark.parametrize("site", ["sendfile"], indirect=True)
+def test_what_follows_an_upgrade_without_a_body_is_answered_and_a_tunnel_is_not(site: Site) -> None:
+    with site.connect() as sock:
+        asked = b"GET / HTTP/1.1\r\nRange: bytes=1-1\r\n" + UPGRADE + b"\r\n"
+        sock.sendall(asked + asked + b"GET / HTTP/1.1\r\nHost: x\r\nRange: bytes=2-3\r\n\r\n")
+        reader = Reader(sock)
+        assert [reader.answer()[2] for _ in range(3)] == [site.data[1:2], site.data[1:2], site.data[2:4]]
+    for head in (b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n", b"PUT /upload HTTP/1.1\r\n" + UPGRADE + b"Transfer-Encoding: gzip\r\n"):
+        with site.connect() as sock:
+            sock.sendall(head + b"Content-Length: %d\r\n\r\n" % len(HIDDEN) + HIDDEN)
+            reader = Reader(sock)
+            assert reader.answer()[0] == 400 and reader.file.read() == b""
+
+
+@pytest.mark.parametrize("site", ["sendfile"], indirect=True)
+def test_curl_that_would_like_http2_loses_nothing(site: Site, tmp_path: Path) -> None:
+    curl = shutil.which("curl")
+    if curl is None:
+        missing("curl")
+    body = tmp_path / "body"
+    body.write_bytes(os.urandom(700_001))
+    for more in ([], ["-H", "Transfer-Encoding: chunked"]):
+        argv = [str(curl), "-sS", "--http2", "-m", "60", "-X", "PATCH", "--data-binary", f"@{body}", "-H", "Expect:", *more]
+        done = subprocess.run([*argv, f"http://127.0.0.1:{site.port}/body"], capture_output=True, timeout=90, check=False)
+        assert (done.stdout, done.stderr) == (b"700001", b"")
+
+
+@pytest.mark.parametrize("site", ["sendfile"], indirect=True)
+def test_a_head_has_a_time_from_the_first_moment_and_from_the_first_byte_of_the_next(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Quick, "head_s", 2.0)
+    one = b"GET / HTTP/1.1\r\nHost: x\r\nRange: bytes=0-9\r\n\r\n"
+    began = {b"": b"", b"half": b"GET / HTTP/1.1\r\nX: ", b"next": one + b"GET /", b"blank": one}
+    socks = {site.connect(): (name, first) for name, first in began.items()}
+    for sock, (_name, first) in socks.items():
+        sock.sendall(first)
+    ended: set[bytes] = set()
+    until = time.monotonic() + 20  # the time of a connection that was answered and says nothing is 5 s here, and longer where it trickles
+    while len(ended) < len(socks) and time.monotonic() < until:
+        for sock, (name, first) in socks.items():
+            if name not in ended:
+                try:
+                    if first:
+                        sock.sendall(b"\r\n" if name == b"blank" else b"a")
+                    sock.settimeout(0.2)
+                    if not sock.recv(65536):
+                        ended.add(name)
+                except TimeoutError:
+                    pass
+                except OSError:
+                    ended.add(name)
+    assert ended == set(began)
+    with site.connect(rcvbuf=65536) as sock:  # and an answer in progress outlives the time of the head behind it
+        sock.sendall(one.replace(b"0-9", b"0-8388607") + b"GET / HT")
+        reader = Reader(sock)
+        reader.head()
+        got = b""
+        for _ in range(12):
+            got += reader.file.read(262144)
+            time.sleep(0.3)
+        assert got + reader.file.read(8388608 - len(got)) == site.data[:8388608]

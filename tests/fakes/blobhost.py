@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 import socket
@@ -21,6 +22,7 @@ class BlobHost:
         self.blobs: dict[str, bytes] = {}
         self.manifests: dict[tuple[str, str], tuple[str, bytes]] = {}
         self.uploads: dict[str, bytearray] = {}
+        self.counter = itertools.count()  # one step of the interpreter: two requests at once never share a number
         self.faults: list[str] = []
         self.log: list[tuple[str, str, str, str]] = []  # method, path, Range or Content-Range, Authorization
         self.sent: list[tuple[int, int]] = []  # byte ranges that were sent in full
@@ -181,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
     def upload(self, repo: str, name: str, query: dict[str, list[str]]) -> None:
         host, length = self.owner, int(self.headers.get("Content-Length") or 0)
         if self.command == "POST":
-            name = f"u{len(host.uploads)}"
+            name = f"u{next(host.counter)}"
             host.uploads[name] = bytearray()
             return self.answer(202, Location=f"/v2/{repo}/blobs/uploads/{name}?state=x")
         store = host.uploads.get(name)

@@ -17,7 +17,7 @@ BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>please reduce
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests whose line matches: refuse, lose_request, lose_answer, half, busy, flip, hang."""
+    """What happens to the next `times` requests whose line matches: refuse, lose_request, lose_answer, half, busy, flip, hang, slow (5 s)."""
 
     kind: str
     match: str = ""
@@ -90,6 +90,8 @@ class Unsteady:
         if kind == "hang":
             self._over.wait(60)
             return False
+        if kind == "slow":
+            self._over.wait(5)
         if kind == "busy":
             client.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n%s" % (len(BUSY), BUSY))
             return True

@@ -133,6 +133,30 @@ def test_labels_stay_few_whatever_clients_send(server: Operated) -> None:
     assert len(found) < 120, len(found)
 
 
+def test_slow_clients_do_not_take_the_listener_away(server: Operated) -> None:
+    assert server.told
+    port = int(server.told["metrics"].rsplit(":", 1)[1])
+    slow = [socket.create_connection(("127.0.0.1", port), 30) for _ in range(100)]
+    ended: set[socket.socket] = set()
+    until = time.monotonic() + 60
+    while len(ended) < len(slow) and time.monotonic() < until:
+        for sock in slow:
+            if sock not in ended:
+                try:
+                    sock.sendall(b"G")
+                    sock.settimeout(0.01)
+                    if not sock.recv(100):
+                        ended.add(sock)
+                except TimeoutError:
+                    pass
+                except OSError:
+                    ended.add(sock)
+        assert server.operator("/healthz")[0] == 200 and server.operator("/readyz")[0] == 200
+    assert len(ended) == len(slow), "a byte now and then keeps no place for long"
+    for sock in slow:
+        sock.close()
+
+
 # ---- log lines and request ids
 
 

@@ -31,6 +31,8 @@ from tests.soak import DANGLING, Again, Missing, Soak, sha
 
 LEASE_S = 60
 CLIENTS = 8
+LARGE = (3, 17 * 1024 * 1024)
+CHUNK = 7_000_000  # neither a part of S3 nor a divisor of one
 FAST = {"AIRLOCK_BLOB_LEASE_S": str(LEASE_S), "AIRLOCK_GARBAGE_DELAY_S": "10", "AIRLOCK_GC_EVERY_S": "1", "AIRLOCK_REDIRECT": "off"}
 
 
@@ -89,10 +91,12 @@ class Http:
             status, headers, body = self._ask("POST", f"/v2/{repo}/blobs/uploads/")
             assert status == 202, (status, body)
             path = _path(headers["location"])
-            status, headers, body = self._ask("PATCH", path, data)
-            if status != 202:
-                raise Again(f"PATCH -> {status} {body[:200]!r}")  # of an upload that a killed server holds: begun anew
-            path = _path(headers["location"])
+            step = CHUNK if len(data) > CHUNK else max(len(data), 1)
+            for lo in range(0, max(len(data), 1), step):  # each at any server: the end of one piece is staged, and read by the next
+                status, headers, body = self._ask("PATCH", path, data[lo : lo + step])
+                if status != 202:
+                    raise Again(f"PATCH -> {status} {body[:200]!r}")  # of an upload that a killed server holds: begun anew
+                path = _path(headers["location"])
             status, _, body = self._ask("PUT", f"{path}{'&' if '?' in path else '?'}digest={sha(data)}")
             if status in (404, 409, 416):
                 raise Again(f"PUT -> {status} {body[:200]!r}")
@@ -156,13 +160,13 @@ def killing(servers: list[Server], every_s: float, draw: random.Random, wrong: l
         thread.join()
 
 
-def collect(site: Site, now: float) -> None:
-    """One collection, when the servers' own lets it."""
+def collect(site: Site, now: float) -> int:
+    """One collection, when the servers' own lets it; returns how many unfinished uploads and staged pieces it removed."""
     end = time.monotonic() + 120
     while True:
         try:
-            Collector(site.library, 0).run(now)
-            return
+            report = Collector(site.library, 0).run(now, clock_is_right=True)
+            return report.uploads + report.staging
         except Conflict:
             assert time.monotonic() < end, "the servers' collection does not end"
         time.sleep(0.2)
@@ -181,7 +185,7 @@ def play(data: Path, env: dict[str, str], count: int, seconds: float, kill_every
             shutil.copytree(data, places[-1])
     servers = [Server(place, env, data.with_name(f"server{n}.log")) for n, place in enumerate(places)]
     try:
-        soak = Soak([Http(servers, keys["acme"], random.Random(seed + n)) for n in range(CLIENTS)], seed, LEASE_S, sizes=(1, 60_000))
+        soak = Soak([Http(servers, keys["acme"], random.Random(seed + n)) for n in range(CLIENTS)], seed, LEASE_S, sizes=(1, 60_000), large=LARGE)
         with killing(servers, kill_every_s, draw, soak.wrong) as kills:
             soak.run(seconds)
         logs = "".join(server.log.read_text()[-3000:] for server in servers)
@@ -193,8 +197,8 @@ def play(data: Path, env: dict[str, str], count: int, seconds: float, kill_every
                 runs = conn.execute(select(t.audit_pending.c.body).where(t.audit_pending.c.body.like('%"event": "gc"%'))).scalars().all()
             collected = sum(int(json.loads(body)["blobs"]) for body in runs)
             stop(servers[0].process)
-            for days in (10, 20, 30):  # every lease is over, and at last that of bytes without a row
-                collect(site, time.time() + days * 86400)
+            now = time.time()
+            halves = sum(collect(site, now + days * 86400) for days in (10, 20, 30))  # every lease is over, and at last that of bytes without a row
             servers[0].process = servers[0]._start()
             assert soak.check_all() == tags
             with site.catalog.reading() as conn:
@@ -202,10 +206,14 @@ def play(data: Path, env: dict[str, str], count: int, seconds: float, kill_every
                 rows = conn.execute(select(t.blob.c.location, t.blob.c.size)).all()
             found["blobs without their bytes"] = sum(site.blobs.stat(row.location) != row.size for row in rows)
             left = len({location for location, _ in site.blobs.walk()} - {row.location for row in rows})
-        print(f"{dict(soak.done)}; kills {len(kills)}, collected {collected}, tags {tags}, blobs {len(rows)}, left over {left}")
+            staged = site.blobs.sweep((), now + 60 * 86400)
+        figures = f"kills {len(kills)}, collected {collected}, uploads that kills cut off {halves}, tags {tags}, blobs {len(rows)}"
+        print(f"{dict(soak.done)}; {figures}; left over {left}, staged {staged}")
         assert not any(found.values()), found
         assert left == 0, "bytes that nothing names are left in the store"
-        assert tags and collected and len(kills) >= int(seconds / kill_every_s / 2)
+        assert staged == 0, "pieces of uploads are left in the store"
+        assert soak.done["large uploaded"] and tags and len(kills) >= int(seconds / kill_every_s / 2)
+        assert collected, f"a run must be longer than the leases of {LEASE_S} s"
         assert "Traceback" not in logs
     finally:
         for server in servers:

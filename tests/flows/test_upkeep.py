@@ -145,6 +145,15 @@ def test_a_lost_object_is_named_and_comes_back(filled: tuple[Path, str]) -> None
     assert report["missing"] == {digest: ["acme/tiny"]}
     with reopened(data) as site, pytest.raises(NotFound, match="missing or failed"):
         site.guard.stat(call_of(site, key), "acme/tiny", digest)
+    assert said("registry", "verify", "--data", str(data), status=DAMAGED)["complete"] is True  # an object without bytes does not end it
+    path.write_bytes(raw[:700])  # an interrupted copy
+    cut = said("registry", "rebuild", "--data", str(data), status=DAMAGED)
+    assert digest in str(cut["damaged"]) and cut["found_again"] == 0
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    assert said("registry", "rebuild", "--data", str(data), status=DAMAGED)["found_again"] == 0
+    with reopened(data) as site, pytest.raises(NotFound, match="missing or failed"):
+        site.guard.read(call_of(site, key), "acme/tiny", digest)
+    path.unlink()
     kept.rename(path)
     assert said("registry", "rebuild", "--data", str(data))["found_again"] == 1
     with reopened(data) as site:
@@ -167,11 +176,50 @@ def test_backup_refuses_and_restore_checks(filled: tuple[Path, str], tmp_path: P
         assert done.returncode == DAMAGED and name in done.stderr and "Traceback" not in done.stderr
         assert not (tmp_path / "new" / "site.json").exists()
         shutil.rmtree(copy)
+
+
+def test_a_hostile_backup_is_refused(filled: tuple[Path, str], tmp_path: Path) -> None:
+    data, _ = filled
+    to = tmp_path / "saved"
+    said("registry", "backup", "--data", str(data), "--to", str(to))
+    victim = tmp_path / "victim"
+    victim.write_bytes((to / "site.json").read_bytes())
+    victim.chmod(0o644)
     index = json.loads((to / "backup.json").read_text())
-    index["files"]["../outside"] = {"sha256": "0" * 64, "size": 1}
+    whole: dict[str, dict[str, object]] = index["files"]
+    some = whole["site.json"]
+    listed: list[dict[str, object]] = [
+        {"files": {}},
+        {"files": whole | {"../outside": some}},
+        {"files": whole | {"/etc/passwd": some}},
+        {"files": whole | {"serve.lock": some}},
+        {"files": {k: v for k, v in whole.items() if k != "registry.db"}},
+        {"files": {k: v for k, v in whole.items() if k != "secrets/pepper"}},
+        {"files": whole | {"site.json": {"sha256": some["sha256"], "size": 10**400}}},
+        {"files": [1]},
+        {"taken": 10**15},
+        {"taken": "now"},
+        {"database": "other"},
+        {"schema": 2},
+        {"schema": None},
+    ]
+    for change in listed:
+        (to / "backup.json").write_text(json.dumps(index | change))
+        done = airlock("registry", "restore", "--from", str(to), "--data", str(tmp_path / "new"), check=False)
+        assert done.returncode != 0 and "Traceback" not in done.stderr, change
+        assert not any((tmp_path / "new" / name).exists() for name in ("site.json", "registry.db", "secrets")), change
     (to / "backup.json").write_text(json.dumps(index))
-    done = airlock("registry", "restore", "--from", str(to), "--data", str(tmp_path / "new"), check=False)
-    assert done.returncode != 0 and "outside" in done.stderr
+    (to / "trust" / "evil.json").write_text("{}")
+    for name in ("site.json", "secrets"):
+        (to / name).rename(to / "kept")
+        (to / name).symlink_to(victim if name == "site.json" else to / "kept")
+        done = airlock("registry", "restore", "--from", str(to), "--data", str(tmp_path / "new"), check=False)
+        assert done.returncode == DAMAGED and "plain file" in done.stderr and victim.stat().st_mode & 0o777 == 0o644
+        (to / name).unlink()
+        (to / "kept").rename(to / name)
+    said("registry", "restore", "--from", str(to), "--data", str(tmp_path / "new"))
+    assert not (tmp_path / "new" / "trust" / "evil.json").exists() and not (tmp_path / "new" / ".restore").exists()
+    assert (tmp_path / "new" / "secrets").stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.server

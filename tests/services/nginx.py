@@ -5,9 +5,13 @@ It imports no project code; one nginx a test, ended by the process that was star
 
 from __future__ import annotations
 
+import grp
+import os
+import pwd
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -35,6 +39,19 @@ http {{
 """
 
 
+def owner() -> str:
+    """Who runs the registry and nginx's workers in a test: as the document says one user, and not root where that can be helped."""
+    own = pwd.getpwuid(os.geteuid()).pw_name
+    if own != "root":
+        return own
+    argv = [str(Path(sys.executable).parent / "airlock"), "--help"]
+    try:
+        ran = subprocess.run(argv, user="nobody", group="nogroup", extra_groups=[], capture_output=True, timeout=WAIT_S, check=False, cwd="/")
+    except OSError:
+        return own  # a checkout that nobody else may read
+    return own if ran.returncode else "nobody"
+
+
 def locations(document: Path, app: str, blobs: Path) -> str:
     """The locations of the first nginx block of the operator's document, with its example values replaced by those of a test."""
     block = document.read_text().split("```nginx\n", 1)[1].split("```", 1)[0]
@@ -43,8 +60,8 @@ def locations(document: Path, app: str, blobs: Path) -> str:
 
 
 @contextmanager
-def serving(document: Path, app: str, blobs: Path) -> Iterator[str]:
-    """The URL of an nginx before `app` that may send files below `blobs`."""
+def serving(document: Path, app: str, blobs: Path, user: str) -> Iterator[str]:
+    """The URL of an nginx before `app` that may send files below `blobs` where `user`, as whom its workers run, may read them."""
     program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if not program:
         missing("nginx (Debian package nginx-light)")
@@ -53,8 +70,9 @@ def serving(document: Path, app: str, blobs: Path) -> Iterator[str]:
         port = int(s.getsockname()[1])
     with tempfile.TemporaryDirectory(prefix="airlock-nginx-") as folder:
         d = Path(folder)
-        user = "user root;" if Path("/proc/self").stat().st_uid == 0 else ""  # the blobs belong to whoever runs the tests
-        (d / "nginx.conf").write_text(_CONF.format(d=d, port=port, user=user, locations=locations(document, app, blobs)))
+        d.chmod(0o755)
+        workers = f"user {user} {grp.getgrgid(pwd.getpwnam(user).pw_gid).gr_name};" if os.geteuid() == 0 else ""  # others cannot change it
+        (d / "nginx.conf").write_text(_CONF.format(d=d, port=port, user=workers, locations=locations(document, app, blobs)))
         with (d / "out.log").open("wb") as log:
             process = subprocess.Popen([str(program), "-p", folder, "-c", f"{d}/nginx.conf"], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         try:

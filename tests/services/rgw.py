@@ -220,12 +220,7 @@ class Rgw:
         end = time.monotonic() + WAIT_S
         while "1 up" not in self._run("ceph", *conf, "osd", "stat", check=False) and time.monotonic() < end:
             time.sleep(0.5)
-        self._run("radosgw", *conf, "-n", "client.rgw")
-        while time.monotonic() < end:
-            with suppress(OSError):
-                urllib.request.urlopen(self.http + "/", timeout=10).close()
-                break
-            time.sleep(0.3)
+        self.begin()
         names = ("--uid=test", "--display-name=test", f"--access-key={self.access}", f"--secret-key={self.secret}", "--max-buckets=0")
         self._run("radosgw-admin", *conf, "user", "create", *names)
         client = self.client()
@@ -246,6 +241,24 @@ class Rgw:
             if self.folder.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
                 return pid
         return 0
+
+    def begin(self) -> None:
+        """Starts the gateway over the running store and waits until it answers."""
+        self._run("radosgw", "-c", f"{self.folder}/ceph.conf", "-n", "client.rgw")
+        end = time.monotonic() + WAIT_S
+        while time.monotonic() < end:
+            with suppress(OSError):
+                urllib.request.urlopen(self.http + "/", timeout=10).close()
+                return
+            time.sleep(0.3)
+
+    def end(self, sign: signal.Signals) -> None:
+        """Ends the gateway by a signal and waits until it is gone; the store below it, and what it confirmed, stay."""
+        os.kill(self.pid("client.rgw"), sign)
+        end = time.monotonic() + WAIT_S
+        while self.pid("client.rgw"):
+            assert time.monotonic() < end, f"the gateway did not end by {sign.name}"
+            time.sleep(0.1)
 
     def remove(self) -> None:
         """Ends the four daemons by pid and removes the folder."""
@@ -292,6 +305,21 @@ def _sweep(known: dict[str, dict[str, Any]]) -> None:
         known[run]["workers"] = [pid for pid in known[run]["workers"] if _alive(pid)]
         if not known[run]["workers"]:
             Rgw(**known.pop(run)["rgw"]).remove()
+
+
+@contextmanager
+def own() -> Iterator[Rgw]:
+    """A gateway that only the caller uses, so that it may be ended and begun again."""
+    made = Rgw.make()
+    name = f"own-{os.getpid()}-{made.port}"
+    with _ledger() as known:
+        known[name] = {"rgw": asdict(made), "workers": [os.getpid()]}  # a killed run's is ended by the next run
+    try:
+        yield made
+    finally:
+        made.remove()
+        with _ledger() as known:
+            known.pop(name, None)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from sqlalchemy import event, select
 
 from artifact import manifest as m
 from artifact.errors import AirlockError, Denied, Invalid, NotFound, Unauthenticated, Unavailable
-from artifact.grant import Principal
+from artifact.grant import Access, Principal
 from artifact.store import Call, Files, Registry
 from artifact.trust import verify_jws
 from registry import catalog as c
@@ -91,7 +91,9 @@ def test_every_verb_of_the_interfaces_is_written_out() -> None:
 
 def test_every_public_verb_is_in_the_table(site: Site, pushed: Pushed) -> None:
     public = {n for n, f in inspect.getmembers(Guard, inspect.isfunction) if not n.startswith("_")}
-    assert public - set(verbs(site, pushed)) == {"caller", "attach", "recorded", "token", "ping", "whoami", "list", "catalog_list", "served"}
+    assert public - set(verbs(site, pushed)) == {
+        *("caller", "attach", "recorded", "token", "ping", "whoami", "list", "catalog_list", "served", "beside_store")
+    }
 
 
 def test_no_verb_leaks_another_organisations_name(site: Site, pushed: Pushed) -> None:
@@ -211,6 +213,53 @@ def test_who_may_push_under_a_new_name(site: Site) -> None:
     put(site, admin, "hf/meta/x", b"x")
     found = site.catalog.repository("hf/meta/x")
     assert found is not None and (found.subject.org, found.subject.visibility) == ("", "public")
+
+
+def test_a_push_does_not_tell_which_organisations_there_are(site: Site) -> None:
+    make_key(site, "beta")
+    for models, actions in ((("**",), ("push",)), (("acme/*",), ("push",)), (("**",), ("pull",)), (("acme/*",), ("create",))):
+        call = call_of(site, make_key(site, "acme", *models, actions=actions))
+        told = []
+        for name in ("beta/probe", "nobd/probe"):
+            with pytest.raises(NotFound) as caught:
+                site.guard.upload(call, name)
+            told.append((caught.value.reason, str(caught.value)))
+            asked = [Access("repository", name, ("pull", "push"))]
+            assert site.guard.token(call, asked, "r", time.time())[1] == ()
+        assert told[0] == told[1] and told[0][0] == "not_visible"
+    put(site, call_of(site, make_key(site, "acme", "**", actions=("admin",))), "nobd/probe", b"x")
+
+
+def test_a_key_sees_no_less_than_nobody(tmp_path: Path) -> None:
+    with running_site(tmp_path, AIRLOCK_ANONYMOUS="on") as site:
+        found = push_model(site, call_of(site, make_key(site, "acme")), "acme/tiny", "1")
+        calls = [site.guard.caller(None, "r", time.time()), call_of(site, make_key(site, "beta")), call_of(site, make_key(site, "acme", "acme/x"))]
+
+        def reads(call: Call) -> list[str]:
+            out = []
+            for name, verb in verbs(site, found).items():
+                with contextlib.suppress(AirlockError):
+                    verb(call)
+                    out.append(name)
+            return out
+
+        with site.catalog.writing() as conn:
+            conn.execute(t.repository.update().values(visibility="public"))
+        for call in calls:
+            assert {"resolve", "stat", "read", "refs", "file"} <= set(reads(call)) and "upload" not in reads(call) and "delete" not in reads(call)
+        given = site.guard.token(calls[1], [Access("repository", "acme/tiny", ("pull", "push"))], "r", time.time())[1]
+        assert [a.actions for a in given] == [("pull", "list")]
+        shown = site.guard.catalog_show(calls[1], "acme/tiny")
+        assert shown["entitled"] and shown["refs"] and shown["profiles"]
+        with site.catalog.writing() as conn:
+            conn.execute(t.repository.update().values(requires_tier="enterprise"))
+        assert [reads(call) for call in calls[:2]] == [[], ["catalog_show"]]
+
+
+def test_the_catalog_lists_refs_for_who_may_list_them(site: Site, pushed: Pushed) -> None:
+    for actions, listed in ((("pull",), True), (("create",), True), (("auditor",), True), (("run",), False)):
+        shown = site.guard.catalog_show(call_of(site, make_key(site, "acme", actions=actions)), "acme/tiny")
+        assert (bool(shown["refs"]), bool(shown["profiles"])) == (listed, listed), actions
 
 
 def test_mount_needs_the_right_to_pull_the_source(site: Site, pushed: Pushed) -> None:

@@ -7,12 +7,14 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sqlalchemy import select
 
 from artifact import manifest as m
+from artifact import trust
 from artifact.errors import AirlockError, Conflict, Denied, Invalid, Mismatch, NotFound
 from artifact.grant import Grant
 from artifact.store import Call, Descriptor
@@ -26,6 +28,7 @@ from tests.site import BACKENDS, call_of, make_key, put, running_site
 
 R = "acme/app"
 LEASE_S = 86400
+SIG = "sha256-" + "ab" * 32 + ".sig"
 
 
 @pytest.fixture(params=BACKENDS)
@@ -186,6 +189,62 @@ def test_two_uploads_of_one_digest_at_once_store_one_object(site: Site, call: Ca
     assert len(all_rows(site, t.repo_blob)) == 3 and all_rows(site, t.garbage) == []
 
 
+@pytest.mark.parametrize("damage", ["gone", "short"])
+@pytest.mark.parametrize("generation", [0, 1, 9])
+def test_a_push_heals_a_blob_whose_bytes_are_gone(site: Site, call: Call, damage: str, generation: int) -> None:
+    raw = os.urandom(10_000)
+    digest = put(site, call, R, raw).digest
+    path, place = site.home.path / "blobs" / location_of(digest), site.home.path / "blobs" / location_of(digest, generation)
+    path.rename(place)
+    with site.catalog.writing() as conn:
+        conn.execute(t.blob.update().values(location=location_of(digest, generation)))
+    put(site, call, "acme/second", raw)
+    assert objects(site) == [location_of(digest, generation)], "bytes that are there are not stored again"
+    place.unlink()
+    if damage == "short":
+        place.write_bytes(raw[:-1])
+    put(site, call, "acme/third", raw)
+    for repo in (R, "acme/second", "acme/third"):
+        assert b"".join(pieces_of(site.guard.read(call, repo, digest))) == raw
+    row = blob(site, digest)
+    left = {str(garbage["location"]) for garbage in all_rows(site, t.garbage)}
+    assert left == {location_of(digest, generation)} - {str(row["location"])}, "what is left at the old place is swept"
+    for location in left:
+        site.library.blobs.delete(location)
+    assert objects(site) == [row["location"]] and b"".join(pieces_of(site.guard.read(call, R, digest))) == raw
+    assert not list((site.home.path / "partial").iterdir())
+
+
+def test_of_two_that_heal_a_blob_both_are_right(site: Site, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = os.urandom(10_000)
+    digest = put(site, call, R, raw).digest
+    (site.home.path / "blobs" / location_of(digest)).unlink()
+    with site.catalog.writing() as conn:
+        conn.execute(t.blob.update().values(location=location_of(digest, 9)))
+    record = Uploads._record
+
+    def second(self: Uploads, *args: object) -> bool:
+        monkeypatch.setattr(Uploads, "_record", record)
+        put(site, call, "acme/second", raw)
+        return record(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Uploads, "_record", second)  # only to let the other upload end between this one's publication and its record
+    put(site, call, R, raw)
+    assert objects(site) == [location_of(digest)] == [blob(site, digest)["location"]]
+    assert [row["location"] for row in all_rows(site, t.garbage)] == [location_of(digest, 9)]
+
+
+def test_a_refused_push_of_lost_bytes_leaves_them_to_the_sweep(site: Site, call: Call) -> None:
+    raw = os.urandom(5_000)
+    digest = put(site, call, R, raw).digest
+    (site.home.path / "blobs" / location_of(digest)).unlink()
+    upload = site.guard.upload(call, R)
+    upload.write(raw)
+    with pytest.raises(Mismatch):
+        upload.commit(sha512(raw + b"x"))
+    assert objects(site) == [blob(site, digest)["location"]], "a row names what is stored"
+
+
 # ---- sha512
 
 
@@ -329,6 +388,71 @@ def test_of_two_conditional_pushes_one_wins(site: Site, call: Call) -> None:
     with pytest.raises(Conflict):
         site.guard.push(call, R, raws[0], m.MANIFEST, refs=["new"], over=won[0])
     assert len(all_rows(site, t.ref)) == 1 and len(all_rows(site, t.ref_history)) == 2
+
+
+# ---- signatures
+
+
+def signed(site: Site, call: Call, *signers: str, over: str | None = None, ref: str = SIG) -> str:
+    """Pushes a `.sig` manifest with a layer of each signer, as cosign does; its digest."""
+    put(site, call, R, m.EMPTY_BYTES)
+    claim = put(site, call, R, b"the claim that all of them sign")
+    layers = [replace(claim, media_type=trust.SIMPLE_SIGNING, annotations={trust.SIGNATURE: signer}).as_json() for signer in signers]
+    return site.guard.push(call, R, m.build_manifest("", layers, {}), m.MANIFEST, refs=[ref], over=over).digest
+
+
+def test_a_signature_is_added_and_never_pushed_over(site: Site, call: Call) -> None:
+    signed(site, call, "a")
+    both = signed(site, call, "a", "b")
+    assert signed(site, call, "b", "a") != both, "the order is the signer's own"
+    both = signed(site, call, "b", "a")  # the same again
+    for signers in (("a",), ("b", "c"), ("c",), ()):
+        with pytest.raises(Conflict, match="another signature was added meanwhile") as refused:
+            signed(site, call, *signers)
+        assert refused.value.reason == "signatures"
+        assert site.guard.resolve(call, R, SIG).digest == both
+    moves = [row["new_digest"] for row in all_rows(site, t.ref_history)]
+    assert len(moves) == 3 and len(all_rows(site, t.manifest)) == 3, "nothing of a refused push is kept"
+    one = signed(site, call, "a", over=both)  # who names what it replaces knows what it takes away
+    with pytest.raises(Conflict):
+        signed(site, call, "b", over=both)
+    assert site.guard.resolve(call, R, SIG).digest == one
+    site.guard.delete(call, R, SIG)
+    assert signed(site, call, "d") == site.guard.resolve(call, R, SIG).digest
+    for other in ("v1", SIG.replace(".sig", ".att"), SIG[:-5] + ".sig"):
+        signed(site, call, "a", ref=other)
+        signed(site, call, "b", ref=other)
+
+
+def test_of_signers_at_once_each_is_kept_or_told(site: Site, call: Call) -> None:
+    put(site, call, R, m.EMPTY_BYTES)
+    claim = put(site, call, R, b"the claim that all of them sign")
+    refusals: list[str] = []
+    begin = threading.Barrier(6)
+
+    def sign(name: str) -> None:
+        begin.wait(30)
+        while True:
+            try:
+                held = site.guard.resolve(call, R, SIG).digest
+                old = m.parse_manifest(b"".join(pieces_of(site.guard.read(call, R, held))), m.MANIFEST).layers
+            except NotFound:
+                old = ()
+            layers = [*old, replace(claim, media_type=trust.SIMPLE_SIGNING, annotations={trust.SIGNATURE: name})]
+            try:
+                site.guard.push(call, R, m.build_manifest("", [d.as_json() for d in layers], {}), m.MANIFEST, refs=[SIG])
+                return
+            except Conflict as error:
+                refusals.append(error.reason)
+
+    threads = [threading.Thread(target=sign, args=(f"signer {n}",)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    raw = b"".join(pieces_of(site.guard.read(call, R, site.guard.resolve(call, R, SIG).digest)))
+    assert sorted(d.annotations[trust.SIGNATURE] for d in m.parse_manifest(raw, m.MANIFEST).layers) == [f"signer {n}" for n in range(6)]
+    assert set(refusals) <= {"signatures"}
 
 
 # ---- quotas

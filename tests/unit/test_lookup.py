@@ -190,22 +190,25 @@ def test_a_grant_row_keeps_its_numbers(site: Site) -> None:
     assert holder.grants == (Grant(("acme/*",), ("pull", "push", "run")),)
 
 
-def served(site: Site, method: str, path: str, key: str) -> int:
-    """The status of one request through the whole application, in this process, so that its statements can be counted."""
-    statuses: list[int] = []
+def served(site: Site, method: str, path: str, key: str, body: bytes = b"", **headers_: str) -> tuple[int, dict[str, str]]:
+    """Status and headers of one request through the whole application, in this process, so that its statements can be counted."""
+    answers: list[tuple[int, dict[str, str]]] = []
 
     async def receive() -> dict[str, object]:
         await asyncio.sleep(0)
-        return {"type": "http.request", "body": b"", "more_body": False}
+        return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(message: MutableMapping[str, Any]) -> None:
-        statuses.extend([message["status"]] if message["type"] == "http.response.start" else [])
+        if message["type"] == "http.response.start":
+            answers.append((message["status"], {name.decode(): value.decode() for name, value in message["headers"]}))
 
-    headers = [(b"authorization", f"Bearer {key}".encode()), (b"host", b"x")]
-    scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
+    headers = [(b"authorization", f"Bearer {key}".encode()), (b"host", b"x"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.replace("_", "-").encode(), value.encode()) for name, value in headers_.items()]
+    plain, _, query = path.partition("?")
+    scope = {"type": "http", "method": method, "path": plain, "raw_path": plain.encode(), "query_string": query.encode(), "headers": headers}
     scope |= {"client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2), "scheme": "http", "extensions": {}, "http_version": "1.1", "root_path": ""}
     asyncio.run(create_app(site, site.settings)(scope, receive, send))
-    return statuses[0]
+    return answers[0]
 
 
 def test_statements_of_whole_requests(site: Site, pushed: Pushed) -> None:
@@ -227,5 +230,5 @@ def test_statements_of_whole_requests(site: Site, pushed: Pushed) -> None:
         ):
             for _ in range(2):  # the first read of 15 minutes also writes its audit row
                 seen.clear()
-                assert served(site, method, path, credential) == 200
+                assert served(site, method, path, credential)[0] == 200
             assert len(seen) <= most, (method, path, seen)

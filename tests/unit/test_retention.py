@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,13 @@ from hypothesis import strategies as st
 from sqlalchemy import update
 
 from artifact import manifest as m
+from artifact import profile
 from artifact.errors import Conflict, Invalid
 from artifact.store import Call, Descriptor
+from registry import catalog as c
 from registry import holdings
 from registry import tables as t
+from registry.collector import Collector
 from registry.retention import DAY_S, Rule, Tag, Version, check_rule, parts, plan, removal, rule_for, subject_of_tag
 from registry.wiring import Site
 from tests.site import BACKENDS, call_of, make_key, push_model, put, running_site
@@ -341,3 +345,40 @@ def test_immutable_repository_keeps_its_tags_from_everybody(site: Site) -> None:
     assert site.guard.resolve(call, "acme/data", "v1").digest == old.digest
     site.guard.upkeep.set_immutable(call, {"name": "acme/data", "immutable": False})
     site.guard.delete(call, "acme/data", "v1")
+
+
+@pytest.mark.parametrize("harm", ["rot", "bytes", "row"])
+def test_a_profile_document_that_cannot_be_read_pins_everything(tmp_path: Path, harm: str) -> None:
+    with running_site(tmp_path) as site:
+        call = call_of(site, make_key(site, "acme", "acme/**"))
+        old = push_model(site, call, "acme/tiny", "1")
+        push_model(site, call, "acme/tiny", "2")
+        document = profile.build("acme/tiny", old.model.digest, [{"tags": {"llm_engine": "vllm", "precision": "fp8", "tp": "1"}}], 1)
+        put(site, call, "acme/pin/profiles", m.EMPTY_BYTES)
+        layer = put(site, call, "acme/pin/profiles", document)
+        raw = m.build_manifest(m.PROFILES_TYPE, [Descriptor(m.PROFILES_TYPE, layer.digest, layer.size).as_json()], {})
+        site.guard.push(call, "acme/pin/profiles", raw, m.MANIFEST, refs=["1"])
+        with site.catalog.writing() as conn:
+            holdings.set_rule(conn, Rule("acme/tiny", keep_last=1), 0)
+            place = c.blob_location(conn, layer.digest)
+        path = site.home.path / "blobs" / place
+        if harm == "rot":
+            path.chmod(0o600)
+            path.write_bytes(b"garb" + document[4:])
+        elif harm == "bytes":
+            path.unlink()
+        else:
+            with site.catalog.writing() as conn:
+                conn.execute(t.blob.update().where(t.blob.c.digest == layer.digest).values(location="", state="missing"))
+        collector = Collector(site.library, 3600)
+        for _ in range(2):
+            told = collector.dry_run(time.time() + 60, clock_is_right=True), collector.run(time.time() + 60, clock_is_right=True)
+            for report in told:
+                assert layer.digest in report.unjudged and (report.tags, report.retained) == (0, [])
+        with site.catalog.writing() as conn:
+            conn.execute(t.blob.update().where(t.blob.c.digest == layer.digest).values(location=place, state="ready"))
+        path.unlink(missing_ok=True)
+        path.write_bytes(document)
+        done = collector.run(time.time() + 60, clock_is_right=True)
+        assert not done.unjudged and {item["name"] for item in done.retained} == {"acme/tiny/profiles"}
+        assert site.guard.resolve(call, "acme/tiny", "1").digest == old.model.digest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from artifact.errors import AirlockError, Invalid, NotFound
 from registry.bucket import Options
 from registry.commands import config
 from registry.database import open_engine
-from registry.settings import PREFIX, Settings, specs, table, written
+from registry.settings import PREFIX, SIGNED_URL_S, Settings, specs, table, written
 from tests.conftest import ROOT
 
 KEYS = {"build", "image", "entrypoint", "command", "environment", "ports", "volumes"}
@@ -114,6 +115,53 @@ def test_two_ways_to_tls_are_refused(tmp_path: Path) -> None:
     assert Settings.load(tmp_path, environ={"AIRLOCK_TLS": "self-signed"}).url == "https://127.0.0.1:5000"
 
 
+@pytest.mark.parametrize(
+    ("variable", "good", "bad"),
+    [
+        (
+            "AIRLOCK_PUBLIC_URL",
+            ("http://h", "https://reg.example:5000", "https://[::1]:8443/", "http://10.0.0.1"),
+            (
+                "http://h/path",
+                "http://h?q=1",
+                "http://h/?",
+                "http://h#f",
+                "http://u@h",
+                "h:5000",
+                "ftp://h",
+                "http://h:99999",
+                "http://h:",
+                "http:// h",
+                "//h",
+            ),
+        ),
+        ("AIRLOCK_X_ACCEL", ("/internal/", "/a/b-c/"), ("blobs", "/blobs", "blobs/", "/", "//", "/a//", "/../", "/a b/", "/a?/", "http://h/")),
+    ],
+)
+def test_an_origin_and_a_location_have_no_other_form(tmp_path: Path, variable: str, good: tuple[str, ...], bad: tuple[str, ...]) -> None:
+    """A path behind the origin would be told to clients as part of the token endpoint; a location without both slashes names no file of nginx."""
+    for text in good:
+        Settings.load(tmp_path, environ={variable: text})
+    for text in bad:
+        with pytest.raises(Invalid) as caught:
+            Settings.load(tmp_path, environ={variable: text})
+        assert variable in str(caught.value) and caught.value.expected, text
+    assert Settings.load(tmp_path, environ={"AIRLOCK_PUBLIC_URL": "https://h/"}).url == "https://h"
+
+
+def test_bytes_outlive_every_url_that_was_given_out(tmp_path: Path) -> None:
+    s3 = {"AIRLOCK_BLOBS": "s3://bucket/p?credentials=c"}
+    for short in ("0", "599"):
+        with pytest.raises(Invalid) as caught:
+            Settings.load(tmp_path, environ={**s3, "AIRLOCK_GARBAGE_DELAY_S": short})
+        assert "AIRLOCK_GARBAGE_DELAY_S" in str(caught.value) and "AIRLOCK_REDIRECT=off" in str(caught.value)
+        assert Settings.load(tmp_path, environ={**s3, "AIRLOCK_GARBAGE_DELAY_S": short, "AIRLOCK_REDIRECT": "off"}).garbage_delay_s == int(short)
+        assert Settings.load(tmp_path, environ={"AIRLOCK_GARBAGE_DELAY_S": short}).garbage_delay_s == int(short)
+    assert Settings.load(tmp_path, environ={**s3, "AIRLOCK_GARBAGE_DELAY_S": str(SIGNED_URL_S)}).redirect
+    with pytest.raises(Invalid, match="x_accel is set and the bytes lie in a bucket"):
+        Settings.load(tmp_path, environ={**s3, "AIRLOCK_X_ACCEL": "/internal/"})
+
+
 def test_the_documented_settings_are_the_settings() -> None:
     assert table() in (ROOT / "docs" / "operations.md").read_text()
 
@@ -148,3 +196,28 @@ def test_no_secret_is_written_into_the_compose_file_or_the_image() -> None:
     lines = ((ROOT / "docker-compose.yml").read_text() + (ROOT / "Dockerfile").read_text()).splitlines()
     text = "\n".join(line for line in lines if not line.startswith("#"))
     assert not re.search(r"(?i)(password|secret|key) *[:=] *['\"]?[A-Za-z0-9]{4,}", re.sub(r"(?i)_file *[:=] *\S+", "", text))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:pa/hunter2@h/db",
+        "postgresql://u:p@hunter2@h/db",
+        "postgresql://u:hunter2?x@h/db",
+        "postgresql://u@h/db?sslpassword=hunter2",
+        "postgresql://u@h/db?PASSWORD=hunter2&sslmode=require",
+        "u:hunter2@h/db",
+        "s3://b/x?secret=hunter2&credentials=/c",
+        "s3://b/x?aws_secret_access_key=hunter2",
+        "s3://b/x?endpoint=http://k:hun/hunter2@x&credentials=/c",
+    ],
+)
+def test_no_spelling_of_a_password_is_printed(tmp_path: Path, url: str) -> None:
+    rows = dict((name, value) for name, value, *_ in dataclasses.replace(Settings(tmp_path), database=url, blobs=url).rows())
+    assert "hunter2" not in rows["database"] + rows["blobs"]
+
+
+def test_a_file_with_an_absurd_number(tmp_path: Path) -> None:
+    (tmp_path / "registry.yaml").write_text("port: 0x" + "F" * 5000)
+    with pytest.raises(Invalid, match="port"):
+        Settings.load(tmp_path, environ={})

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, insert, select, text, update
+from sqlalchemy import Connection, event, insert, select, text, update
 
 from artifact import manifest as m
 from artifact.errors import Conflict, NotFound
@@ -23,7 +23,8 @@ from artifact.store import Call, Descriptor
 from registry import catalog as c
 from registry import job, sweep
 from registry import tables as t
-from registry.collector import NAME, Collector, Report
+from registry.collector import CLOCK, NAME, Collector, Report
+from registry.commands import gc
 from registry.wiring import Site
 from tests.site import BACKENDS, call_of, make_key, push_model, put, running_site
 
@@ -214,7 +215,7 @@ def test_bytes_that_a_killed_upload_left_without_a_row(site: Site, key: str, cal
     assert len(files(site)) == 3
     pushed = push(site, call_of(site, key, call.now + 60), "acme/other", b"left behind", tag="v1")  # who comes back finds them
     late = call.now + 9 * 86400
-    site.collector.run(late)
+    site.collector.run(late, clock_is_right=True)
     site.collector.run(late + DELAY + 60)
     assert {location.rsplit("/", 1)[1] for location in files(site)} == {digest(b"left behind")[7:], digest(m.EMPTY_BYTES)[7:]}
     assert site.guard.resolve(call, "acme/other", "v1").digest == pushed.digest
@@ -235,7 +236,7 @@ def test_uploads_that_nobody_continued(site: Site, call: Call) -> None:
     upload.write(b"half")
     upload.suspend()
     assert site.collector.run(call.now + 60).uploads == 0
-    assert site.collector.run(call.now + 8 * 86400).uploads == 1
+    assert site.collector.run(call.now + 8 * 86400, clock_is_right=True).uploads == 1
     with pytest.raises(NotFound):
         site.guard.resume(call, REPO, upload.id)
 
@@ -265,6 +266,75 @@ def test_dry_run_is_the_run_and_changes_nothing(site: Site, call: Call) -> None:
     assert [getattr(dry, name) for name in same] == [getattr(real, name) for name in same]
     assert {str(item["digest"]) for item in dry.items} == {gone.digest, digest(b"gone")}
     assert real.bytes == 4
+
+
+@pytest.mark.parametrize("site", [BACKENDS[0]], indirect=True)
+def test_dry_run_stops_no_writer(site: Site, call: Call) -> None:
+    gone = push(site, call, REPO, b"gone", tag="v1")
+    site.guard.delete(call, REPO, gone.digest)
+    looked: list[str] = []
+
+    def write_meanwhile(phase: str, done: int) -> None:
+        push(site, call, "acme/meanwhile", b"layer %d" % len(looked), tag=f"v{len(looked)}")  # its transaction would wait for the look's end
+        looked.append(phase)
+
+    begun = time.monotonic()
+    dry = site.collector.dry_run(call.now + 2 * LEASE, progress=write_meanwhile)
+    assert (dry.manifests, dry.blobs, dry.complete) == (1, 2, True), "what was there when the look began"
+    assert looked and time.monotonic() - begun < 20, "a writer waits 30 s for a lock and is refused then"
+    assert len(site.guard.refs(call, "acme/meanwhile").items) == len(looked)
+
+
+@pytest.mark.parametrize("days", [400, 8, -1, -400])
+def test_clock_that_jumped_takes_nothing_until_somebody_says_it_is_right(site: Site, call: Call, days: int) -> None:
+    kept = push(site, call, REPO, b"kept", tag="v1")
+    put(site, call, REPO, b"leased")
+    half = site.guard.upload(call, REPO)
+    half.write(b"half")
+    half.suspend()
+    site.guard.upkeep.set_rule(
+        call_of(site, make_key(site, "acme", "**", actions=("admin",))), {"pattern": "acme/**", "keep_days": 1, "untagged_days": 1}
+    )
+    site.collector.start(0, lambda error: None)  # a server's first start notes the time
+    site.collector.close()
+    jumped = time.time() + days * 86400
+    tables = {table.name for table in t.metadata.sorted_tables} - {"job", "audit", "audit_pending"}
+    before, stored = {k: v for k, v in everything(site).items() if k in tables}, files(site)
+    collector = Collector(site.library, 0)
+    for _ in range(2):  # not the second time either: the first one believed nothing
+        for report in (collector.dry_run(jumped), collector.run(jumped)):
+            assert ("ahead of" if days > 0 else "behind") in report.warning
+            assert (report.tags, report.manifests, report.blobs, report.uploads, report.removed, report.complete) == (0, 0, 0, 0, 0, False)
+    assert ({k: v for k, v in everything(site).items() if k in tables}, files(site)) == (before, stored)
+    assert site.guard.resolve(call, REPO, "v1").digest == kept.digest
+    assert "the last run" in str(site.collector.status()["report"])
+    assert collector.run(time.time()).warning == "", "the clock was set right"
+    assert {k: v for k, v in everything(site).items() if k in tables} == before
+    believed = collector.run(jumped, clock_is_right=True)
+    assert (believed.warning, believed.tags) == ("", 1 if days > 0 else 0)
+    assert collector.run(jumped + 60).warning == "", "said once"
+
+
+def test_clock_far_ahead_is_believed_where_periods_are_long(site: Site, call: Call) -> None:
+    assert Collector(site.library, 0).run(call.now).warning == "", "nothing to compare with"
+    assert Collector(site.library, 0).run(call.now + 8 * 86400).warning != ""
+    assert Collector(site.library, 0, every_s=86400).run(call.now + 8 * 86400).warning == ""
+    assert Collector(site.library, 0, every_s=86400).run(call.now + 19 * 86400).warning != ""
+
+
+def test_command_says_what_is_wrong_with_the_clock_and_how_to_go_on(
+    site: Site, call: Call, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIRLOCK_DATABASE", site.settings.database)
+    job.note(site.engine, CLOCK, {}, time.time() - 30 * 86400)
+    put(site, call, REPO, b"leased")
+    argv = ["--data", str(site.settings.data)]
+    assert (gc.main(argv), gc.main([*argv, "--dry-run"])) == (Conflict.exit_code, Conflict.exit_code)
+    assert capsys.readouterr().out.count("30 days ahead of the last run") == 2
+    assert gc.main([*argv, "--clock-is-right"]) == 0
+    assert gc.main([*argv, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("as of ") == 1
+    assert len(blobs(site)) == 1
 
 
 KILLED = """
@@ -346,9 +416,15 @@ def test_schedule_counts_from_the_last_run_of_whoever(site: Site, call: Call) ->
 # ---- why two statements, and why rows that are in use are passed over
 
 ONE_STATEMENT = """
-DELETE FROM blob WHERE gc_after <= :now AND lease_until <= :now
+DELETE FROM blob WHERE {pause} gc_after <= :now AND lease_until <= :now
 AND NOT EXISTS (SELECT 1 FROM edge WHERE edge.blob = blob.digest)
 """
+MERGED = """
+DELETE FROM blob WHERE digest IN
+(SELECT digest FROM blob WHERE {pause} gc_after <= :now AND lease_until <= :now FOR UPDATE SKIP LOCKED)
+AND NOT EXISTS (SELECT 1 FROM edge WHERE edge.blob = blob.digest)
+"""
+PAUSE = "(SELECT pg_advisory_xact_lock(4711)::text) IS NOT NULL AND "  # waits after the statement took its snapshot, before it looks at a row
 
 
 @contextmanager
@@ -381,7 +457,7 @@ def test_one_statement_loses_a_blob_under_a_manifest_just_pushed(site: Site, cal
 
     def collect() -> None:
         with site.catalog.writing() as conn:
-            conn.execute(text(ONE_STATEMENT), {"now": late})
+            conn.execute(text(ONE_STATEMENT.format(pause="")), {"now": late})
 
     with pushing(site, call, raw):
         thread = threading.Thread(target=collect)
@@ -398,12 +474,68 @@ def test_one_statement_loses_a_blob_under_a_manifest_just_pushed(site: Site, cal
 
 @pytest.mark.server
 @pytest.mark.parametrize("site", [BACKENDS[1]], indirect=True)
-def test_two_statements_lose_nothing_in_the_same_order_of_events(site: Site, call: Call) -> None:
+def test_two_statements_pass_over_what_a_push_uses(site: Site, call: Call) -> None:
     raw, late = ready(site, call)
     with pushing(site, call, raw):
-        assert site.collector.run(late).blobs == 0, "what a push uses is passed over"
+        assert site.collector.run(late).blobs == 0
     assert site.collector.run(late).blobs == 0
     assert site.guard.read(call, REPO, digest(b"precious")).total == 8
+
+
+def ours(conn: Connection, late: float) -> None:
+    assert sweep.sweep_blobs(conn, late, 0).seen, "the push held no lock any more: its blobs were looked at"
+
+
+@contextmanager
+def paused(site: Site) -> Iterator[list[str]]:
+    """Our own statements over candidates wait as PAUSE says; yields those that did."""
+    changed: list[str] = []
+
+    def pause(_conn: object, _cursor: object, statement: str, parameters: object, _context: object, _many: bool) -> tuple[str, object]:
+        if "SKIP LOCKED" in statement and "FROM blob" in statement:
+            changed.append(statement)
+            statement = statement.replace("WHERE ", "WHERE " + PAUSE, 1)
+        return statement, parameters
+
+    event.listen(site.engine, "before_cursor_execute", pause, retval=True)
+    try:
+        yield changed
+    finally:
+        event.remove(site.engine, "before_cursor_execute", pause)
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("site", [BACKENDS[1]], indirect=True)
+@pytest.mark.parametrize("form", ["one statement", "one statement that skips", "two statements"])
+def test_push_that_commits_between_snapshot_and_lock(site: Site, call: Call, form: str) -> None:
+    raw, late = ready(site, call)
+    failed: list[Exception] = []
+
+    def collect() -> None:
+        try:
+            with paused(site) as changed, site.catalog.writing() as conn:
+                if form == "two statements":
+                    ours(conn, late)
+                    assert len(changed) == 1
+                else:
+                    conn.execute(text((MERGED if "skips" in form else ONE_STATEMENT).format(pause=PAUSE)), {"now": late})
+        except Exception as error:  # the top of a thread: shown below
+            failed.append(error)
+
+    thread = threading.Thread(target=collect)
+    with site.catalog.writing() as gate:
+        gate.execute(text("SELECT pg_advisory_xact_lock(4711)"))
+        thread.start()
+        end = time.monotonic() + 60
+        while not waits_for_a_lock(site) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert waits_for_a_lock(site), "its snapshot is taken"
+        with pushing(site, call, raw):
+            pass  # begun and committed before the collection looks at a row: nothing is locked, and nothing can be skipped
+    thread.join(60)
+    assert failed == []
+    assert site.guard.resolve(call, REPO, "v1").size == len(raw)
+    assert (digest(b"precious") in blobs(site)) is (form == "two statements"), "only a second statement sees the manifest's edge"
 
 
 @pytest.mark.server
