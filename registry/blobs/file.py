@@ -170,6 +170,7 @@ class FileWriter(BlobWriter):
     def write(self, view: bytes | memoryview) -> None:
         """Appends and hashes; raises Unavailable when the disk is full."""
         rest = memoryview(view).cast("B")
+        self._demand_staged()
         try:
             self._trim()
             _demand_room(self._fd, len(rest))
@@ -182,6 +183,10 @@ class FileWriter(BlobWriter):
             failed = _unavailable(error, "write", self._path.parent)
             self._give_back()
             raise failed from error
+
+    def _demand_staged(self) -> None:
+        if self._fd < 0:
+            raise Unavailable("the staged bytes of this upload were given back to the disk", do="start the upload again", reason="disk_full")
 
     def _give_back(self) -> None:
         """Frees what this request took: nobody was told that those bytes are here, and a full disk would keep them until the upload expires."""
@@ -203,6 +208,7 @@ class FileWriter(BlobWriter):
 
     def sync(self) -> None:
         """Makes all written bytes durable."""
+        self._demand_staged()
         try:
             os.fsync(self._fd)
             _sync_folder(self._path.parent)
@@ -218,6 +224,7 @@ class FileWriter(BlobWriter):
 
     def publish(self, digest: str, generation: int = 0) -> str:
         """Verifies the digest, makes the bytes durable under their public location and returns it; raises Mismatch and keeps nothing."""
+        self._demand_staged()
         if self._hasher.digest() != check_digest(digest):
             found = self._hasher.digest()
             self.discard()

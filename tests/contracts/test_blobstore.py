@@ -395,6 +395,11 @@ def fill(writer):
 
 first = store.writer("upload-0001")
 fill(first)  # nothing of it was ever acknowledged: nothing stays
+for use in (first.sync, lambda: first.write(b"x"), lambda: first.publish(digest_of(b""))):
+    try:
+        use()
+    except Unavailable as error:
+        print(error.reason)
 first.close()
 second = store.writer("upload-0002")
 second.write(raw * 2)
@@ -426,6 +431,6 @@ def test_a_full_disk_frees_what_nobody_was_told_of_and_keeps_a_reserve(tmp_path:
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
     if "unshare" in done.stderr or "mount:" in done.stderr:
         missing(f"a user namespace with a file system of its own ({done.stderr.strip()[:80]})")
-    told = ["disk_full 0", "0 True", "disk_full 200000", "1 True", "300000", "disk_full", "None"]
+    told = ["disk_full 0", "0 True", *["disk_full"] * 3, "disk_full 200000", "1 True", "300000", "disk_full", "None"]
     assert done.stdout.splitlines()[1:] == told[1:] and done.stdout.startswith("disk_full "), done.stderr
     assert Unavailable.code == "unavailable"

@@ -514,3 +514,14 @@ def test_a_decision_in_grace_says_so_with_the_content(site: Site, call: Call) ->
         key = site.entitlements.add_key(conn, org, tier="developer", grant=grant, expires=0, at=now)[1]
     assert "grace ends" in site.guard.read(call_of(site, key), R, digest).warning
     assert site.guard.read(call, R, digest).warning == ""
+
+
+def test_bytes_that_are_sent_again_correct_the_size_of_a_damaged_blob(site: Site, call: Call) -> None:
+    digest = put(site, call, R, b"whole").digest
+    for state, size in (("missing", 2), ("quarantined", 3), ("unverified", 4)):
+        with site.catalog.writing() as conn:
+            conn.execute(t.blob.update().where(t.blob.c.digest == digest).values(state=state, size=size, location=""))
+        put(site, call, R, b"whole")
+        assert (blob(site, digest)["size"], blob(site, digest)["state"]) == (5, "ready")
+        found = site.guard.read(call, R, digest)
+        assert found.total == 5 and b"".join(pieces_of(found)) == b"whole"
