@@ -21,13 +21,40 @@ SCOPED |= {"stat": ("pull", "push", "list"), "list": ("pull", "push", "list")}
 
 @dataclass(frozen=True)
 class Grant:
-    """One right: patterns over canonical model names, actions, life in seconds since 1970 (expires 0: never)."""
+    """One right: patterns over canonical names of images and models, actions, life in seconds since 1970 (expires 0: never).
+
+    `environment` is dev or production (empty counts as production), `gpus` a bound of its own (0: none),
+    `profiles` patterns over the ids and names of profiles (none: every one); `id` is public.
+    """
 
     models: tuple[str, ...]
     actions: tuple[str, ...] = ("pull", "run")
     not_before: float = 0.0
     expires: float = 0.0
     grace_s: int = 0
+    id: str = ""
+    environment: str = ""
+    gpus: int = 0
+    profiles: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Entitlement:
+    """What a signed document gives an organisation, the ceiling over all its grants (docs/format.md section 8); empty tuples of
+    products and environments give none of the kind, `gpus` 0 gives no GPU."""
+
+    jti: str
+    serial: int
+    tier: str
+    models: tuple[str, ...]
+    actions: tuple[str, ...]
+    not_before: float
+    expires: float
+    grace_s: int = 0
+    gpus: int = 0
+    products: tuple[str, ...] = ()
+    environments: tuple[str, ...] = ()
+    revoked_at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +75,7 @@ class Principal:
 
     `access` cuts the key's rights down to those of the token that was presented in its place; None is the key itself.
     `anonymous` is a caller without a key where the site lets everybody read what is public.
+    `entitlement` is its organisation's document, without which `entitled_only` allows nothing of what belongs to others.
     """
 
     key_id: str = ""
@@ -58,16 +86,22 @@ class Principal:
     grants: tuple[Grant, ...] = ()
     access: tuple[Access, ...] | None = None
     anonymous: bool = False
+    entitlement: Entitlement | None = None
+    entitled_only: bool = False
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The repository as the decision sees it: canonical name, owning organisation (empty: the site), visibility public, org or private."""
+    """The repository as the decision sees it: canonical name, owning organisation (empty: the site), visibility public, org or private.
+
+    `requires_product` and `requires_tier` are what its vendor asks for; both are empty for own weights.
+    """
 
     name: str
     org: str = ""
     visibility: str = "org"
     requires_tier: str = ""
+    requires_product: str = ""
 
 
 @dataclass(frozen=True)

@@ -265,6 +265,11 @@ def parse_manifest(raw: bytes, media_type: str = "", algorithm: str = "sha256") 
     return Manifest(raw, digest_of(raw, algorithm), stated, kind, config, layers, manifests, subject, notes)
 
 
+def own_type(manifest: Manifest) -> str:
+    """The type that a manifest's bytes have by themselves: their mediaType, else OCI's, since Docker's must state it (image-spec v1.1, v2-2.md)."""
+    return manifest.media_type if manifest.media_type in (MANIFEST, INDEX) else parse_manifest(manifest.raw).media_type
+
+
 def _descriptors(doc: Mapping[str, object], key: str) -> tuple[Descriptor, ...]:
     values = doc.get(key)
     if not isinstance(values, list):

@@ -158,7 +158,8 @@ class Entitlements:
         conn.execute(insert(t.api_key).values(values))
         row_id = conn.execute(select(t.api_key.c.id).where(t.api_key.c.key_id == key_id)).scalar_one()
         rights = {"models": json.dumps(grant.models), "actions": json.dumps(grant.actions), "not_before": grant.not_before, "expires": grant.expires}
-        conn.execute(insert(t.key_grant).values(api_key_id=row_id, grace_s=grant.grace_s, **rights))
+        own = {"grant_id": "grant-" + secrets.token_hex(8), "org_id": org_id, "created": at}
+        conn.execute(insert(t.key_grant).values(api_key_id=row_id, grace_s=grant.grace_s, **own, **rights))
         return key_id, key
 
     def keys(self, org: str = "") -> list[dict[str, object]]:

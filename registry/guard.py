@@ -270,8 +270,9 @@ class Guard(Registry, Files):
         return self._library.mount(allowed, repo, digest, source)
 
     def delete(self, call: Call, repo: str, ref: str) -> None:
-        """Removes a ref, or a manifest or blob link; raises NotFound, Denied, Conflict."""
-        self._library.delete(self._allow(call, repo, self._library.catalog.repository(repo), "delete"), repo, ref)
+        """Removes a ref, or a manifest that no profile names, or a blob link; raises NotFound, Denied, Conflict, Unavailable."""
+        found = self._library.catalog.repository(repo)
+        self._library.delete(self._allow(call, repo, found, "delete"), repo, ref, self.upkeep.unpinned(call, ref))
 
     def _demand_alive(self, call: Call) -> None:
         alive = authenticate(call.principal, call.now)

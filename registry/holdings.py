@@ -24,7 +24,7 @@ from registry.sweep import sweep_blobs, sweep_manifests
 from registry.uploads import pieces_of
 
 MAX_DOCUMENT = 4 * 1024 * 1024
-Pins = Mapping[tuple[str, str], str]
+Pins = Mapping[tuple[str, str], Sequence[str]]
 
 
 # ---- retention: rules and facts
@@ -79,7 +79,7 @@ def facts(conn: Connection, repo: Repo, now: float, pins: Pins) -> tuple[list[Ta
     held = select(M.c.id, M.c.digest, M.c.subject, link.at).join(t.repo_manifest, link.manifest_id == M.c.id).where(link.repo_id == repo.id)
     versions = []
     for row in conn.execute(held.order_by(M.c.digest)):
-        kept = "the newest revision" if row.id == main else pins.get((repo.name, row.digest), "")
+        kept = "the newest revision" if row.id == main else " ".join(pins.get((repo.name, row.digest), ()))
         since = max(row.at, left.get(row.digest, 0.0)) if row.at else now
         versions.append(Version(row.digest, since, tuple(children.get(row.id, ())), row.subject or "", kept))
     return tags, versions
@@ -95,24 +95,35 @@ class Profiles:
         self._library = library
         self._read: dict[str, tuple[tuple[str, str], ...]] = {}
 
-    def pins(self, conn: Connection) -> dict[tuple[str, str], str]:
-        """(name, digest) of each model and image that a profile names, with the name of a repository whose profile it is.
+    def pins(self, conn: Connection, of: Repo | None = None) -> Pins:
+        """(name, digest) of each model and image that profiles name, those in `of` only if it is given, with the repositories of the profiles.
 
+        A profile in another organisation's repository names nothing that this one could not let go of; what the site owns is everybody's to name.
         Raises Unavailable `pins` for a document that cannot be read: what it names is not known, so nothing may go.
         """
         link = t.repo_manifest
-        found = select(R.c.name, M.c.raw, M.c.media_type).join(link, link.c.repo_id == R.c.id).join(M, M.c.id == link.c.manifest_id)
-        out: dict[tuple[str, str], str] = {}
-        for row in conn.execute(found.where(M.c.artifact_type == PROFILES_TYPE).order_by(R.c.name, M.c.digest)).all():
-            for layer in parse_manifest(bytes(row.raw), row.media_type).layers:
-                if layer.media_type == PROFILES_TYPE and layer.size <= MAX_DOCUMENT:
-                    out |= dict.fromkeys(self._references(conn, layer.digest, str(row.name)), str(row.name))
-        return out
+        found = select(R.c.name, R.c.org_id, M.c.digest).join(link, link.c.repo_id == R.c.id).join(M, M.c.id == link.c.manifest_id)
+        found = found.where(M.c.artifact_type == PROFILES_TYPE)
+        if of is not None:
+            own = select(R.c.org_id).where(R.c.id == of.id).scalar_subquery()
+            found = found.where(or_(R.c.org_id.is_(None), own.is_(None), R.c.org_id == own))
+        named: dict[tuple[str, str], dict[str, int | None]] = {}
+        for row in conn.execute(found.order_by(R.c.name, M.c.digest)).all():
+            for pin in self._of_manifest(conn, row.digest, row.name):
+                if of is None or pin[0] == of.name:
+                    named.setdefault(pin, {})[row.name] = row.org_id
+        owners = _owners(conn, {name for name, _ in named})
+        out = {pin: [where for where, org in by.items() if _counts(org, owners.get(pin[0]))] for pin, by in named.items()}
+        return {pin: by for pin, by in out.items() if by}
+
+    def _of_manifest(self, conn: Connection, digest: str, name: str) -> tuple[tuple[str, str], ...]:
+        if digest not in self._read:
+            row = conn.execute(select(M.c.raw, M.c.media_type).where(M.c.digest == digest)).one()
+            layers = [d for d in parse_manifest(bytes(row.raw), row.media_type).layers if d.media_type == PROFILES_TYPE and d.size <= MAX_DOCUMENT]
+            self._read[digest] = tuple(pin for layer in layers for pin in self._references(conn, layer.digest, name))
+        return self._read[digest]
 
     def _references(self, conn: Connection, digest: str, name: str) -> tuple[tuple[str, str], ...]:
-        known = self._read.get(digest)
-        if known is not None:
-            return known
         try:
             raw = self._whole(conn, digest)
         except (AirlockError, OSError) as error:
@@ -125,8 +136,7 @@ class Profiles:
             pins = references(raw, PROFILES_TYPE)
         except Invalid:
             pins = ()  # these are the bytes that were pushed, and no runtime can read them either
-        self._read[digest] = tuple((pin.name, pin.digest) for pin in pins)
-        return self._read[digest]
+        return tuple((pin.name, pin.digest) for pin in pins)
 
     def _whole(self, conn: Connection, digest: str) -> bytes:
         """The bytes of a document, which have its digest; raises NotFound, Mismatch, Unavailable, OSError."""
@@ -138,6 +148,19 @@ class Profiles:
         if digest_of(raw, digest.partition(":")[0]) != digest:
             raise Mismatch("the stored bytes have another digest", expected=digest, reason="digest")
         return raw
+
+
+def _owners(conn: Connection, names: Collection[str]) -> dict[str, int | None]:
+    """The organisation of each of these repositories."""
+    out: dict[str, int | None] = {}
+    for part in chunks(sorted(names)):
+        out.update((row.name, row.org_id) for row in conn.execute(select(R.c.name, R.c.org_id).where(R.c.name.in_(part))))
+    return out
+
+
+def _counts(org: int | None, owner: int | None) -> bool:
+    """Whether a profile of `org` holds what is `owner`'s; the site is None."""
+    return org is None or owner is None or org == owner
 
 
 def repositories(conn: Connection, profiles: bool) -> list[str]:

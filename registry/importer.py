@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -31,7 +31,7 @@ from registry.blobs.file import location_of
 from registry.database import alone
 from registry.home import Home
 from registry.library import Library
-from registry.uploads import OCTETS, pieces_of
+from registry.uploads import OCTETS, SURPLUS_S, pieces_of
 
 BUFFER = 1024 * 1024
 RECEIPT_LIFE_S = 10 * 365 * 86400
@@ -83,14 +83,14 @@ def _import(site: Site, directory: Path, state: Path, now: float, progress: Call
     if (index.known or index.older) and done.exists() and done.read_text().strip() == index.digest and _held(site, index):
         return report | {"imported": False}
     disk = Disk(site.home.path)
-    reached, places = _reach(site, disk, directory, index)
-    blobs = {d: s for d, s in reached.blobs.items() if d in index.objects and d not in places and disk.size(d) != s}
+    reached, places, dead = _reach(site, disk, directory, index)
+    blobs = {d: s for d, s in reached.blobs.items() if d in index.objects and d not in places and (d in dead or disk.size(d) != s)}
     need = sum(blobs.values())
     medium.check_space(site.home.path, need)
     begin(need)
     copied = sum(_copy(disk, directory, digest, blobs[digest], progress) for digest in sorted(blobs))
     places |= {d: _place(site, disk, d, reached.blobs[d]) for d in sorted(reached.blobs.keys() - places.keys())}
-    _store(site, index, reached, places, now)
+    _store(site, index, reached, places, dead, now)
     for manifest in reached.manifests.values():
         if catalog.kind_of(manifest) == "model":
             site.library.fill_facts(manifest)
@@ -103,8 +103,9 @@ def _import(site: Site, directory: Path, state: Path, now: float, progress: Call
 
 
 def _held(site: Site, index: medium.BundleIndex) -> bool:
-    """Whether the database knows what the record says was imported: it may have been restored from an older backup."""
-    return all((found := site.catalog.find(n.name, n.digest)) is not None and found.digest for n in index.names)
+    """Whether the database knows what the record says was imported: it may have been restored from an older backup, or bytes may be damaged."""
+    known = all((found := site.catalog.find(n.name, n.digest)) is not None and found.digest for n in index.names)
+    return known and not _places(site, index.objects)[1]
 
 
 @contextmanager
@@ -142,11 +143,19 @@ def _lost(imported: Path, index: medium.BundleIndex) -> list[int]:
     return [n for n in index.listed if n < index.sequence and not (imported / str(n)).exists()]
 
 
-def _places(site: Site, blobs: dict[str, int]) -> dict[str, str]:
-    """Where those of the blobs lie that the store holds whole."""
+def _places(site: Site, blobs: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Where those of the blobs lie that the store holds whole; and those whose row says so no more, or wrongly: then with that location."""
+    places, dead = dict[str, str](), dict[str, str]()
+    b = t.blob.c
     with site.catalog.reading() as conn:
-        found = catalog.blob_locations(conn, sorted(blobs))
-    return {digest: location for digest, location in found.items() if site.library.blobs.stat(location) == blobs[digest]}
+        for part in catalog.chunks(sorted(blobs)):
+            for row in conn.execute(select(b.digest, b.size, b.location, b.state).where(b.digest.in_(part))):
+                ready = row.state == "ready"
+                if ready and site.library.blobs.stat(row.location) == row.size:
+                    places[row.digest] = row.location
+                else:
+                    dead[row.digest] = row.location if ready else ""
+    return places, dead
 
 
 def _place(site: Site, disk: Disk, digest: str, size: int) -> str:
@@ -162,8 +171,8 @@ def _place(site: Site, disk: Disk, digest: str, size: int) -> str:
     return location
 
 
-def _reach(site: Site, disk: Disk, directory: Path, index: medium.BundleIndex) -> tuple[medium.Closure, dict[str, str]]:
-    """What the names reach, read and verified, and where the store holds it; raises NotFound naming every digest that is nowhere."""
+def _reach(site: Site, disk: Disk, directory: Path, index: medium.BundleIndex) -> tuple[medium.Closure, dict[str, str], dict[str, str]]:
+    """What the names reach, read and verified, and where the store holds it or does no more; raises NotFound naming every digest that is nowhere."""
 
     def read(digest: str, limit: int) -> bytes | None:
         if digest in index.objects:
@@ -175,11 +184,11 @@ def _reach(site: Site, disk: Disk, directory: Path, index: medium.BundleIndex) -
         return _stored(site, disk, digest, limit)
 
     reached = medium.closure([(n.name, n.digest, n.media_type) for n in index.names], read)
-    missing, places = dict(reached.missing), _places(site, reached.blobs)
+    missing, (places, dead) = dict(reached.missing), _places(site, reached.blobs)
     for digest, size in reached.blobs.items():
         if index.objects.get(digest, size) != size:
             raise Mismatch(f"the index gives {digest} another size than its manifest", expected=f"{size} bytes", reason="bundle_object")
-        if digest in places or disk.size(digest) == size:
+        if digest in places or (digest not in dead and disk.size(digest) == size):
             continue
         if digest not in index.objects:
             missing[digest] = "blob"
@@ -197,7 +206,7 @@ def _reach(site: Site, disk: Disk, directory: Path, index: medium.BundleIndex) -
         raise Mismatch(
             f"{medium.object_path(Path(), strangers[0])} is reached by no name", expected="only what the names need", reason="foreign_file"
         )
-    return reached, places
+    return reached, places, dead
 
 
 def _stored(site: Site, disk: Disk, digest: str, limit: int) -> bytes | None:
@@ -276,19 +285,24 @@ def _copy(disk: Disk, directory: Path, digest: str, size: int, progress: Callabl
 # ---- the one transaction ----
 
 
-def _add(conn: Connection, digest: str, size: int, location: str) -> None:
-    """The row of a blob of which the bytes are stored; raises Conflict where the sweep is about to remove them."""
-    held = catalog.add_blob(conn, digest, size, location)
+def _add(conn: Connection, digest: str, size: int, location: str, dead: str = "", now: float = 0.0) -> None:
+    """The row of a blob of which the bytes are stored; raises Conflict where the sweep is about to remove them.
+
+    A row that still names the place `dead` gets the new one: what is left at the old place goes to the sweep.
+    """
+    held = catalog.add_blob(conn, digest, size, location, dead=dead)
     if catalog.in_garbage(conn, [held]):
         raise Conflict(f"{digest} was let go of in this moment", do="run the same command again", reason="swept")
+    if dead and dead != held:
+        catalog.add_garbage(conn, dead, 0, now + SURPLUS_S)
 
 
-def _store(site: Site, index: medium.BundleIndex, reached: medium.Closure, places: dict[str, str], now: float) -> None:
+def _store(site: Site, index: medium.BundleIndex, reached: medium.Closure, places: dict[str, str], dead: dict[str, str], now: float) -> None:
     call = Call(Principal(key_id="site", org=""), None, f"import-{index.sender}-{index.sequence}", now)
     kinds = {n.name: n for n in index.names}
     with site.catalog.writing() as conn:
         for digest in sorted(reached.blobs):
-            _add(conn, digest, reached.blobs[digest], places[digest])
+            _add(conn, digest, reached.blobs[digest], places[digest], dead.get(digest, ""), now)
         repos: dict[str, int] = {}
         for (name, _), manifest in reached.manifests.items():
             if name not in repos:

@@ -6,12 +6,12 @@ It checks no right: a call whose decision is absent or a refusal is refused outr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from artifact.errors import Denied, Invalid, Mismatch, NotFound, RangeInvalid
 from artifact.grant import PROFILES, Decision, Principal
-from artifact.manifest import Manifest, check_digest, files_of, is_digest, parse_manifest
+from artifact.manifest import Manifest, check_digest, files_of, is_digest, own_type, parse_manifest
 from artifact.store import BlobStore, Call, Content, Descriptor, File, Files, Page, Registry, Revision, Upload
 from registry import catalog as c
 from registry.audit import Audit
@@ -141,6 +141,8 @@ class Library(Registry, Files):
         manifest = parse_manifest(raw, media_type, check_digest(expect).partition(":")[0] if expect else "sha256")
         if expect is not None and manifest.digest != expect:
             raise Mismatch(f"the manifest has digest {manifest.digest}", expected=expect, do="send it again", reason="digest")
+        if own_type(manifest) != manifest.media_type:  # whoever pushed it first would decide what everybody else is served
+            raise Invalid("the manifest has no mediaType", expected=f"one that says {manifest.media_type}, as Docker's must", reason="manifest")
         if c.kind_of(manifest) == "model":
             if repo.endswith(PROFILES):
                 raise Invalid(f"{repo} is the place of a profile manifest", expected="a model under another name", reason="name")
@@ -206,8 +208,8 @@ class Library(Registry, Files):
         with self.catalog.writing() as conn:
             return c.refresh_lease(conn, found.repo.id, found.digest, call.now + self.blob_lease_s)
 
-    def delete(self, call: Call, repo: str, ref: str) -> None:
-        """Removes a ref, or a manifest or blob link by digest; the bytes stay until they are swept; raises NotFound, Conflict."""
+    def delete(self, call: Call, repo: str, ref: str, check: Callable[[c.Connection, Repo], None] = lambda conn, found: None) -> None:
+        """Removes a ref, or a manifest or blob link by digest; the bytes stay until they are swept; raises NotFound, Conflict, what `check` raises."""
         self._demand(call)
         found = self.catalog.repository(repo)
         if found is None:
@@ -216,6 +218,7 @@ class Library(Registry, Files):
 
         def work(conn: c.Connection) -> None:
             if is_digest(ref):
+                check(conn, found)
                 done = c.unlink_manifest(conn, found.id, ref, call.now, key_id=who) or c.unlink_blob(conn, found.id, ref, call.now)
             else:
                 done = c.delete_ref(conn, found.id, ref, at=call.now, key_id=who)

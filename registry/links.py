@@ -7,7 +7,7 @@ and the sweep block each other for ever, and what the sweep took is seen as miss
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Connection, delete, insert, select, update
@@ -28,6 +28,7 @@ from artifact.manifest import (
     files_root,
     is_commit,
     is_digest,
+    own_type,
     parse_manifest,
 )
 from artifact.store import Descriptor, File
@@ -165,12 +166,10 @@ def _add_row(conn: Connection, manifest: Manifest) -> tuple[int, bool]:
         made = conn.execute(ignore_duplicates(conn, M).values(values).returning(M.c.id)).scalar_one_or_none()
         if made is not None:
             return int(made), True
-        kept = conn.execute(update(M).where(M.c.digest == manifest.digest).values(gc_after=None).returning(M.c.id, M.c.media_type)).first()
-        if kept is None:
-            continue  # the sweep took it between the two statements
-        if kept.media_type != manifest.media_type:  # bytes without a mediaType: GET answers with the type of the first push
-            raise Conflict(f"{manifest.digest} was pushed as {kept.media_type} before", expected=str(kept.media_type), reason="media_type")
-        return int(kept.id), False
+        again = update(M).where(M.c.digest == manifest.digest).values(gc_after=None, media_type=manifest.media_type)
+        kept = conn.execute(again.returning(M.c.id)).scalar_one_or_none()
+        if kept is not None:  # else the sweep took it between the two statements
+            return int(kept), False
 
 
 def add_manifest(
@@ -192,6 +191,7 @@ def add_manifest(
     `rule` keeps raises Denied or Conflict.
     """
     manifest = parse_manifest(raw, media_type) if isinstance(raw, bytes) else raw
+    manifest = replace(manifest, media_type=own_type(manifest))  # one row for all repositories: its type must be the bytes' own
     blobs = _children(conn, repo_id, manifest, name)
     kind = kind_of(manifest)
     files = files_of(manifest) if kind == "model" else ()
@@ -266,14 +266,16 @@ def _add_revision(conn: Connection, repo_id: int, manifest_id: int, manifest: Ma
 
 
 def unlink_manifest(conn: Connection, repo_id: int, digest: str, at: float, *, key_id: str = "") -> bool:
-    """Takes a manifest out of a repository with its refs and revisions; False where it is not there; raises Conflict for an immutable tag.
+    """Takes a manifest out of a repository with its refs and revisions; False where it is not there.
 
-    Its blobs become candidates of the sweep, and without a link left the manifest itself.
+    Its blobs become candidates of the sweep, and without a link left the manifest itself. Raises Conflict `immutable` for an immutable tag, and in
+    an immutable repository while an index there names it: a tag that never moves keeps what is below it.
     """
     manifest_id = conn.execute(select(M.c.id).where(M.c.digest == digest).with_for_update()).scalar_one_or_none()
     link, refs = t.repo_manifest, t.ref
     if manifest_id is None or not conn.execute(delete(link).where(link.c.repo_id == repo_id, link.c.manifest_id == manifest_id)).rowcount:
         return False
+    _demand_unnamed(conn, repo_id, digest)
     named = select(refs.c.name, R.c.immutable).join(R, R.c.id == refs.c.repo_id)
     named = named.where(refs.c.repo_id == repo_id, refs.c.manifest_id == manifest_id).order_by(refs.c.name).with_for_update(of=refs)
     gone = conn.execute(named).all()
@@ -290,6 +292,19 @@ def unlink_manifest(conn: Connection, repo_id: int, digest: str, at: float, *, k
         update(M).where(M.c.id == manifest_id, ~select(link.c.repo_id).where(link.c.manifest_id == manifest_id).exists()).values(gc_after=at)
     )
     return True
+
+
+def _demand_unnamed(conn: Connection, repo_id: int, digest: str) -> None:
+    link, edge = t.repo_manifest.c, t.edge.c
+    above = (
+        select(M.c.digest).join(t.edge, edge.parent_id == M.c.id).join(t.repo_manifest, link.manifest_id == M.c.id).join(R, R.c.id == link.repo_id)
+    )
+    found = above.where(link.repo_id == repo_id, R.c.immutable, edge.child_digest == digest, edge.kind == "manifest").limit(1)
+    parent = conn.execute(found).scalar_one_or_none()
+    if parent is not None:
+        raise Conflict(
+            f"{digest} is a part of {parent}, and this repository is immutable", do="delete that first, if it has no tag", reason="immutable"
+        )
 
 
 # ---- refs

@@ -7,6 +7,7 @@ are the same decision. Not sure means kept.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -135,8 +136,21 @@ def plan(tags: Sequence[Tag], versions: Sequence[Version], rule: Rule | None, no
     out = [Goes(t.digest, going[t.name], t.name) for t in tags if t.name in going]
     if not immutable:
         out += [Goes(t.digest, f"{about[t.name]} goes", t.name) for t in tags if about.get(t.name, "") in here and about[t.name] not in held]
-    out += [Goes(v.digest, why.get(v.digest) or _follows(v, parents), "") for v in versions if v.digest not in held]
+    out += [Goes(digest, why.get(digest) or _follows(here[digest], parents), "") for digest in _parents_first(here.keys() - held, here)]
     return Plan(tuple(out), tuple(orphans))
+
+
+def _parents_first(gone: Collection[str], here: Mapping[str, Version]) -> list[str]:
+    """What goes, an index before what it names: an immutable repository lets nothing go that an index in it still names."""
+    below = {digest: sorted({child for child in here[digest].children if child in gone}) for digest in sorted(gone)}
+    above = Counter(child for children in below.values() for child in children)
+    out = [digest for digest in below if not above[digest]]
+    for digest in out:
+        for child in below[digest]:
+            above[child] -= 1
+            if not above[child]:
+                out.append(child)
+    return out
 
 
 def _follows(version: Version, parents: Mapping[str, list[str]]) -> str:
@@ -230,7 +244,7 @@ def removal(tags: Sequence[Tag], versions: Sequence[Version], ref: str, *, refer
     """What goes with a tag, a digest, or with an empty `ref` the whole repository; children go along unless something else names them."""
     here = {v.digest: v for v in versions}
     if not ref:
-        return Removal(tuple(t.name for t in tags), tuple(here))
+        return Removal(tuple(t.name for t in tags), tuple(_parents_first(here.keys(), here)))
     target = ref if ref in here else next((t.digest for t in tags if t.name == ref), "")
     parents: dict[str, set[str]] = {}
     for version in versions:
@@ -259,4 +273,4 @@ def removal(tags: Sequence[Tag], versions: Sequence[Version], ref: str, *, refer
             else:
                 left.add(digest)
     removed = tuple(t.name for t in tags if t.digest in gone)
-    return Removal(removed, tuple(sorted(gone)), tuple(sorted(left - gone)), tuple(sorted(parents.get(target, set()) - gone)))
+    return Removal(removed, tuple(_parents_first(gone, here)), tuple(sorted(left - gone)), tuple(sorted(parents.get(target, set()) - gone)))

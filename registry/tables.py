@@ -5,8 +5,6 @@ Columns may be added by later migrations, none renamed. Names and paths compare 
 
 from __future__ import annotations
 
-from typing import Any
-
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -16,42 +14,43 @@ from sqlalchemy import (
     Index,
     Integer,
     LargeBinary,
-    MetaData,
     Table,
     Text,
-    UniqueConstraint,
 )
 
+from registry.accounts import api_key as api_key
+from registry.accounts import audit_checkpoint as audit_checkpoint
+from registry.accounts import audit_count as audit_count
+from registry.accounts import audit_head as audit_head
+from registry.accounts import audit_leaf as audit_leaf
+from registry.accounts import audit_pending as audit_pending
+from registry.accounts import audit_seal as audit_seal
+from registry.accounts import audit_tile as audit_tile
+from registry.accounts import clock as clock
+from registry.accounts import entitlement as entitlement
+from registry.accounts import key_grant as key_grant
+from registry.accounts import lease as lease
+from registry.accounts import lease_gpu as lease_gpu
+from registry.accounts import member as member
+from registry.accounts import notice as notice
+from registry.accounts import org as org
+from registry.accounts import revocation as revocation
+from registry.accounts import revocation_list as revocation_list
+from registry.accounts import team as team
+from registry.accounts import team_member as team_member
+from registry.accounts import upstream_record as upstream_record
+from registry.columns import Id as Id
+from registry.columns import Name, serial, words
+from registry.columns import metadata as metadata
 from registry.database import open_engine as open_engine
 from registry.database import reading as reading
 from registry.database import retried as retried
 from registry.database import writing as writing
 
-NAMING = {"ix": "ix_%(table_name)s_%(column_0_name)s", "uq": "uq_%(table_name)s_%(column_0_name)s", "fk": "fk_%(table_name)s_%(column_0_name)s"}
-
-metadata = MetaData(naming_convention=NAMING)
-Name = Text().with_variant(Text(collation="C"), "postgresql")
-Id = BigInteger().with_variant(Integer, "sqlite")
-
-
-def _serial() -> Column[Any]:
-    return Column("id", Id, primary_key=True, autoincrement=True)
-
-
-org = Table(
-    "org",
-    metadata,
-    _serial(),
-    Column("name", Name, nullable=False, unique=True),
-    Column("display", Text, nullable=False, server_default=""),
-    Column("lease_serial", BigInteger, nullable=False, server_default="0"),
-    Column("created", Double, nullable=False),
-    Column("quota_bytes", BigInteger, nullable=False, server_default="0"),  # 0: none
-)
 repository = Table(
     "repository",
     metadata,
-    _serial(),
+    serial(),
     Column("name", Name, nullable=False, unique=True),
     Column("display", Text, nullable=False, server_default=""),
     Column("kind", Text, nullable=False, server_default=""),
@@ -60,6 +59,7 @@ repository = Table(
     Column("gated", Boolean, nullable=False, server_default="0"),
     Column("immutable", Boolean, nullable=False, server_default="0"),
     Column("requires_tier", Text, nullable=False, server_default=""),
+    words("requires_product"),
     Column("created", Double, nullable=False, server_default="0"),
 )
 alias = Table(
@@ -68,7 +68,7 @@ alias = Table(
 manifest = Table(
     "manifest",
     metadata,
-    _serial(),
+    serial(),
     Column("digest", Name, nullable=False, unique=True),
     Column("media_type", Text, nullable=False),
     Column("artifact_type", Text, nullable=False, server_default=""),
@@ -90,7 +90,7 @@ ref = Table(
 ref_history = Table(
     "ref_history",
     metadata,
-    _serial(),
+    serial(),
     Column("repo_id", Id, ForeignKey("repository.id"), nullable=False),
     Column("name", Name, nullable=False),
     Column("old_digest", Text, nullable=False, server_default=""),
@@ -217,73 +217,4 @@ upload = Table(
     Column("generation", BigInteger, nullable=False, server_default="0"),
     Column("created", Double, nullable=False),
     Column("expires", Double, nullable=False, index=True),
-)
-api_key = Table(
-    "api_key",
-    metadata,
-    _serial(),
-    Column("key_id", Text, nullable=False, unique=True),
-    Column("hmac", LargeBinary, nullable=False, unique=True),
-    Column("org_id", Id, ForeignKey("org.id"), nullable=False, index=True),
-    Column("tier", Text, nullable=False),
-    Column("note", Text, nullable=False, server_default=""),
-    Column("created", Double, nullable=False),
-    Column("expires", Double, nullable=False, server_default="0"),
-    Column("revoked_at", Double, nullable=False, server_default="0"),
-)
-key_grant = Table(
-    "key_grant",
-    metadata,
-    _serial(),
-    Column("api_key_id", Id, ForeignKey("api_key.id"), nullable=False, index=True),
-    Column("models", Text, nullable=False),
-    Column("actions", Text, nullable=False),
-    Column("not_before", Double, nullable=False, server_default="0"),
-    Column("expires", Double, nullable=False, server_default="0"),
-    Column("grace_s", Integer, nullable=False, server_default="0"),
-)
-lease = Table(
-    "lease",
-    metadata,
-    Column("jti", Text, primary_key=True),
-    Column("org_id", Id, ForeignKey("org.id"), nullable=False),
-    Column("serial", BigInteger, nullable=False),
-    Column("key_id", Text, nullable=False, index=True),
-    Column("model", Name, nullable=False),
-    Column("model_digest", Text, nullable=False),
-    Column("profile_digest", Text, nullable=False),
-    Column("profile_id", Text, nullable=False),
-    Column("host", Text, nullable=False),
-    Column("gpus", Text, nullable=False),
-    Column("iat", Double, nullable=False),
-    Column("exp", Double, nullable=False, index=True),
-    Column("replaced_by", Text, nullable=False, server_default=""),
-    UniqueConstraint("org_id", "serial"),
-)
-lease_gpu = Table(
-    "lease_gpu",
-    metadata,
-    Column("host", Text, primary_key=True),
-    Column("gpu_uuid", Text, primary_key=True),
-    Column("jti", Text, ForeignKey("lease.jti"), nullable=False, index=True),
-)
-audit_pending = Table(
-    "audit_pending",
-    metadata,
-    _serial(),
-    Column("class", Text, nullable=False),
-    Column("ts", Double, nullable=False, index=True),
-    Column("body", Text, nullable=False),
-)
-audit_count = Table(
-    "audit_count",
-    metadata,
-    _serial(),
-    Column("class", Text, nullable=False),
-    Column("key", Name, nullable=False),
-    Column("since", Double, nullable=False),
-    Column("last", Double, nullable=False),
-    Column("n", BigInteger, nullable=False),
-    Column("body", Text, nullable=False),
-    UniqueConstraint("class", "key", "since", name="uq_audit_count_window"),
 )

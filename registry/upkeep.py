@@ -25,6 +25,7 @@ from registry.statements import Repo
 
 MAX_QUOTA = 1 << 60
 LISTED = 1000
+HIDDEN = "a repository that this key does not see"
 Allow = Callable[[Call, str, Repo | None, str], Call]
 AllowSite = Callable[[Call], Call]
 
@@ -58,7 +59,7 @@ class Upkeep:
         ref = _text(body, "ref", empty=True)
         dry, along, force = (_flag(body, key) for key in ("dry_run", "referrers", "force"))
         with self._library.catalog.reading() as conn:
-            self._pins(conn, force)  # reads the documents before the transaction begins
+            self._pins(conn, repo, force)  # reads the documents before the transaction begins
         out: dict[str, object] = {}
 
         def work(conn: Connection) -> None:
@@ -76,10 +77,28 @@ class Upkeep:
             retried(self._engine, work)
         return out | {"dry_run": dry}
 
-    def _pins(self, conn: Connection, force: bool) -> holdings.Pins:
-        """What profiles name; where one cannot be read, only a removal by force goes on."""
+    def unpinned(self, call: Call, digest: str) -> Callable[[Connection, Repo], None]:
+        """The check, in the transaction of its removal, that no profile names a manifest; it raises Conflict `in_use`, Unavailable `pins`."""
+
+        def check(conn: Connection, repo: Repo) -> None:
+            if not holdings.linked(conn, repo.id, [digest]):
+                return
+            named = self._told(call, repo, self._pins(conn, repo, False), {digest})
+            if named:
+                raise Conflict(f"a profile in {named[0]} names {digest}", do="delete that first; an admin may use --force", reason="in_use")
+
+        return check
+
+    def _told(self, call: Call, repo: Repo, pins: holdings.Pins, going: set[str]) -> list[str]:
+        """The repositories whose profiles name what would go, as this caller may know them."""
+        found = {where for (name, digest), by in pins.items() if name == repo.name and digest in going for where in by if where != repo.name}
+        known = [beside for where in sorted(found) if (beside := self._library.catalog.repository(where)) and visible(call.principal, beside.subject)]
+        return [beside.name for beside in known] + ([HIDDEN] if len(known) < len(found) else [])
+
+    def _pins(self, conn: Connection, repo: Repo, force: bool) -> holdings.Pins:
+        """What profiles name in a repository; where one cannot be read, only a removal by force goes on."""
         try:
-            return self._collector.profiles.pins(conn)
+            return self._collector.profiles.pins(conn, repo)
         except Unavailable as error:
             if not force or error.reason != "pins":
                 raise
@@ -90,9 +109,8 @@ class Upkeep:
         if ref and ref not in {t.name for t in tags} | {v.digest for v in versions}:
             raise NotFound(f"{repo.name} has no {ref[:100]}", do=f"airlock catalog show {repo.name}", reason="manifest")
         wish = removal(tags, versions, ref, referrers=along)
-        pins = self._pins(conn, force)
         going = set(wish.versions)
-        profiles = sorted({where for (name, digest), where in pins.items() if name == repo.name and digest in going and where != repo.name})
+        profiles = self._told(call, repo, self._pins(conn, repo, force), going)
         blobs = holdings.blobs_of(conn, going) if ref else holdings.linked_blobs(conn, repo.id)
         holdings.remove(conn, repo, wish, call.now, call.principal.key_id)
         if not ref:

@@ -293,6 +293,9 @@ def fill_0001(engine: Engine) -> None:
             "INSERT INTO edge (parent_id, child_digest, kind, blob) VALUES (9, 'sha256:b', 'layer', 'sha256:b')",
             "INSERT INTO ref (repo_id, name, manifest_id) VALUES (8, '1', 9)",
             "INSERT INTO garbage (location, delete_after) VALUES ('sha256/g', 9.0)",
+            "INSERT INTO api_key (id, key_id, hmac, org_id, tier, created) VALUES (5, 'key-a', 'h', 7, 'developer', 1)",
+            "INSERT INTO key_grant (id, api_key_id, models, actions, expires, grace_s) VALUES (11, 5, '[\"acme/*\"]', '[\"pull\"]', 4e9, 7)",
+            "INSERT INTO audit_pending (class, ts, body) VALUES ('A', 2.5, '{}')",
         ):
             conn.execute(text(statement))
 
@@ -301,6 +304,9 @@ ROWS = (
     "SELECT o.name, o.display, r.name, m.digest, b.size, f.name, g.delete_after FROM org o JOIN repository r ON r.org_id = o.id "
     "JOIN ref f ON f.repo_id = r.id JOIN manifest m ON m.id = f.manifest_id JOIN edge e ON e.parent_id = m.id "
     "JOIN blob b ON b.digest = e.blob JOIN repo_blob rb ON rb.digest = b.digest AND rb.repo_id = r.id CROSS JOIN garbage g"
+)
+RIGHTS = (
+    "SELECT k.key_id, g.id, g.models, g.expires, g.grace_s, a.ts FROM api_key k JOIN key_grant g ON g.api_key_id = k.id CROSS JOIN audit_pending a"
 )
 
 
@@ -313,10 +319,13 @@ def test_rows_survive_up_down_and_up_again(empty: Settings) -> None:
         migrate(empty, revision)
         with d.reading(engine) as conn:
             assert [tuple(row) for row in conn.execute(text(ROWS))] == [("acme", "Acme", "acme/x", "sha256:m", 5000000000, "1", 9.0)]
+            assert [tuple(row) for row in conn.execute(text(RIGHTS))] == [("key-a", 11, '["acme/*"]', 4e9, 7, 2.5)]
     with d.reading(engine) as conn:
         assert conn.execute(select(t.org.c.quota_bytes)).scalar_one() == 0 and conn.execute(select(t.manifest.c.gc_after)).scalar_one() is None
     with d.writing(engine) as conn:  # keys and foreign keys still hold after the way down and up
         conn.execute(insert(t.org).values(name="next", created=0))
+        own = {"grant_id": "grant-x", "org_id": 7, "models": "[]", "actions": "[]"}
+        assert conn.execute(insert(t.key_grant).values(team_id=None, **own)).inserted_primary_key == (12,)
     with pytest.raises((IntegrityError, Conflict)), d.writing(engine) as conn:
         conn.execute(insert(t.ref).values(repo_id=999, name="x", manifest_id=9))
     assert schema.revision_of(engine) == schema.newest()

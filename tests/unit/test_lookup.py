@@ -45,9 +45,10 @@ def keys(site: Site) -> list[str]:
     with site.catalog.writing() as conn:
         several = site.entitlements.principal(made[1])
         assert several is not None
-        row_id = conn.execute(select(t.api_key.c.id).where(t.api_key.c.key_id == several.key_id)).scalar_one()
+        row_id, org_id = conn.execute(select(t.api_key.c.id, t.api_key.c.org_id).where(t.api_key.c.key_id == several.key_id)).one()
         for models in ('["hf/**"]', '["acme/x","acme/y"]'):
-            conn.execute(t.key_grant.insert().values(api_key_id=row_id, models=models, actions='["pull"]', expires=4e9, grace_s=7))
+            own = {"api_key_id": row_id, "org_id": org_id, "grant_id": f"grant-{models}"}
+            conn.execute(t.key_grant.insert().values(models=models, actions='["pull"]', expires=4e9, grace_s=7, **own))
         none = site.entitlements.principal(made[2])
         assert none is not None
         none_id = conn.execute(select(t.api_key.c.id).where(t.api_key.c.key_id == none.key_id)).scalar_one()
