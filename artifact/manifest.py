@@ -224,12 +224,8 @@ class Manifest:
     subject: Descriptor | None
     annotations: dict[str, str]
 
-    def successors(self) -> tuple[Descriptor, ...]:
-        """What this manifest points at inside its repository, config first; the subject is not among them."""
-        return (*((self.config,) if self.config else ()), *self.layers, *self.manifests)
-
     def own(self) -> tuple[Descriptor, ...]:
-        """Successors that are blobs, not manifests, config first."""
+        """The blobs that this manifest points at, config first; neither its manifests nor its subject."""
         return (*((self.config,) if self.config else ()), *self.layers)
 
     def blobs(self) -> tuple[Descriptor, ...]:

@@ -27,6 +27,7 @@ from artifact.manifest import (
     parse_manifest,
 )
 from artifact.profile import references
+from artifact.upstream import check_fact
 
 ROLE = "bundles"
 MAX_INDEX_BYTES = 128 * 1024 * 1024
@@ -134,6 +135,9 @@ def load_index(raw: bytes) -> BundleIndex:
     moved = tuple(_name(item) for item in names)
     if len({(n.name, n.ref) for n in moved}) != len(moved):
         raise Invalid("the bundle's index gives one name twice", expected="each name and ref once")
+    if not {(f.name, f.ref, f.digest) for f in map(check_fact, upstream)} <= {(n.name, n.ref, n.digest) for n in moved}:
+        # What an artefact requires is told by the bundle that brings it: nobody says it of a name that is not here.
+        raise Invalid("the index tells facts of a name that it does not move", expected="facts of its own names only", reason="upstream")
     digest = "sha256:" + hashlib.sha256(raw).hexdigest()
     return BundleIndex(moved, sizes, tuple(upstream), sequence, sender, float(created), digest=digest)
 

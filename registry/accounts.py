@@ -147,7 +147,7 @@ upstream_record = Table(
     Column("ref", Name, nullable=False),
     Column("digest", Name, nullable=False),
     *(words(name) for name in ("source", "upstream_org", "key_id", "product", "tier", "license", "accepted_by", "evidence", "sender")),
-    *(moment(name) for name in ("subscription_end", "accepted_at", "fetched")),
+    *(moment(name) for name in ("key_end", "subscription_end", "accepted_at", "fetched")),
     Column("gated", Boolean, nullable=False, server_default=false()),
     Column("sequence", BigInteger, nullable=False, server_default="0"),
     Column("at", Double, nullable=False),

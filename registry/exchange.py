@@ -39,6 +39,7 @@ POURING = "airlock.pouring"  # set in the scope while a request receives an uplo
 LENT = "airlock.lent"  # in the scope, how much of the body was read past receive()
 BATCH = 256 * 1024
 STALL_S = 60.0
+SMALL_BODY_S = 60.0  # for all of a body that is held in memory: a byte a minute must not keep it there
 NICE = 5
 DISCARD = 8 * 1024 * 1024
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::\d{1,5})?\Z")
@@ -192,16 +193,20 @@ class Exchange:
                 yield found
 
     async def read_body(self, limit: int, what: str) -> bytes:
-        """A small body whole; raises TooLarge while reading."""
+        """A small body whole; raises TooLarge while reading, and Gone where it takes too long."""
         if self.headers.get("content-length", "").isdigit() and int(self.headers["content-length"]) > limit:
             raise TooLarge(f"{what} has {self.headers['content-length']} bytes", expected=f"at most {limit}")
         held: list[bytes] = []
         size = 0
-        async for found in self.pieces():
-            held += found
-            size += sum(map(len, found))
-            if size > limit:
-                raise TooLarge(f"{what} is too large", expected=f"at most {limit} bytes")
+        try:
+            async with asyncio.timeout(SMALL_BODY_S):
+                async for found in self.pieces():
+                    held += found
+                    size += sum(map(len, found))
+                    if size > limit:
+                        raise TooLarge(f"{what} is too large", expected=f"at most {limit} bytes")
+        except TimeoutError as error:
+            raise Gone("the client took too long") from error
         return b"".join(held)
 
     async def pour(self, upload: Upload, most: int | None = None) -> None:

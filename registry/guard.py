@@ -272,7 +272,8 @@ class Guard(Registry, Files):
     def delete(self, call: Call, repo: str, ref: str) -> None:
         """Removes a ref, or a manifest that no profile names, or a blob link; raises NotFound, Denied, Conflict, Unavailable."""
         found = self._library.catalog.repository(repo)
-        self._library.delete(self._allow(call, repo, found, "delete"), repo, ref, self.upkeep.unpinned(call, ref))
+        allowed = self._allow(call, repo, found, "delete")
+        self._library.delete(allowed, repo, ref, self.upkeep.unpinned(call, found, ref))
 
     def _demand_alive(self, call: Call) -> None:
         alive = authenticate(call.principal, call.now)

@@ -17,11 +17,12 @@ from pathlib import Path
 from artifact import trust
 from artifact.errors import Conflict, Invalid, Mismatch, NotFound, Unavailable
 from artifact.manifest import parse_json
+from registry.keyring import FILES, FIRST, PEPPER, Keyring, write_new
 
 SITE = "site.json"
 ROOT = "1.root.json"
+ISSUERS = "issuers"
 DATABASE = "registry.db"
-PEPPER_BYTES = 32
 MAX_ROOT_BYTES = 512_000
 
 
@@ -34,6 +35,7 @@ class Home:
     created: str
     database: bool = False  # whether registry.db was made once: from then on its absence is a loss, never a reason to make another
     elsewhere: bool = False  # whether the site's rows lie in PostgreSQL: then no command may make a registry.db beside it
+    made: tuple[str, ...] = ()  # secrets that were made once beside those of the beginning: their absence is a loss too
 
     @classmethod
     def open(cls, data: Path, create: bool = False) -> Home:
@@ -42,18 +44,33 @@ class Home:
         try:
             if create and not site.exists():
                 _create(data)
-            raw = site.read_bytes()
+            home = cls._read(data)
         except FileNotFoundError as error:
             raise NotFound(
                 f"{data} is no data directory of a registry", expected=f"a directory with {SITE}", do=f"airlock site init --data {data}"
             ) from error
         except OSError as error:
             raise Unavailable(f"{data} cannot be used: {error.strerror}", expected="a directory that this user may write") from error
-        doc = parse_json(raw, f"{SITE} of {data}", 65536)
+        return home.completed() if create else home
+
+    @classmethod
+    def _read(cls, data: Path) -> Home:
+        site = data / SITE
+        doc = parse_json(site.read_bytes(), f"{SITE} of {data}", 65536)
         instance, created = doc.get("instance"), doc.get("created")
         if doc.get("schema") != 1 or not isinstance(instance, str) or not isinstance(created, str):
             raise Invalid(f"{site} is of another version", expected="schema 1", do="update Airlock, or restore the file from the backup")
-        return cls(data, instance, created, doc.get("database") is True, doc.get("database") == "postgresql")
+        listed = doc.get("made")
+        made = tuple(name for name in listed if isinstance(name, str)) if isinstance(listed, list) else ()
+        return cls(data, instance, created, doc.get("database") is True, doc.get("database") == "postgresql", made)
+
+    def completed(self) -> Home:
+        """This site with the secrets that one of an earlier version lacks, made once; one that was lost is never made anew; raises Unavailable."""
+        new = [name for name in FILES if name not in FIRST and name not in self.made and self.keys.make(name)]
+        if not new:
+            return self
+        self._note(made=[*self.made, *new])
+        return self._read(self.path)
 
     @property
     def database_path(self) -> Path:
@@ -99,44 +116,67 @@ class Home:
             return
         if elsewhere and not os.access(self.path, os.W_OK):
             return  # a directory of secrets that is mounted read-only; the database itself knows its site
-        kind: object = "postgresql" if elsewhere else True
-        site: dict[str, object] = {"schema": 1, "instance": self.instance, "created": self.created, "database": kind}
+        self._note(database="postgresql" if elsewhere else True)
+
+    def _note(self, **changes: object) -> None:
+        """Replaces site.json by one with these fields changed; raises Unavailable."""
         temporary = self.path / f".{SITE}.{os.getpid()}.{secrets.token_hex(4)}.partial"
         try:
-            _write_new(temporary, _line(site), 0o600)
+            now = parse_json((self.path / SITE).read_bytes(), f"{SITE} of {self.path}", 65536)
+            write_new(temporary, _line({**now, **changes}), 0o600)
             temporary.replace(self.path / SITE)
         except OSError as error:
             raise Unavailable(f"{SITE} cannot be written: {error.strerror}", do=f"let this user write {self.path}, free space") from error
         finally:
             temporary.unlink(missing_ok=True)
 
+    @property
+    def keys(self) -> Keyring:
+        """The secrets of this site by name."""
+        return Keyring(self.path / "secrets")
+
     def pepper(self) -> bytes:
         """The secret under which API keys are stored as HMAC; raises Unavailable."""
-        raw = self._secret("pepper")
-        if len(raw) != PEPPER_BYTES:
-            raise Unavailable(f"the secret pepper has {len(raw)} bytes", expected=f"{PEPPER_BYTES}", do="restore secrets/ from the backup")
-        return raw
+        return self.keys.read(PEPPER)
+
+    def peppers(self) -> tuple[bytes, ...]:
+        """The pepper, and behind it those that it replaced; raises Unavailable."""
+        return (self.pepper(), *self.keys.previous_peppers())
 
     def release_key(self) -> bytes:
         """PEM of the key that signs what is released here; raises Unavailable."""
-        return self._secret("release.pem")
+        return self.keys.read("release")
 
     def lease_key(self) -> bytes:
         """PEM of the key that signs leases; raises Unavailable."""
-        return self._secret("lease.pem")
+        return self.keys.read("lease")
 
-    def _secret(self, name: str) -> bytes:
-        try:
-            return (self.path / "secrets" / name).read_bytes()
-        except OSError as error:
-            raise Unavailable(
-                f"the secret {name} cannot be read: {error.strerror}", do="restore the data directory's secrets/ from the backup"
-            ) from error
+    def audit_key(self) -> bytes:
+        """PEM (PKCS#8, Ed25519) of the key that signs the checkpoints of the audit log; raises Unavailable."""
+        return self.keys.read("audit")
+
+    @property
+    def audit_name(self) -> str:
+        """The origin of this site's audit log and the name of its key in checkpoints (C2SP signed-note: no space and no +)."""
+        return f"airlock-{self.instance}"
+
+    def entitlement_key(self) -> bytes:
+        """PEM of the site's own root of entitlements and revocations; raises Unavailable."""
+        return self.keys.read("entitlement")
+
+    def issuers(self) -> dict[str, str]:
+        """Who may say what an organisation is entitled to, kid to public PEM: the site's own roots and those pinned; raises Invalid, Unavailable."""
+        out = self.keys.public_keys("entitlement")
+        for path in sorted((self.path / "trust" / ISSUERS).glob("*.pem")):
+            pem = path.read_text("ascii", "replace")
+            if trust.kid(pem) != path.stem:
+                raise Invalid(f"{path} was altered", expected=f"the public key {path.stem}", do="restore it, or pin the issuer again")
+            out[path.stem] = pem
+        return out
 
     def site_trust(self) -> trust.SiteTrust:
-        """What runtimes of this site pin: the public halves of the release and lease keys."""
-        release, lease = trust.public_pem(self.release_key()), trust.public_pem(self.lease_key())
-        return trust.SiteTrust(self.instance, {trust.kid(release): release}, {trust.kid(lease): lease})
+        """What runtimes of this site pin: the public halves of the release and lease keys, and of those that they replaced."""
+        return trust.SiteTrust(self.instance, self.keys.public_keys("release"), self.keys.public_keys("lease"))
 
     def senders(self) -> dict[str, str]:
         """The pinned senders: id to SHA-256 (hex) of their first root."""
@@ -184,7 +224,7 @@ class Home:
                 "another trust root is pinned here", expected=next(iter(pinned.values())), do="use a new data directory for another sender"
             )
         if not pinned:
-            _write_new(self.trust_dir(digest[:16]) / ROOT, raw, 0o644)
+            write_new(self.trust_dir(digest[:16]) / ROOT, raw, 0o644)
         return digest
 
 
@@ -193,11 +233,11 @@ def _create(data: Path) -> None:
     data.chmod(0o700)
     (data / "secrets").mkdir(mode=0o700, exist_ok=True)
     (data / "trust").mkdir(mode=0o700, exist_ok=True)
-    _write_new(data / "secrets" / "pepper", secrets.token_bytes(PEPPER_BYTES), 0o600)
-    _write_new(data / "secrets" / "release.pem", trust.generate_key(), 0o600)
-    _write_new(data / "secrets" / "lease.pem", trust.generate_key(), 0o600)
+    keys = Keyring(data / "secrets")
+    made = [name for name in FILES if keys.make(name) and name not in FIRST]
     site: dict[str, object] = {"schema": 1, "instance": str(uuid.uuid4()), "created": datetime.now(UTC).isoformat(timespec="seconds")}
-    _write_new(data / SITE, _line(site), 0o600)  # last: a directory with it is whole
+    site["made"] = made
+    write_new(data / SITE, _line(site), 0o600)  # last: a directory with it is whole
 
 
 def free_bytes(folder: Path) -> int:
@@ -211,21 +251,3 @@ def free_bytes(folder: Path) -> int:
 
 def _line(doc: dict[str, object]) -> bytes:
     return json.dumps(doc).encode() + b"\n"
-
-
-def _write_new(path: Path, raw: bytes, mode: int) -> None:
-    """Writes a file that appears whole or not at all and never replaces one: two processes that create at once agree on the first."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode)
-    try:
-        with os.fdopen(fd, "wb") as out:
-            out.write(raw)
-            out.flush()
-            os.fsync(out.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return
-    finally:
-        temporary.unlink(missing_ok=True)

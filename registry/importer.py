@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -143,15 +143,15 @@ def _lost(imported: Path, index: medium.BundleIndex) -> list[int]:
     return [n for n in index.listed if n < index.sequence and not (imported / str(n)).exists()]
 
 
-def _places(site: Site, blobs: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+def _places(site: Site, blobs: Mapping[str, int]) -> tuple[dict[str, str], dict[str, str]]:
     """Where those of the blobs lie that the store holds whole; and those whose row says so no more, or wrongly: then with that location."""
     places, dead = dict[str, str](), dict[str, str]()
     b = t.blob.c
     with site.catalog.reading() as conn:
         for part in catalog.chunks(sorted(blobs)):
-            for row in conn.execute(select(b.digest, b.size, b.location, b.state).where(b.digest.in_(part))):
+            for row in conn.execute(select(b.digest, b.location, b.state).where(b.digest.in_(part))):
                 ready = row.state == "ready"
-                if ready and site.library.blobs.stat(row.location) == row.size:
+                if ready and site.library.blobs.stat(row.location) == blobs[row.digest]:
                     places[row.digest] = row.location
                 else:
                     dead[row.digest] = row.location if ready else ""

@@ -209,7 +209,7 @@ class Library(Registry, Files):
             return c.refresh_lease(conn, found.repo.id, found.digest, call.now + self.blob_lease_s)
 
     def delete(self, call: Call, repo: str, ref: str, check: Callable[[c.Connection, Repo], None] = lambda conn, found: None) -> None:
-        """Removes a ref, or a manifest or blob link by digest; the bytes stay until they are swept; raises NotFound, Conflict, what `check` raises."""
+        """Removes a ref, or a manifest or blob link by digest; the bytes stay until they are swept; raises NotFound, Conflict, as `check` does."""
         self._demand(call)
         found = self.catalog.repository(repo)
         if found is None:

@@ -29,6 +29,9 @@ _SECRET = re.compile(
     r"|(?<=X-Amz-Signature=)[^&\s\"'\\]+|(?<=X-Amz-Credential=)[^&\s\"'\\]+|(?<=X-Amz-Security-Token=)[^&\s\"'\\]+|(?<=Signature=)[0-9A-Za-z%+/=]{16,}"
     r"|(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}|(?<=[Bb]asic )[A-Za-z0-9+/=_-]{8,}"
 )
+_OPTION = re.compile(
+    r"([?&;][^=&;?\s\"\\]{0,100}(?:pass|secret|token|key|signature|credential)[^=&;?\s\"\\]{0,100}=)[^&\s\"\\]+", re.IGNORECASE
+)  # a value of a URL's query whose name sounds like it
 _URL = re.compile(r"(?<=://)[^\s\"'?]+")
 _AT = re.compile(r"@(?!sha(?:256|512):)")  # a name at a digest is no user at a host
 
@@ -41,8 +44,8 @@ def _without_user(found: re.Match[str]) -> str:
 
 
 def redacted(text: str) -> str:
-    """The text without keys, tokens, signatures of URLs and passwords in URLs."""
-    return _URL.sub(_without_user, _SECRET.sub("[secret]", text))
+    """The text without keys, tokens, passwords in URLs, and values of their queries that are named like a secret."""
+    return _URL.sub(_without_user, _OPTION.sub(r"\1[secret]", _SECRET.sub("[secret]", text)))
 
 
 class JsonLines(logging.Formatter):

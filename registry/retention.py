@@ -79,7 +79,8 @@ class Plan:
 
 def check_rule(rule: Rule) -> Rule:
     """The rule; raises Invalid."""
-    if not 0 < len(rule.pattern) <= 255 or not re.fullmatch(r"[a-z0-9*][a-z0-9._*/-]*", rule.pattern):
+    runs = "**" in f"/{rule.pattern}".removesuffix("/**")  # `a/**/b` and `***` read like more than they cover
+    if runs or not 0 < len(rule.pattern) <= 255 or not re.fullmatch(r"[a-z0-9*][a-z0-9._*/-]*", rule.pattern):
         raise Invalid(f"{rule.pattern[:80]!r} is no pattern of names", expected="a name, * for a segment, ** at the end", reason="pattern")
     for field, value, most in (("keep_last", rule.keep_last, MAX_KEEP), ("keep_days", rule.keep_days, MAX_DAYS)):
         _check_whole(field, value, most)

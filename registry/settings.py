@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import ipaddress
 import os
 import re
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,10 +81,6 @@ def _choice(default: str, words: tuple[str, ...], about: str) -> Any:
     return _setting(default, about, parse, ", ".join(words))
 
 
-def _names(about: str, expected: str) -> Any:
-    return _setting((), about, lambda text: tuple(part.strip() for part in _word(text).split(",") if part.strip()), expected)
-
-
 def _place(text: str) -> str:
     host, colon, port = _word(text).rpartition(":")
     if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
@@ -96,6 +94,13 @@ def _web(text: str) -> str:
     if not found or int(found[1] or 0) > 65535:
         raise ValueError(text)
     return text.rstrip("/")
+
+
+def _networks(text: str) -> tuple[str, ...]:
+    parts = tuple(part.strip() for part in _word(text).split(",") if part.strip())
+    for part in parts:
+        ipaddress.ip_network(part)
+    return parts
 
 
 def _inside(text: str) -> str:
@@ -121,7 +126,7 @@ class Settings:
     database: str = _text("", "URL of the database; empty is SQLite in the data directory.", "postgresql://USER@HOST/NAME", secret=True)
     blobs: str = _text("", "URL of the store of bytes; empty is the data directory.", "file: or s3://BUCKET/PREFIX?endpoint=…", secret=True)
     redirect: bool = _flag(True, "Whether pulls from an S3 store are redirected to it.")
-    stream_to: tuple[str, ...] = _names("Networks whose pulls are streamed, never redirected.", "CIDRs with commas between")
+    stream_to: tuple[str, ...] = _setting((), "Networks whose pulls are streamed, never redirected.", _networks, "CIDRs with commas between")
     x_accel: str = _setting("", "Internal location of an nginx in front that sends the bytes.", _inside, "/NAME/, as /internal/")
     anonymous: bool = _flag(False, "Whether public repositories can be read without a key.")
     token_life_s: int = _whole(600, 60, 86400, "Life of a token of the token endpoint.")
@@ -257,26 +262,50 @@ def _file(named: str, texts: Mapping[str, tuple[str, str, str]]) -> Path | None:
     if named:
         return Path(named)
     beside = Path(texts["data"][0]) / FILE if "data" in texts else None
-    return beside if beside and beside.is_file() else None
+    return beside if beside and os.path.lexists(beside) else None
 
 
-def _read(file: Path) -> dict[str, str]:
-    """The file's settings as text; raises NotFound, and Invalid for what is no mapping of known names to plain values."""
+def _bytes(file: Path) -> bytes:
+    """The file's bytes; raises NotFound, and Invalid at once for what is no file, whose reader could wait for ever."""
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise Invalid(f"the settings file {file} is no file", expected="a YAML file", do=f"name a file in {CONFIG}", reason="setting")
+        with file.open("rb") as source:
+            raw = source.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        text = f"the settings file {file} cannot be read: {getattr(error, 'strerror', error)}"
+        raise NotFound(text, expected=f"a YAML file ({CONFIG})") from error
+    if len(raw) > MAX_FILE_BYTES:
+        raise Invalid(f"{file} is too large", expected=f"at most {MAX_FILE_BYTES} bytes", reason="setting")
+    return raw
+
+
+def _parse(file: Path, raw: bytes) -> object:
+    """The YAML document, in which no name stands twice: of two values one would be silently without effect; raises Invalid."""
     import yaml  # only where there is a file
 
     try:
-        with file.open("rb") as source:
-            raw = source.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise NotFound(f"the settings file {file} cannot be read: {error.strerror}", expected=f"a YAML file ({CONFIG})") from error
-    if len(raw) > MAX_FILE_BYTES:
-        raise Invalid(f"{file} is too large", expected=f"at most {MAX_FILE_BYTES} bytes", reason="setting")
-    try:
-        doc = yaml.safe_load(raw.decode("utf-8"))
+        loader = yaml.SafeLoader(raw.decode("utf-8"))
+        try:
+            node = loader.get_single_node()
+            seen: set[str] = set()
+            for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+                if key.value in seen if isinstance(key, yaml.ScalarNode) else False:
+                    what = f"{file} has {key.value[:60]!r} twice, again in line {key.start_mark.line + 1}"
+                    raise Invalid(what, expected="each name once", do="remove one of the two lines", reason="setting")
+                seen.add(str(key.value))
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         at = f", line {mark.line + 1}" if mark else ""
         raise Invalid(f"{file} is no YAML{at}", expected="lines of `name: value`", reason="setting") from None
+
+
+def _read(file: Path) -> dict[str, str]:
+    """The file's settings as text; raises NotFound, and Invalid for what is no mapping of known names to plain values."""
+    doc = _parse(file, _bytes(file))
     if doc is None:
         return {}
     if not isinstance(doc, dict):

@@ -60,6 +60,7 @@ repository = Table(
     Column("immutable", Boolean, nullable=False, server_default="0"),
     Column("requires_tier", Text, nullable=False, server_default=""),
     words("requires_product"),
+    words("requires_from"),  # who said so: an import or an admin; empty: nobody
     Column("created", Double, nullable=False, server_default="0"),
 )
 alias = Table(

@@ -77,8 +77,11 @@ class Upkeep:
             retried(self._engine, work)
         return out | {"dry_run": dry}
 
-    def unpinned(self, call: Call, digest: str) -> Callable[[Connection, Repo], None]:
-        """The check, in the transaction of its removal, that no profile names a manifest; it raises Conflict `in_use`, Unavailable `pins`."""
+    def unpinned(self, call: Call, repo: Repo | None, digest: str) -> Callable[[Connection, Repo], None]:
+        """Checks that no profile names a manifest, and returns that check for the transaction of its removal.
+
+        Both raise Conflict `in_use` with the name of a repository that the caller may see, and Unavailable `pins`.
+        """
 
         def check(conn: Connection, repo: Repo) -> None:
             if not holdings.linked(conn, repo.id, [digest]):
@@ -87,6 +90,9 @@ class Upkeep:
             if named:
                 raise Conflict(f"a profile in {named[0]} names {digest}", do="delete that first; an admin may use --force", reason="in_use")
 
+        if repo is not None:
+            with self._library.catalog.reading() as conn:
+                check(conn, repo)  # the documents are read before the transaction begins
         return check
 
     def _told(self, call: Call, repo: Repo, pins: holdings.Pins, going: set[str]) -> list[str]:

@@ -309,7 +309,7 @@ class StoredUpload(Upload):
             return
         writer, self._writer = self._writer, None
         try:
-            writer.sync()
+            self._sync(writer)
             with self._uploads.catalog.writing() as conn:
                 state = writer.state()
                 if not c.advance_upload(conn, self._row, writer.offset, state, self._call.now + self._uploads.ttl_s):
@@ -317,6 +317,14 @@ class StoredUpload(Upload):
             self._row = replace(self._row, offset=writer.offset, state=state, generation=self._row.generation + 1)
         finally:
             writer.close()
+
+    def _sync(self, writer: BlobWriter) -> None:
+        try:
+            writer.sync()
+        except Unavailable:
+            with suppress(AirlockError), self._uploads.catalog.writing() as conn:
+                c.promise_upload(conn, self.id, self._row.offset)  # what did not come counts against no quota
+            raise
 
     def cancel(self) -> None:
         """Forgets the upload and its bytes."""

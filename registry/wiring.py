@@ -6,7 +6,6 @@ import fcntl
 import logging
 import os
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,6 +153,5 @@ def open_site(settings: Settings, *, background: bool = True) -> Site:
     guard.attach(collector)
     if background:
         blobs.probe()
-        library.sweep_uploads(time.time())
         audit.start(lambda error: LOG.error("audit counters could not be stored: %s", type(error).__name__))
     return Site(settings, home, engine, catalog, entitlements, audit, blobs, library, guard, collector, _inode(home))

@@ -159,12 +159,6 @@ def start_registry(tmp_path: Path, trust_root: Path) -> Iterator[Callable[..., R
         stop(server.process)
 
 
-@pytest.fixture
-def registry_server(start_registry: Callable[..., RegistryServer]) -> RegistryServer:
-    """One running registry with an empty store."""
-    return start_registry()
-
-
 @pytest.fixture(scope="session")
 def engine_env() -> Path:
     """The engine environment (`make engine`); AIRLOCK_ENGINE_VLLM overrides the place."""

@@ -32,6 +32,7 @@ ADDED = (
     ("org", "entitlement_id"),
     ("org", "closed_at"),
     ("repository", "requires_product"),
+    ("repository", "requires_from"),
     ("api_key", "replaces"),
     ("api_key", "last_used"),
     ("api_key", "pepper_id"),
@@ -64,6 +65,7 @@ def _people() -> None:
     op.add_column("org", sa.Column("entitlement_id", sa.BigInteger(), nullable=True))
     op.add_column("org", _time("closed_at"))
     op.add_column("repository", _text("requires_product"))
+    op.add_column("repository", _text("requires_from"))
     op.create_table(
         "team",
         sa.Column("id", ID, autoincrement=True, nullable=False),
@@ -216,7 +218,7 @@ def _documents() -> None:
         sa.Column("ref", NAME, nullable=False),
         sa.Column("digest", NAME, nullable=False),
         *(_text(name) for name in ("source", "upstream_org", "key_id", "product", "tier", "license", "accepted_by", "evidence", "sender")),
-        *(_time(name) for name in ("subscription_end", "accepted_at", "fetched")),
+        *(_time(name) for name in ("key_end", "subscription_end", "accepted_at", "fetched")),
         sa.Column("gated", sa.Boolean(), server_default=sa.false(), nullable=False),
         sa.Column("sequence", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("at", sa.Double(), nullable=False),

@@ -14,7 +14,8 @@ def main(argv: list[str]) -> int:
     """Prints the request, PEM; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="airlock registry csr",
-        description="Prints a certificate request for the names of AIRLOCK_PUBLIC_URL and --host; its key is made once in DIR/tls/key.pem.",
+        description="Prints a certificate request for the names of AIRLOCK_PUBLIC_URL and --host; its key is made once in DIR/tls/key.pem, "
+        "shared with the self-signed pair, and kept by every later request and renewal: for a new key remove that file first.",
         epilog="example: airlock registry csr --data /srv/airlock --host registry.example > airlock.csr",
     )
     parser.add_argument("--data", help="data directory (AIRLOCK_DATA)")

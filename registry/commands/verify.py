@@ -7,9 +7,10 @@ import json
 import re
 import sys
 import time
+from contextlib import suppress
 
 from artifact.copy import Progress
-from artifact.errors import Invalid, Mismatch
+from artifact.errors import Mismatch
 from registry.scrub import Report, Scrub
 from registry.settings import Settings
 from registry.wiring import open_site
@@ -21,8 +22,15 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 def _rate(text: str) -> int:
     found = re.fullmatch(r"([0-9]{1,12})([KMG]?)", text.upper())
     if not found:
-        raise Invalid(f"--rate is {text[:40]!r}", expected="bytes a second, for example 200M; 0 is unbounded")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no rate; expected: bytes a second, for example 200M; 0 is unbounded")
     return int(found[1]) * UNITS[found[2]]
+
+
+def _minutes(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < MAX_MINUTES:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text[:40]!r} is no time to run for; expected: more than 0, below {MAX_MINUTES}; without it, to the end")
 
 
 def main(argv: list[str]) -> int:
@@ -33,18 +41,15 @@ def main(argv: list[str]) -> int:
         epilog="example: airlock registry verify --data /srv/airlock --rate 200M --minutes 60",
     )
     parser.add_argument("--data", help="the data directory (env AIRLOCK_DATA)")
-    parser.add_argument("--rate", default="0", help="bytes a second at most, with K, M or G; 0 (the default) is unbounded")
-    parser.add_argument("--minutes", type=float, default=0.0, help="stop after so long; the next run goes on there")
+    parser.add_argument("--rate", type=_rate, default=0, help="bytes a second at most, with K, M or G; 0 (the default) is unbounded")
+    parser.add_argument("--minutes", type=_minutes, help="stop after so long, where the next run goes on; without it, at the end")
     parser.add_argument("--restart", action="store_true", help="begin at the first object, not where the last run stopped")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(argv)
-    rate = _rate(given.rate)
-    if not 0 <= given.minutes < MAX_MINUTES:
-        raise Invalid("--minutes is no time to run for", expected=f"0 (no end) to {MAX_MINUTES}")
     end = time.monotonic() + given.minutes * 60 if given.minutes else 0.0
     with open_site(Settings.load(given.data), background=False) as site:
         progress = None if given.json else Progress(Scrub(site.catalog, site.blobs, site.audit).total(), "verify", sys.stderr)
-        scrub = Scrub(site.catalog, site.blobs, site.audit, rate, progress.add if progress else lambda n: None)
+        scrub = Scrub(site.catalog, site.blobs, site.audit, given.rate, progress.add if progress else lambda n: None)
         report = scrub.run(time.time(), restart=given.restart, stop=lambda: bool(end) and time.monotonic() > end)
         if progress:
             progress.close()

@@ -121,6 +121,8 @@ class HubDoor:
             headers["x-error-code"] = "GatedRepo"
         elif status == 401:  # the exact text keeps clients from turning it into "repository not found"; our words are in the body
             headers |= {"x-error-message": "Invalid credentials in Authorization header", "www-authenticate": "Bearer"}
+        elif status == 405:
+            headers["allow"] = error.ids.get("allow", "")
         elif status == 429:
             headers["retry-after"] = error.ids["retry_after"]
         elif status == 416 and "total" in error.ids:
@@ -150,7 +152,8 @@ class HubDoor:
         if word and len(rest) < words[word]:
             raise errors.NotFound("the revision is missing", reason="revision")
         if (method == "POST") != (word == "paths-info") or method not in ("GET", "POST"):
-            raise errors.Unsupported(f"{x.method} is not served here")
+            allow = "POST" if word == "paths-info" else "GET, HEAD"
+            raise errors.Unsupported(f"{x.method} is not served here", expected=allow, allow=allow)
         if word in ("", "revision"):
             await self._info(x, repo_id, "/".join(rest) if word else x.param("revision", "main"))
         elif word == "tree":

@@ -113,7 +113,9 @@ class OciDoor:
         }
         verb = verbs.get(route)
         if verb is None:
-            raise errors.Unsupported(f"{x.method} is not served here")
+            served = [known.split()[0] for known in verbs if known.split()[1] == route.split()[1]]
+            served += ["HEAD"] if "GET" in served and kind != "uploads" else []
+            raise errors.Unsupported(f"{x.method} is not served here", expected=" or ".join(served), allow=", ".join(served))
         space = x.param("ns") if route in _PULLS else ""
         if space and is_name(f"{space}/{repo}"):  # a mirror asked for another registry's content: kept under that registry's name
             with suppress(errors.NotFound):
@@ -128,6 +130,8 @@ class OciDoor:
         if status == 401:
             failure = {"insufficient_scope": error.reason, "key_absent": ""}.get(error.reason, "invalid_token")
             headers["www-authenticate"] = challenge(x.base_url, self._scope(x), failure)
+        if status == 405:  # RFC 9110 section 15.5.6: always told; empty where nothing is served
+            headers["allow"] = error.ids.get("allow", "")
         if status in (429, 503):
             headers["retry-after"] = error.ids.get("retry_after", "5")
         if status == 416:

@@ -237,6 +237,10 @@ def test_methods_that_are_not_served(client: Client, repo: str) -> None:
     for method, path in (("POST", "manifests/1"), ("PATCH", "manifests/1"), ("PUT", "tags/list"), ("PUT", f"blobs/{RANDOM}")):
         refused = client.ask(method, f"/v2/{repo}/{path}", b"x")
         assert (refused.status, refused.codes) == (405, ["UNSUPPORTED"]), path
+        allowed = (refused.get("allow") or "").split(", ")  # RFC 9110 section 15.5.6
+        assert method not in allowed and {"GET", "HEAD"} <= set(allowed), path
+    for method in client.ask("BREW", f"/v2/{repo}/manifests/1").get("allow").split(", "):
+        assert client.ask(method, f"/v2/{repo}/manifests/never").status != 405
 
 
 def test_a_pull_through_a_mirror_name(client: Client, repo: str) -> None:

@@ -352,12 +352,16 @@ def test_docker_types_are_kept_and_schema_1_is_refused(door: Door) -> None:
     assert door.ask("GET", f"/v2/{R}/manifests/old").status == 404
 
 
-def test_bytes_without_a_type_keep_the_type_of_their_push(door: Door) -> None:
+def test_bytes_without_a_type_have_the_same_type_for_everybody(door: Door) -> None:
     door.blob(R, b"{}")
     raw = json.dumps({"schemaVersion": 2, "config": {"mediaType": EMPTY, "digest": sha(b"{}"), "size": 2}, "layers": [], "x": "typeless"}).encode()
     assert door.ask("PUT", f"/v2/{R}/manifests/typeless", raw, Content_Type=MANIFEST).status == 201
-    again = door.ask("PUT", f"/v2/{R}/manifests/typeless", raw, Content_Type=DOCKER)
-    assert again.status == 409, "one digest cannot answer with two types"
+    for repo, who in ((R, "acme"), ("other/typeless", "other")):
+        door.blob(repo, b"{}", who)
+        for data in (raw, raw + b" "):
+            again = door.ask("PUT", f"/v2/{repo}/manifests/typeless", data, who, Content_Type=DOCKER)
+            assert (again.status, again.code) == (400, "MANIFEST_INVALID"), "the same whether somebody has it or not"
+    assert door.ask("PUT", "/v2/other/typeless/manifests/typeless", raw, "other").status == 201
     assert door.ask("GET", f"/v2/{R}/manifests/typeless").headers["content-type"] == MANIFEST
 
 

@@ -98,6 +98,9 @@ def application(site: Site) -> Any:
                 site.bodies.append((total, "airlock.body" in scope.get("extensions", {})))
                 await x.answer(200, {}, str(total).encode())
                 return
+            if x.path == "/small":
+                await x.answer(200, {}, await x.read_body(1 << 20, "the body"))
+                return
             if x.path in ("/upload", "/full"):
                 sink = Sink(1 << 20 if x.path == "/full" else None)
                 site.sinks.append(sink)
@@ -456,6 +459,28 @@ def test_a_stalled_upload_is_ended_and_told(site: Site, monkeypatch: pytest.Monk
         status, headers, _ = Reader(sock).answer()
         assert (status, headers["connection"]) == (408, "close")
     assert site.sinks[0].suspended and site.sinks[0].offset == 2_000_000
+
+
+def test_a_small_body_may_not_come_byte_by_byte_for_ever(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pause is long enough to be a stall, yet all of it together takes too long; what comes in time is read."""
+    monkeypatch.setattr(exchange, "SMALL_BODY_S", 4.0)
+    with site.connect() as sock:
+        ask(sock, "/small", "PUT", Content_Length="3")
+        sock.sendall(b"abc")
+        assert Reader(sock).answer()[2] == b"abc"
+    with site.connect() as sock:
+        ask(sock, "/small", "PUT", Content_Length="100000")
+        begun = time.monotonic()
+        sock.settimeout(0.2)
+        got = b""
+        while not got and time.monotonic() - begun < 40:
+            sock.sendall(b"x")
+            try:
+                got = sock.recv(65536)
+            except TimeoutError:
+                continue
+        assert got.startswith(b"HTTP/1.1 408 ") and b"connection: close" in got.lower()
+        assert 3 < time.monotonic() - begun < 40
 
 
 def test_slow_uploads_hold_no_thread(site: Site) -> None:

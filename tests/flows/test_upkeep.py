@@ -100,6 +100,10 @@ def test_restored_bytes_are_served_again(filled: tuple[Path, str]) -> None:
 
 def test_verify_goes_on_where_it_stopped(filled: tuple[Path, str]) -> None:
     data, _ = filled
+    for option, values in (("--minutes", ("nan", "-1", "0", "inf", "x")), ("--rate", ("nan", "-1", "200X", ""))):
+        for value in values:
+            wrong = airlock("registry", "verify", "--data", str(data), f"{option}={value}", check=False)
+            assert wrong.returncode == 2 and option in wrong.stderr and "expected" in wrong.stderr, (option, value)
     first = said("registry", "verify", "--data", str(data), "--minutes", "0.0000001")
     assert first["complete"] is False
     second = said("registry", "verify", "--data", str(data))

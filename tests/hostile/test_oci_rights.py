@@ -128,6 +128,36 @@ def test_a06_mounts_by_every_key_from_everywhere(door: Door, who: str, source: s
     assert state(door) == before
 
 
+PROBES = [  # what a push consists of, and what may be asked before one
+    ("POST", "blobs/uploads/", None),
+    ("POST", f"blobs/uploads/?digest={sha(b'probe')}", b"probe"),
+    ("POST", f"blobs/uploads/?mount={sha(b'in all of them')}&from=acme/common", None),
+    ("PATCH", "blobs/uploads/none", b"probe"),
+    ("PUT", f"blobs/uploads/none?digest={sha(b'probe')}", b"probe"),
+    ("PUT", "manifests/v1", manifest("probe")),
+    ("PUT", "manifests/v1", b"{"),
+    ("DELETE", "manifests/v1", None),
+    ("HEAD", f"blobs/{sha(b'in all of them')}", None),
+    ("GET", "tags/list", None),
+]
+
+
+@pytest.mark.parametrize("who", [*sorted(SEES), "expired", None])
+def test_a_push_tells_nobody_which_organisations_there_are(door: Door, who: str | None) -> None:
+    theirs = "acme" if who in ("other", "greedy") else "other"
+    before = state(door)
+    for method, tail, body in PROBES:
+        for rest in ("none", "none/profiles", "app"):  # `other/app` is there
+            told = []
+            for owner in (theirs, "n" + theirs[1:]):
+                found = door.ask(method, f"/v2/{owner}/{rest}/{tail}", body, who, Content_Type=MANIFEST)
+                kept = {k: v for k, v in found.headers.items() if k not in ("date", "x-request-id")}
+                told.append(json.dumps([found.status, kept, found.body.decode()]).replace(f"{owner}/{rest}", "NAME"))
+            assert told[0] == told[1], (method, tail, rest)
+            assert found.status in (401, 404), (method, tail, rest)
+    assert state(door) == before
+
+
 @settings(SOME, max_examples=60)
 @given(
     who=st.sampled_from([*sorted(SEES), None]), repo=st.sampled_from(sorted(REPOS)), n=st.integers(1, 5), tail=st.sampled_from(["tags", "referrers"])

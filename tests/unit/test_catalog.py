@@ -251,6 +251,9 @@ def test_delete(site: Site) -> None:
     with pytest.raises(NotFound):
         site.guard.resolve(call, "acme/tiny", "1")
     assert site.guard.resolve(call, "acme/tiny", pushed.model.digest).digest == pushed.model.digest
+    with pytest.raises(Conflict, match="a profile in acme/tiny/profiles"):
+        site.guard.delete(call, "acme/tiny", pushed.model.digest)
+    site.guard.delete(call, "acme/tiny/profiles", pushed.profiles.digest)
     site.guard.delete(call, "acme/tiny", pushed.model.digest)
     site.guard.delete(call, "acme/tiny", file.digest)
     for digest in (pushed.model.digest, file.digest):

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select
 
 from artifact.errors import Conflict
-from artifact.manifest import INDEX, MANIFEST, Reference, build_manifest, canonical_json
+from artifact.manifest import INDEX, MANIFEST, Reference, build_manifest, canonical_json, digest_of
 from artifact.store import Descriptor
 from mirror.home import MirrorHome, Named
 from mirror.pack import pack
@@ -21,6 +21,7 @@ from registry.home import Home
 from registry.importer import import_bundle
 from registry.library import local_call, pieces_of
 from registry.promote import promote
+from registry.scrub import Scrub
 from registry.settings import Settings
 from registry.wiring import Site, open_site
 from tests.unit.test_bundle import located, stage_model
@@ -110,6 +111,42 @@ def test_import_into_a_store_elsewhere(mirror: MirrorHome, site: Site, tmp_path:
         conn.execute(t.garbage.delete())
     again = import_bundle(site, tmp_path / "disk", NOW)
     assert again["imported"] and content(site, "acme/m", "1", "config.json") == b"{}"
+
+
+@pytest.mark.parametrize("harm", ["rot", "gone", "short", "missing", "moved", "size"])
+def test_the_bundle_that_brought_it_heals_what_was_damaged(mirror: MirrorHome, site: Site, tmp_path: Path, harm: str) -> None:
+    stage_model(mirror, "acme/m", "1", {"w.safetensors": WEIGHTS})
+    pack(mirror, tmp_path / "disk", NOW)
+    import_bundle(site, tmp_path / "disk", NOW)
+    assert not import_bundle(site, tmp_path / "disk", NOW)["imported"]
+    digest = digest_of(WEIGHTS)
+    path, changes = tmp_path / "site" / "blobs" / location_of(digest), {}
+    path.chmod(0o600)
+    if harm == "rot":
+        path.write_bytes(WEIGHTS[:-1] + b"!")
+        assert [f.digest for f in Scrub(site.catalog, site.library.blobs, site.audit).run(NOW).findings] == [digest]
+    elif harm == "short":
+        path.write_bytes(WEIGHTS[:-1])
+    elif harm == "size":
+        path.write_bytes(WEIGHTS[:-1])
+        changes = {"size": len(WEIGHTS) - 1}
+    elif harm == "moved":  # to a place of a generation that nothing new is stored under, and lost there
+        changes = {"location": location_of(digest, 30)}
+        path.unlink()
+    else:
+        path.unlink()
+        changes = {"location": "", "state": "missing"} if harm == "missing" else {}
+    with site.catalog.writing() as conn:
+        if changes:
+            conn.execute(t.blob.update().where(t.blob.c.digest == digest).values(changes))
+    assert import_bundle(site, tmp_path / "disk", NOW)["imported"]
+    assert content(site, "acme/m", "1", "w.safetensors") == WEIGHTS
+    with site.catalog.reading() as conn:
+        row = conn.execute(select(t.blob).where(t.blob.c.digest == digest)).one()
+        waiting = set(conn.execute(select(t.garbage.c.location)).scalars())
+    assert (row.state, row.size) == ("ready", len(WEIGHTS)) and row.location not in waiting
+    assert waiting == {"rot": {location_of(digest)}, "moved": {location_of(digest, 30)}}.get(harm, set())
+    assert not import_bundle(site, tmp_path / "disk", NOW)["imported"]
 
 
 def test_fallback_tags_of_a_bundle_are_referrers(mirror: MirrorHome, site: Site, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy import select
 
 from artifact import manifest as m
 from artifact import trust
-from artifact.errors import AirlockError, Conflict, Denied, Invalid, Mismatch, NotFound
+from artifact.errors import AirlockError, Conflict, Denied, Invalid, Mismatch, NotFound, Unavailable
 from artifact.grant import Grant
 from artifact.store import Call, Descriptor
 from registry import catalog as c
@@ -354,6 +354,50 @@ def test_immutable_tags_refuse_everybody(site: Site, call: Call) -> None:
     assert site.guard.resolve(admin, R, "v1").digest == first.digest and len(all_rows(site, t.ref_history)) == 2
 
 
+def index(site: Site, call: Call, ref: str, *children: Descriptor) -> Descriptor:
+    doc = {"schemaVersion": 2, "mediaType": m.INDEX, "manifests": [child.as_json() for child in children], "annotations": {"ref": ref}}
+    return site.guard.push(call, R, m.canonical_json(doc), m.INDEX, refs=[ref] if ref else [])
+
+
+def test_what_is_below_an_immutable_tag_refuses_everybody(site: Site, call: Call) -> None:
+    leaf, loose, other = image(site, call, "", n=1), image(site, call, "", b"loose", n=2), image(site, call, "", b"other", n=3)
+    middle = index(site, call, "", leaf)
+    top = index(site, call, "v1", middle)
+    free = index(site, call, "", other, loose)
+    admin = call_of(site, make_key(site, "acme", "**", actions=("pull", "push", "admin")))
+    site.guard.upkeep.set_immutable(admin, {"name": R, "immutable": True})
+    for digest in (leaf.digest, middle.digest, other.digest):
+        for change in (
+            lambda digest=digest: site.guard.delete(call, R, digest),
+            lambda digest=digest: site.guard.upkeep.remove(admin, {"name": R, "ref": digest, "force": True}),
+        ):
+            with pytest.raises(Conflict) as refused:
+                change()
+            assert refused.value.reason == "immutable"
+    for descriptor in (leaf, middle, top):
+        assert site.guard.resolve(admin, R, descriptor.digest).size
+    assert site.guard.read(admin, R, m.digest_of(b"layer")).total == 5
+    done = site.guard.upkeep.remove(admin, {"name": R, "ref": free.digest})
+    assert {free.digest, loose.digest, other.digest} == set(done["manifests"]), "an index without a tag goes, with what is below it"  # type: ignore[call-overload]
+    site.guard.upkeep.set_immutable(admin, {"name": R, "immutable": False})
+    site.guard.delete(call, R, leaf.digest)
+
+
+def test_bytes_without_a_type_have_their_own_in_every_row(site: Site, call: Call) -> None:
+    put(site, call, R, m.EMPTY_BYTES)
+    raw = b'{"schemaVersion":2,"config":{"mediaType":"x/y","digest":"%s","size":2},"layers":[]}' % m.EMPTY_DIGEST.encode()
+    with pytest.raises(Invalid, match="no mediaType"):
+        site.guard.push(call, R, raw, m.DOCKER_MANIFEST)
+    with site.catalog.writing() as conn:  # as an older version stored them, and as a bundle may bring them
+        repo_id = c.ensure_repository(conn, R)
+        found = c.add_manifest(conn, repo_id, raw, m.DOCKER_MANIFEST, refs=("brought",))
+    assert found.media_type == site.guard.resolve(call, R, "brought").media_type == m.MANIFEST
+    with site.catalog.writing() as conn:
+        conn.execute(t.manifest.update().values(media_type=m.DOCKER_MANIFEST))
+    assert site.guard.push(call, R, raw, m.MANIFEST, refs=["again"]).media_type == m.MANIFEST
+    assert site.guard.resolve(call, R, "brought").media_type == m.MANIFEST
+
+
 def test_a_create_only_key_moves_no_tag(site: Site, call: Call) -> None:
     maker = call_of(site, make_key(site, "acme", "acme/**", actions=("pull", "create")))
     first = image(site, maker, "v1")
@@ -485,6 +529,24 @@ def test_a_quota_counts_each_blob_of_the_organisation_once(site: Site, call: Cal
 
 
 # ---- referrers
+
+
+@pytest.mark.parametrize("begun", [None, 8000])
+def test_what_a_full_disk_refused_counts_against_no_quota(site: Site, call: Call, monkeypatch: pytest.MonkeyPatch, begun: int | None) -> None:
+    admin, statvfs = call_of(site, make_key(site, "acme", "**", actions=("admin",))), os.fstatvfs
+    site.guard.upkeep.set_quota(admin, {"org": "acme", "bytes": 10_000})
+    upload = site.guard.upload(call, R, size=begun)
+    upload.expect(8000)  # type: ignore[attr-defined]
+    monkeypatch.setattr(os, "fstatvfs", lambda fd: os.statvfs_result([*statvfs(fd)[:3], 0, 0, *statvfs(fd)[5:10]]))
+    for step in (lambda: upload.write(b"x" * 8000), upload.suspend):
+        with pytest.raises(Unavailable) as refused:
+            step()
+        assert refused.value.reason == "disk_full"
+    monkeypatch.undo()
+    assert site.guard.upkeep.quota(admin, "acme")["used_bytes"] == 0
+    again = site.guard.resume(call, R, upload.id)
+    again.write(b"y" * 8000)
+    assert again.commit(m.digest_of(b"y" * 8000)).size == 8000
 
 
 def test_referrers_come_in_pages_by_number(site: Site, call: Call) -> None:

@@ -177,7 +177,7 @@ def test_manifests_refused(change: dict[str, object]) -> None:
 def test_an_index_and_its_edges() -> None:
     child = {"mediaType": MANIFEST, "digest": D, "size": 1}
     found = parse_manifest(json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": [child], "subject": child}).encode())
-    assert [d.digest for d in found.successors()] == [D]
+    assert ([d.digest for d in found.manifests], found.own()) == ([D], ())
     assert found.subject is not None
     assert found.blobs() == ()
     foreign = {**LAYER, "mediaType": "application/vnd.oci.image.layer.nondistributable.v1.tar"}

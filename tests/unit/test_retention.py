@@ -347,6 +347,67 @@ def test_immutable_repository_keeps_its_tags_from_everybody(site: Site) -> None:
     site.guard.delete(call, "acme/data", "v1")
 
 
+def test_immutable_repository_keeps_what_its_indexes_name_by_rule_too(site: Site) -> None:
+    call = call_of(site, make_key(site, "acme", "**", actions=("pull", "push", "admin")))
+    trees = {}
+    for ref in ("v1", ""):
+        children = [push(site, call, "acme/data", b"%d of %s" % (n, ref.encode())) for n in range(4)]
+        for level in range(2):  # an index of an index
+            doc = {"schemaVersion": 2, "mediaType": m.INDEX, "manifests": [child.as_json() for child in children]}
+            children.append(site.guard.push(call, "acme/data", m.canonical_json(doc), m.INDEX, refs=[ref] if ref and level else []))
+        trees[ref] = {child.digest for child in children}
+    site.guard.upkeep.set_immutable(call, {"name": "acme/data", "immutable": True})
+    rule(site, call, "**", keep_last=1, untagged_days=1)
+    late = call.now + 9 * DAY_S
+    dry, real = site.collector.dry_run(late), site.collector.run(late)
+    for report in (dry, real):
+        assert {str(item["digest"]) for item in report.retained} == trees[""] and not report.error
+    with site.catalog.reading() as conn:
+        assert set(holdings.linked(conn, site.catalog.repository("acme/data").id, trees["v1"] | trees[""])) == trees["v1"]  # type: ignore[union-attr]
+
+
+def pin(site: Site, call: Call, repo: str, name: str, digest: str) -> Descriptor:
+    document = profile.build(name, digest, [{"tags": {"llm_engine": "vllm", "precision": "fp8", "tp": "1"}}], 1)
+    put(site, call, repo, m.EMPTY_BYTES)
+    layer = put(site, call, repo, document)
+    raw = m.build_manifest(m.PROFILES_TYPE, [Descriptor(m.PROFILES_TYPE, layer.digest, layer.size).as_json()], {"name": repo})
+    return site.guard.push(call, repo, raw, m.MANIFEST, refs=["p"])
+
+
+def test_only_profiles_of_the_same_owner_and_of_the_site_hold_a_manifest(site: Site) -> None:
+    root = call_of(site, make_key(site, "acme", "**", actions=("pull", "push", "admin")))
+    pusher = call_of(site, make_key(site, "acme", "acme/**", actions=("pull", "push")))
+    beta = call_of(site, make_key(site, "beta", "beta/**", "hf/**", actions=("pull", "push")))
+    images = {name: push(site, root, name, b"x", "v1") for name in ("acme/a", "acme/b", "acme/d", "hf/c")}
+    pin(site, beta, "beta/spy/profiles", "acme/a", images["acme/a"].digest)
+    pin(site, beta, "beta/use/profiles", "hf/c", images["hf/c"].digest)
+    pin(site, root, "acme/own/profiles", "acme/b", images["acme/b"].digest)
+    pin(site, root, "hf/site/profiles", "acme/d", images["acme/d"].digest)
+    for name, told in (("acme/a", []), ("acme/b", ["acme/own/profiles"]), ("acme/d", ["hf/site/profiles"])):
+        found = site.guard.upkeep.remove(root, {"name": name, "dry_run": True})
+        assert found["profiles"] == told and "beta" not in str(found)
+    hidden = site.guard.upkeep.remove(root, {"name": "hf/c", "dry_run": True})
+    assert hidden["profiles"] == ["a repository that this key does not see"] and "beta" not in str(hidden)
+    for call, name, words in ((pusher, "acme/b", "acme/own/profiles"), (pusher, "acme/d", "hf/site/profiles"), (root, "hf/c", "does not see")):
+        with pytest.raises(Conflict, match=words) as refused:
+            site.guard.delete(call, name, images[name].digest)
+        assert refused.value.reason == "in_use" and "beta" not in str(refused.value)
+        site.guard.delete(call, name, "v1")  # the tag alone: what the profile names stays
+        assert site.guard.resolve(root, name, images[name].digest).size
+    rule(site, root, "**", untagged_days=1, keep_last=1)
+    push(site, root, "acme/a", b"newer", "v2")
+    late = root.now + 9 * DAY_S
+    for report in (site.collector.dry_run(late), site.collector.run(late)):
+        assert {str(item["name"]) for item in report.retained} == {"acme/a"}, "a profile of another organisation holds nothing"
+    with pytest.raises(Conflict):
+        site.guard.upkeep.remove(root, {"name": "acme/b"})
+    site.guard.delete(root, "acme/own/profiles", "p")
+    profiles = site.catalog.repository("acme/own/profiles")
+    assert profiles is not None
+    site.guard.upkeep.remove(root, {"name": "acme/own/profiles"})
+    site.guard.delete(pusher, "acme/b", images["acme/b"].digest)
+
+
 @pytest.mark.parametrize("harm", ["rot", "bytes", "row"])
 def test_a_profile_document_that_cannot_be_read_pins_everything(tmp_path: Path, harm: str) -> None:
     with running_site(tmp_path) as site:

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from artifact.errors import AirlockError, Invalid, NotFound
-from registry.bucket import Options
 from registry.commands import config
-from registry.database import open_engine
 from registry.settings import PREFIX, SIGNED_URL_S, Settings, specs, table, written
 from tests.conftest import ROOT
-
-KEYS = {"build", "image", "entrypoint", "command", "environment", "ports", "volumes"}
-KEYS |= {"profiles", "depends_on", "secrets", "deploy", "restart", "stop_grace_period"}
-OTHER = {  # variables of the registry's world that are no settings of the registry process
-    "AIRLOCK_KEY",
-    "AIRLOCK_CONFIG",
-}
 
 
 def test_argument_then_environment_then_file_then_default(tmp_path: Path) -> None:
@@ -65,6 +56,10 @@ def test_the_data_directory_may_be_named_in_the_file(tmp_path: Path) -> None:
         ("port: !!python/object/apply:os.system [id]", "is no YAML"),
         ("port: '٣'", "whole number from 0 to 65535"),
         ("log_level: loud", "debug, info, warning, error"),
+        ("port: 1\nhost: 10.0.0.1\nport: 2", "'port' twice, again in line 3"),
+        ("port: 1\n'port': 1", "'port' twice"),
+        ("public_url: http://x:99999999", "no path"),
+        ("stream_to: [10.0.0.0/33]", "CIDRs"),
     ],
 )
 def test_a_wrong_file_is_refused_with_words(tmp_path: Path, text: str, words: str) -> None:
@@ -75,8 +70,21 @@ def test_a_wrong_file_is_refused_with_words(tmp_path: Path, text: str, words: st
 
 
 def test_a_named_file_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="cannot be read"):
-        Settings.load(tmp_path, environ={"AIRLOCK_CONFIG": str(tmp_path / "no.yaml")})
+    for absent in (str(tmp_path / "no.yaml"), f"{tmp_path}/a\0b"):
+        with pytest.raises(NotFound, match="cannot be read"):
+            Settings.load(tmp_path, environ={"AIRLOCK_CONFIG": absent})
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    """A reader of a FIFO would wait for a writer, for ever."""
+    os.mkfifo(tmp_path / "fifo")
+    for named in (tmp_path / "fifo", tmp_path, Path("/dev/null"), Path("/dev/zero")):
+        with pytest.raises(Invalid) as caught:
+            Settings.load(tmp_path, environ={"AIRLOCK_CONFIG": str(named)})
+        assert str(named) in caught.value.what and caught.value.expected and caught.value.do
+    os.mkfifo(tmp_path / "registry.yaml")
+    with pytest.raises(Invalid, match="is no file"):
+        Settings.load(tmp_path, environ={})
 
 
 @pytest.mark.parametrize("name", [n for n in specs() if n != "data"])
@@ -130,10 +138,18 @@ def test_two_ways_to_tls_are_refused(tmp_path: Path) -> None:
                 "h:5000",
                 "ftp://h",
                 "http://h:99999",
+                "http://x:99999999",
+                'http://x"y',
+                "http://x/path;a b",
                 "http://h:",
                 "http:// h",
                 "//h",
             ),
+        ),
+        (
+            "AIRLOCK_STREAM_TO",
+            ("10.0.0.0/8", "10.0.0.0/8, fd00::/8", "192.0.2.7"),
+            ("10.0.0.0/33", "10.0.0.1/8", "x", "10.0.0.0/8 fd00::/8", "10.0.0.0/8,y"),
         ),
         ("AIRLOCK_X_ACCEL", ("/internal/", "/a/b-c/"), ("blobs", "/blobs", "blobs/", "/", "//", "/a//", "/../", "/a b/", "/a?/", "http://h/")),
     ],
@@ -164,38 +180,6 @@ def test_bytes_outlive_every_url_that_was_given_out(tmp_path: Path) -> None:
 
 def test_the_documented_settings_are_the_settings() -> None:
     assert table() in (ROOT / "docs" / "operations.md").read_text()
-
-
-def environment(service: dict[str, object]) -> dict[str, object]:
-    found = service.get("environment", {})
-    assert isinstance(found, dict)
-    return found
-
-
-def test_the_compose_file_names_settings_that_exist(tmp_path: Path) -> None:
-    doc = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-    services = doc["services"]
-    assert [name for name, service in services.items() if not service.get("profiles")] == ["registry"]
-    known = {PREFIX + name.upper() for name in specs()}
-    for name, service in services.items():
-        assert set(service) <= KEYS, name
-        ours = {key: str(value) for key, value in environment(service).items() if key.startswith(PREFIX)}
-        assert set(ours) - OTHER <= known, name
-        found = Settings.load(environ={"AIRLOCK_DATA": str(tmp_path), **{k: v for k, v in ours.items() if k not in OTHER}})
-        if found.blobs:
-            assert Options.parse(found.blobs_url).bucket == "airlock"
-            open_engine(found.database_url).dispose()  # its URL is understood; nothing connects yet
-        for volume in service.get("volumes", []):
-            source = volume.split(":")[0]
-            assert source.startswith(".") or source in doc["volumes"], volume
-        assert set(service.get("depends_on", [])) <= set(services)
-        assert set(service.get("secrets", [])) <= set(doc.get("secrets", {}))
-
-
-def test_no_secret_is_written_into_the_compose_file_or_the_image() -> None:
-    lines = ((ROOT / "docker-compose.yml").read_text() + (ROOT / "Dockerfile").read_text()).splitlines()
-    text = "\n".join(line for line in lines if not line.startswith("#"))
-    assert not re.search(r"(?i)(password|secret|key) *[:=] *['\"]?[A-Za-z0-9]{4,}", re.sub(r"(?i)_file *[:=] *\S+", "", text))
 
 
 @pytest.mark.parametrize(

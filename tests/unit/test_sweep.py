@@ -25,7 +25,7 @@ from registry import job, sweep
 from registry import tables as t
 from registry.collector import CLOCK, NAME, Collector, Report
 from registry.commands import gc
-from registry.wiring import Site
+from registry.wiring import Site, open_site
 from tests.site import BACKENDS, call_of, make_key, push_model, put, running_site
 
 REPO = "acme/data"
@@ -313,6 +313,19 @@ def test_clock_that_jumped_takes_nothing_until_somebody_says_it_is_right(site: S
     believed = collector.run(jumped, clock_is_right=True)
     assert (believed.warning, believed.tags) == ("", 1 if days > 0 else 0)
     assert collector.run(jumped + 60).warning == "", "said once"
+
+
+def test_server_that_starts_with_a_clock_far_ahead_takes_no_upload(site: Site, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = site.guard.upload(call, REPO)
+    half.write(b"half")
+    half.suspend()
+    job.note(site.engine, CLOCK, {}, time.time())
+    right = time.time
+    with monkeypatch.context() as clock:
+        clock.setattr(time, "time", lambda: right() + 400 * 86400)
+        with open_site(site.settings) as started:
+            assert started.collector.run(time.time()).uploads == 0
+    assert site.guard.resume(call, REPO, half.id).offset == 4
 
 
 def test_clock_far_ahead_is_believed_where_periods_are_long(site: Site, call: Call) -> None:
