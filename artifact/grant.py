@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
+from artifact.reasons import REASONS
+
 PROFILES = "/profiles"
 TIERS = ("developer", "enterprise")
 ACTIONS = ("pull", "create", "push", "run", "admin", "auditor")
@@ -16,6 +18,10 @@ ACTIONS = ("pull", "create", "push", "run", "admin", "auditor")
 PARTS = {"stat": ("pull", "create"), "list": ("pull", "create", "auditor")}
 # Which of a token's actions open what is asked for (docs/operations.md, Authentication and roles); what is absent here no token opens.
 SCOPED: dict[str, tuple[str, ...]] = {"pull": ("pull",), "create": ("push",), "push": ("push",), "delete": ("delete",), "catalog": ("*",)}
+GOVERNED = ("pull", "run")  # what an entitlement is about: the rest is the site's own work
+PRODUCTION = "production"
+SOON_S = 60 * 86400  # from when on a yes warns of its end
+MAX_DATE = 253402300799.0  # the last second of the year 9999
 SCOPED |= {"stat": ("pull", "push", "list"), "list": ("pull", "push", "list")}
 
 
@@ -76,6 +82,8 @@ class Principal:
     `access` cuts the key's rights down to those of the token that was presented in its place; None is the key itself.
     `anonymous` is a caller without a key where the site lets everybody read what is public.
     `entitlement` is its organisation's document, without which `entitled_only` allows nothing of what belongs to others.
+    `grants` are those of the key, of its member, of the member's teams and of its organisation together; `closed_at` is of the
+    organisation, `disabled_at` of the member (0: neither).
     """
 
     key_id: str = ""
@@ -88,6 +96,8 @@ class Principal:
     anonymous: bool = False
     entitlement: Entitlement | None = None
     entitled_only: bool = False
+    closed_at: float = 0.0
+    disabled_at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Decision:
-    """The outcome: allow until when (0: no end), or a reason code with the words for a person and what would make it allowed."""
+    """The outcome: allow until when, with grace (0: no end), or a reason code with the words for a person and what would make it allowed.
+
+    `ids` names the grant, and the entitlement where one was asked, that allowed it.
+    """
 
     allow: bool
     reason: str
@@ -119,9 +132,37 @@ class Decision:
     ids: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class GpuBounds:
+    """How many GPUs may be leased: under the grant that allowed the run, and under the organisation's entitlement; None is no bound.
+
+    The first is counted over the unexpired leases of that grant, the second over all leases of the organisation that an entitlement allowed.
+    """
+
+    grant: int | None = None
+    entitlement: int | None = None
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A lease as the decision sees it, whose signature was verified before; `expires` 0 is the past, never without end."""
+
+    expires: float
+    grace_s: int = 0
+    revoked_at: float = 0.0
+    returned_at: float = 0.0
+
+
 def date(at: float) -> str:
     """Seconds since 1970 as an RFC 3339 UTC text."""
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.fromtimestamp(min(max(at, 0.0), MAX_DATE), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def refused(reason: str, **facts: str) -> Decision:
+    """The no of a code of artifact/reasons.py, with the facts of the case in its words."""
+    found = REASONS[reason]
+    seen = found.status == 403
+    return Decision(False, reason, found.words.format(**facts), found.remedy.format(**facts), visible=seen)
 
 
 def model_of(name: str) -> str:
@@ -161,15 +202,14 @@ def includes(actions: tuple[str, ...], action: str) -> bool:
 
 
 def authenticate(principal: Principal, now: float) -> Decision:
-    """Whether a key whose HMAC matched is alive (decisions.md section 5, second row)."""
+    """Whether a key whose HMAC matched is alive, and its organisation and member with it (decisions.md section 5, second row)."""
     if not principal.key_id:
-        return Decision(False, "key_absent", "no API key was given, or it is not valid here", "pass a key of this registry", visible=False)
-    if principal.revoked_at and principal.revoked_at <= now:
-        words = f"the API key was revoked on {date(principal.revoked_at)}"
-        return Decision(False, "key_revoked", words, "ask the administrator for a new key", visible=False)
-    if principal.expires and principal.expires <= now:
-        words = f"the API key expired on {date(principal.expires)}"
-        return Decision(False, "key_expired", words, "ask the administrator for a new key", visible=False)
+        return refused("key_absent")
+    for reason, at in (("key_revoked", principal.revoked_at), ("key_expired", principal.expires), ("org_closed", principal.closed_at)):
+        if at and at <= now:
+            return refused(reason, at=date(at), org=principal.org)
+    if principal.disabled_at and principal.disabled_at <= now:
+        return refused("member_disabled", at=date(principal.disabled_at), org=principal.org)
     return Decision(True, "ok")
 
 
@@ -196,25 +236,71 @@ def insufficient(name: str, action: str) -> Decision:
     return Decision(False, "insufficient_scope", words, "ask the token endpoint again with the scope of the challenge")
 
 
-def decide(principal: Principal, subject: Subject, action: str, now: float) -> Decision:
-    """Allows `action` (one of ACTIONS, delete, stat or list) on `subject`, or says why not and what would; what is not a complete yes is a no.
+def decide(principal: Principal, subject: Subject, action: str, now: float, profile: tuple[str, str] | None = None) -> Decision:
+    """Allows `action` (one of ACTIONS, delete, stat or list) on `subject`, or says why not and what would; what is not a complete yes is no.
 
+    `profile` is id and name of the profile that is to run; None asks about the model alone.
     The key's own rights come first, so that a token tells no more and no less than its key; only then the token's scope.
     """
-    judge = _public if principal.anonymous else _decide
-    every = [judge(principal, subject, part, now) for part in PARTS.get(action, (action,))]
+    every = [_ways(principal, subject, part, now, profile)[0] for part in PARTS.get(action, (action,))]
     found = next((d for d in every if d.allow), every[0])
     if found.allow and not scoped(principal, "repository", subject.name, action):
         return insufficient(subject.name, action)
     return replace(found, action=action)
 
 
-def decide_open(principal: Principal, subject: Subject, action: str, now: float) -> Decision:
+def run_ways(principal: Principal, subject: Subject, now: float, profile: tuple[str, str] | None = None) -> list[Decision]:
+    """Every yes to a run, one for each grant that gives it, the widest first, or the one no: one grant's GPUs may be in use, and another's not."""
+    first = decide(principal, subject, "run", now, profile)
+    return [replace(d, action="run") for d in _ways(principal, subject, "run", now, profile)] if first.allow else [first]
+
+
+def gpu_bounds(principal: Principal, decision: Decision) -> GpuBounds:
+    """The bounds of the grant and of the entitlement that a decision to run names; a grant that is gone gives no GPU."""
+    if "grant" not in decision.ids:
+        grant: int | None = None
+    else:
+        grant = next((g.gpus or None for g in principal.grants if g.id == decision.ids["grant"]), 0)
+    if "entitlement" not in decision.ids:
+        return GpuBounds(grant)
+    document = principal.entitlement
+    return GpuBounds(grant, document.gpus if document and document.jti == decision.ids["entitlement"] else 0)
+
+
+def decide_gpus(bounds: GpuBounds, wanted: int, of_grant: int, of_entitlement: int) -> Decision:
+    """Whether so many more GPUs may be leased beside those in use under the grant and under the entitlement; a CPU node wants none."""
+    for bound, used, of in ((bounds.grant, of_grant, "the grant"), (bounds.entitlement, of_entitlement, "the entitlement")):
+        if wanted > 0 and bound is not None and used + wanted > bound:
+            return refused("gpus_exceeded", wanted=str(wanted), used=str(used), bound=str(bound), of=of)
+    return Decision(True, "ok")
+
+
+def decide_lease(lease: Lease | None, now: float) -> Decision:
+    """Whether a verified lease still allows a start, without any registry: returned and revoked ones never do, an expired one within its grace.
+
+    `now` is max(wall clock, floor). The reason is ok, grace (with a warning), lease_absent, lease_returned, lease_revoked or lease_expired.
+    """
+    if lease is None:
+        return refused("lease_absent")
+    if lease.returned_at:
+        return refused("lease_returned", at=date(lease.returned_at))
+    if lease.revoked_at:
+        return refused("lease_revoked", at=date(lease.revoked_at))
+    last = lease.expires + max(lease.grace_s, 0)
+    if last <= now:
+        return refused("lease_expired", at=date(lease.expires))
+    if lease.expires > now:
+        return Decision(True, "ok", until=last)
+    return Decision(True, "grace", until=last, warning=f"the lease expired on {date(lease.expires)}; grace ends on {date(last)}")
+
+
+def decide_open(principal: Principal, subject: Subject, action: str, now: float, profile: tuple[str, str] | None = None) -> Decision:
     """The decision of a site where everybody may read what is public: a living key, or its token, sees no less there than nobody does."""
-    decision = decide(principal, subject, action, now)
+    decision = decide(principal, subject, action, now, profile)
     if decision.allow or principal.anonymous or not authenticate(principal, now).allow:
         return decision
-    public = decide(Principal(access=principal.access, anonymous=True), subject, action, now)
+    nobody = Principal(access=principal.access, anonymous=True, entitled_only=principal.entitled_only)
+    public = decide(nobody, subject, action, now)
     # A token that is too narrow for what its key may read is told so: its client asks for another one.
     return public if public.allow or public.reason == "insufficient_scope" else decision
 
@@ -227,47 +313,140 @@ def best(decisions: Sequence[Decision]) -> Decision:
     return decisions[0]
 
 
+def _ways(principal: Principal, subject: Subject, action: str, now: float, profile: tuple[str, str] | None) -> list[Decision]:
+    """Every yes to one action, the widest first, or the one no."""
+    if principal.anonymous:
+        return [_public(principal, subject, action, now)]
+    alive = authenticate(principal, now)
+    if not alive.allow:
+        return [alive]
+    if not visible(principal, subject):
+        return [refused("not_visible")]
+    name = model_of(subject.name)
+    if action != "auditor" and not _tier_enough(_rank(principal.tier), subject.requires_tier, "dev"):  # listings give no content
+        tier, has = subject.requires_tier, f"this key has {principal.tier or 'none'}"
+        return [refused("tier_missing", name=name, tier=tier, has=has, ask=f"ask for a key of tier {tier}")]
+    grants = _grants(principal, subject, action, now)
+    if isinstance(grants, Decision):
+        return [grants]
+    # An organisation's own weights need no document, and have none over them. What reads no content is the site's own work.
+    own = bool(subject.org) and subject.org == principal.org == name.split("/", 1)[0] and not (subject.requires_tier or subject.requires_product)
+    governed = action in GOVERNED and not own
+    no = _document(principal, subject, action, now) if governed else None
+    if no is not None:
+        return [no]
+    left = _fitting(grants, principal, subject, action, governed, profile)
+    if isinstance(left, Decision):
+        return [left]
+    document = principal.entitlement if governed else None
+    ways = [(_yes(grant, document, principal, name, now), grant.gpus or float("inf")) for grant in left]
+    if len(ways) > 1:
+        ways.sort(key=lambda way: (way[0].reason == "ok", way[1] if action == "run" else 0, way[0].until or float("inf")), reverse=True)
+    return [way[0] for way in ways]
+
+
 def _public(principal: Principal, subject: Subject, action: str, now: float) -> Decision:
-    """What everybody may do without a key, where the site says so: pull what is public and asks for no tier."""
-    if not principal.key_id and action == "pull" and subject.visibility == "public" and not subject.requires_tier:
+    """What everybody may do without a key, where the site says so: pull what is public and asks for nothing."""
+    free = not (subject.requires_tier or subject.requires_product or principal.entitled_only)
+    if not principal.key_id and action == "pull" and subject.visibility == "public" and free:
         return Decision(True, "ok")
     return authenticate(replace(principal, key_id=""), now)
 
 
-def _decide(principal: Principal, subject: Subject, action: str, now: float) -> Decision:
-    alive = authenticate(principal, now)
-    if not alive.allow:
-        return alive
-    if not visible(principal, subject):
-        words = "this key sees no model of that name (absent, or another organisation's)"
-        return Decision(False, "not_visible", words, "check the name, or ask for a key of the organisation that owns it", visible=False)
-    if subject.requires_tier == "enterprise" and principal.tier != "enterprise" and action != "auditor":  # listings give no content
-        words = f"{model_of(subject.name)} requires the enterprise tier; this key has {principal.tier or 'none'}"
-        return Decision(False, "tier_missing", words, "ask for a key of tier enterprise")
-    return _grants(principal, subject, action, now)
+def _rank(tier: str) -> int:
+    return TIERS.index(tier) + 1 if tier in TIERS else 0
 
 
-def _grants(principal: Principal, subject: Subject, action: str, now: float) -> Decision:
+def _tier_enough(rank: int, requires: str, environment: str) -> bool:
+    """Developer is enough for what asks for it in dev, enterprise for all; what asks for a tier that is not known is given to nobody."""
+    return not requires or (requires in TIERS and rank >= (1 if requires == "developer" and environment == "dev" else 2))
+
+
+def _grants(principal: Principal, subject: Subject, action: str, now: float) -> list[Grant] | Decision:
+    """The grants that cover the name, give the action and are in their time or grace; else the no of those that came furthest."""
     name = model_of(subject.name)
     whole = action == "auditor" and subject.org != "" and subject.org == principal.org  # an auditor's own organisation, whatever the patterns
     covering = [g for g in principal.grants if any(matches(p, name) for p in g.models) or (whole and "auditor" in g.actions)]
     if not covering:
-        words = f"no grant of this key covers {name}"
-        return Decision(False, "no_grant", words, f"ask for a key granted on '{name}'")
+        return refused("no_grant", name=name)
     able = [g for g in covering if includes(g.actions, action)]
     if not able:
-        need = "push" if action == "delete" else action
-        return Decision(False, "action_missing", f"the grant on {name} does not include '{need}'", f"ask for a key with action {need}")
+        return refused("action_missing", name=name, action="push" if action == "delete" else action)
     started = [g for g in able if g.not_before <= now]
     if not started:
-        first = min(g.not_before for g in able)
-        return Decision(False, "grant_not_yet", f"the grant on {name} begins on {date(first)}", "wait, or ask for an earlier grant")
-    if any(not g.expires for g in started):
-        return Decision(True, "ok")
-    last = max(g.expires + g.grace_s for g in started)
-    ended = max(g.expires for g in started)
-    if ended > now:
-        return Decision(True, "ok", until=last)
-    if last > now:
-        return Decision(True, "grace", until=last, warning=f"the grant on {name} expired on {date(ended)}; grace ends on {date(last)}")
-    return Decision(False, "grant_expired", f"the grant on {name} expired on {date(ended)}", "renew the subscription or the grant")
+        return refused("grant_not_yet", name=name, at=date(min(g.not_before for g in able)))
+    living = [g for g in started if not g.expires or g.expires + g.grace_s > now]
+    return living or refused("grant_expired", name=name, at=date(max(g.expires for g in started)))
+
+
+def _document(principal: Principal, subject: Subject, action: str, now: float) -> Decision | None:
+    """Why the organisation's entitlement does not give this, whatever the grant; None where it does, or where none is needed."""
+    found, name, org = principal.entitlement, model_of(subject.name), principal.org
+    if found is None:
+        return refused("entitlement_absent", name=name, org=org) if principal.entitled_only else None
+    if found.revoked_at and found.revoked_at <= now:
+        return refused("entitlement_revoked", org=org, at=date(found.revoked_at))
+    if found.not_before > now:
+        return refused("entitlement_not_yet", org=org, at=date(found.not_before))
+    if found.expires + found.grace_s <= now:
+        return refused("entitlement_expired", org=org, at=date(found.expires))
+    if not any(matches(p, name) for p in found.models):
+        return refused("entitlement_models", org=org, name=name)
+    if action not in found.actions:
+        return refused("entitlement_actions", org=org, action=action)
+    if subject.requires_product and subject.requires_product not in found.products:
+        return refused("product_missing", org=org, name=name, product=subject.requires_product)
+    return None
+
+
+def _fitting(
+    grants: list[Grant], principal: Principal, subject: Subject, action: str, governed: bool, profile: tuple[str, str] | None
+) -> list[Grant] | Decision:
+    """Those of the grants whose environment and profiles fit what is asked for and what the entitlement holds."""
+    name, document = model_of(subject.name), principal.entitlement
+    if governed and document is not None:
+        held = [g for g in grants if (g.environment or PRODUCTION) in document.environments]
+        if not held:
+            return refused("environment", name=name, org=principal.org, environment=grants[0].environment or PRODUCTION)
+        grants = held
+    if subject.requires_tier and action != "auditor":
+        rank = min(_rank(principal.tier), _rank(document.tier)) if document else _rank(principal.tier)
+        enough = [g for g in grants if _tier_enough(rank, subject.requires_tier, g.environment)]
+        if not enough:
+            return _tier_missing(name, subject.requires_tier, rank, principal)
+        grants = enough
+    if action == "run" and profile is not None:
+        named = [g for g in grants if not g.profiles or any(_segment(p, text) for p in g.profiles for text in profile)]
+        return named or refused("profile_not_granted", name=name, profile=profile[1] or profile[0])
+    return grants
+
+
+def _tier_missing(name: str, tier: str, rank: int, principal: Principal) -> Decision:
+    """The no to a key whose tier was enough for some grant, but not for those it has, or was cut by the entitlement."""
+    document, has, ask = principal.entitlement, f"this key has {principal.tier}", "ask for a key of tier enterprise"
+    if document is not None and _rank(document.tier) < _rank(principal.tier):
+        has, ask = f"the entitlement of {principal.org} gives {document.tier or 'none'}", "ask for an entitlement of tier enterprise"
+    if tier == "developer" and rank:
+        has, ask = f"{has}, which is not enough for production", f"{ask}, or for a grant of environment dev"
+    return refused("tier_missing", name=name, tier=tier, has=has, ask=ask)
+
+
+def _yes(grant: Grant, document: Entitlement | None, principal: Principal, name: str, now: float) -> Decision:
+    """The yes of one grant under the document: until the first of their ends, with a warning in grace and before it."""
+    ends = [(grant.expires, grant.expires + grant.grace_s, f"the grant on {name}")] if grant.expires else []
+    if document is not None:
+        ends.append((document.expires, document.expires + document.grace_s, f"the entitlement of {principal.org}"))
+    if principal.expires:
+        ends.append((principal.expires, principal.expires, "the API key"))
+    ids = {"grant": grant.id} if grant.id else {}
+    if document is not None:
+        ids["entitlement"] = document.jti
+    if not ends:
+        return Decision(True, "ok", ids=ids)
+    until = min(last for _, last, _ in ends)
+    end, _, what = min(ends)
+    if end <= now:
+        return Decision(True, "grace", until=until, warning=f"{what} expired on {date(end)}; grace ends on {date(until)}", ids=ids)
+    days = int((end - now) // 86400)
+    soon = f"{what} ends on {date(end)}, in {f'{days} days' if days else 'less than a day'}" if end - now <= SOON_S else ""
+    return Decision(True, "ok", until=until, warning=soon, ids=ids)

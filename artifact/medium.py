@@ -6,6 +6,7 @@ Why beside artifact.bundle: what bytes lie where is one question, whether they m
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import stat
@@ -19,7 +20,6 @@ from artifact.manifest import (
     MAX_MANIFEST_BYTES,
     PROFILES_TYPE,
     Manifest,
-    canonical_json,
     check_digest,
     check_name,
     check_ref,
@@ -130,7 +130,7 @@ def load_index(raw: bytes) -> BundleIndex:
             raise Invalid("an object of the index is no digest and size, or stands there twice", expected="each digest once, with its size in bytes")
         object_path(Path(), text)
         sizes[text] = size
-    if any(len(canonical_json(u)) > MAX_FACT_BYTES for u in upstream):
+    if any(len(json.dumps(u, ensure_ascii=False).encode()) > MAX_FACT_BYTES for u in upstream):
         raise TooLarge("the upstream facts of a name are too long", expected=f"at most {MAX_FACT_BYTES} bytes each")
     moved = tuple(_name(item) for item in names)
     if len({(n.name, n.ref) for n in moved}) != len(moved):

@@ -1,6 +1,7 @@
 """The plan of a mirror run: strict YAML to frozen items, and the canonical name of every source (docs/format.md section 2); no network here.
 
-It must accept nothing it does not know: a misspelt key that is silently ignored mirrors the wrong thing.
+An item's `requires: {product, tier, license}` says what its vendor asks for: the run is refused without it (mirror/rights.py), and the closed site
+asks its own keys for product and tier. It must accept nothing it does not know: a misspelt key that is silently ignored mirrors the wrong thing.
 """
 
 from __future__ import annotations
@@ -15,14 +16,24 @@ import yaml
 
 from artifact.errors import Invalid, NotFound, TooLarge
 from artifact.manifest import check_digest, check_name, check_ref, hub_name, is_commit, is_digest, is_tag
+from artifact.upstream import TEXTS, check_product, check_tier
 
 HUB_ENDPOINT = "https://huggingface.co"
 MAX_PLAN_BYTES = 1024 * 1024
-COMMON_KEYS = ("source", "profiles", "key_env", "ca_file")
+COMMON_KEYS = ("source", "profiles", "key_env", "ca_file", "requires")
 KEYS = {"hf": (*COMMON_KEYS, "endpoint", "allow", "ignore", "ref"), "oci": (*COMMON_KEYS, "as", "plain_http")}
 
 _ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\Z")
 _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.\-]*[A-Za-z0-9])?)(?::[0-9]{1,5})?\Z")
+
+
+@dataclass(frozen=True)
+class Requires:
+    """What the vendor of an item asks for: a product that the upstream's key must have, its tier at least, a licence that somebody has accepted."""
+
+    product: str = ""
+    tier: str = ""
+    license: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,7 @@ class Item:
     ignore: tuple[str, ...] = ()
     key_env: str = ""
     ca_file: str = ""
+    requires: Requires = Requires()
 
 
 @dataclass(frozen=True)
@@ -128,7 +140,13 @@ def parse(text: str, base: Path) -> Plan:
         raise Invalid("the plan has no items", expected="items: a list with at least one source", reason="plan")
     items = tuple(_item(entry, f"item {i}", base) for i, entry in enumerate(entries, 1))
     seen: dict[tuple[str, str], int] = {}
+    asked: dict[str, tuple[int, Requires]] = {}
     for i, item in enumerate(items, 1):
+        first, requires = asked.setdefault(item.name, (i, item.requires))
+        if (requires.product, requires.tier) != (item.requires.product, item.requires.tier):
+            raise Invalid(
+                f"items {first} and {i} require different things for {item.name}", expected="one product and tier for each name", reason="plan"
+            )
         other = seen.setdefault((item.name, item.ref), i)
         if other != i:
             raise Invalid(f"items {other} and {i} would both be {item.name}:{item.ref}", expected="one item for each name and ref", reason="plan")
@@ -160,7 +178,22 @@ def _item(entry: object, where: str, base: Path) -> Item:
             f"key_env of {where} is not the name of an environment variable", expected="a name such as HF_TOKEN, never the key", reason="plan"
         )
     item = _hub_item(entry, source, where) if kind == "hf" else _oci_item(entry, source, where)
+    item = replace(item, requires=_requires(entry.get("requires", {}), where))
     return replace(item, profiles=base / profiles if profiles else None, key_env=key_env, ca_file=_text(entry, "ca_file", where))
+
+
+def _requires(entry: object, where: str) -> Requires:
+    where = f"requires of {where}"
+    if not isinstance(entry, Mapping):
+        raise Invalid(f"{where} is not a mapping", expected="product, tier and license, each where the vendor asks for it", reason="plan")
+    _known(entry, ("product", "tier", "license"), where)
+    license_ = _text(entry, "license", where)
+    if len(license_) > TEXTS["license"] or not license_.isprintable():
+        raise Invalid(f"the license in {where} is no name of one", expected=f"at most {TEXTS['license']} characters", reason="plan")
+    try:
+        return Requires(check_product(entry.get("product", "")), check_tier(entry.get("tier", "")), license_)
+    except Invalid as error:
+        raise Invalid(f"{where}: {error.what}", expected=error.expected, reason="plan") from error
 
 
 def _hub_item(entry: Mapping[object, object], source: str, where: str) -> Item:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from artifact import copy, profile
@@ -31,6 +31,8 @@ from artifact.store import Descriptor, File
 from mirror import content
 from mirror.home import MirrorHome, Named
 from mirror.plan import Item, Plan, load_yaml, read_limited
+from mirror.records import Records
+from mirror.rights import Right, right
 from mirror.sources import huggingface, oci
 
 LICENSES = "org.opencontainers.image.licenses"
@@ -62,15 +64,23 @@ class Result:
 def sync(
     home: MirrorHome, plan: Plan, bar: Callable[[int], copy.Progress] | None = None, environ: Mapping[str, str] = os.environ
 ) -> dict[str, object]:
-    """Brings all items into the home's staging and returns the report; failures of items are in the report, only those of the home are raised."""
+    """Brings all items into the home's staging and returns the report; failures of items are in the report, only those of the home are raised.
+
+    Whether the upstream's entitlement covers it is asked for every item before the first byte of any (mirror/rights.py); an item that it does not
+    cover is not fetched.
+    """
     results = [Result(item) for item in plan.items]
     jobs: dict[int, _HubJob | _OciJob] = {}
     with home.lock("sync"):
+        records, now = Records(home), time.time()
         for i, result in enumerate(results):
-            try:
-                jobs[i] = _job(result.item, home, environ)
-            except AirlockError as error:
-                result.error = error
+            with _failing(result):
+                jobs[i] = _job(result.item, home, records, now, environ)
+        for i in list(jobs):
+            with _failing(results[i]):
+                jobs[i].follow()
+            if results[i].error:
+                del jobs[i]
         progress = bar(sum(job.size for job in jobs.values())) if bar and jobs else None
         try:
             for i, job in jobs.items():
@@ -82,6 +92,15 @@ def sync(
     return {"items": [r.as_dict() for r in results], "transferred": sum(r.received for r in results), "failed": failed}
 
 
+@contextmanager
+def _failing(result: Result) -> Iterator[None]:
+    """Notes what ends an item, so that the others go on."""
+    try:
+        yield
+    except AirlockError as error:
+        result.status, result.error, result.names = "failed", error, []
+
+
 def exit_code(report: Mapping[str, object]) -> int:
     """The exit status for a report: 0, or that of the first failure."""
     items = report["items"]
@@ -90,7 +109,7 @@ def exit_code(report: Mapping[str, object]) -> int:
 
 
 def _run(result: Result, job: _HubJob | _OciJob, home: MirrorHome, progress: copy.Progress | None) -> None:
-    try:
+    with _failing(result):
         named = job.run(progress)
         for each in named:
             oci.check_whole(home.disk, each.digest)
@@ -101,8 +120,6 @@ def _run(result: Result, job: _HubJob | _OciJob, home: MirrorHome, progress: cop
             result.status = "synced"
         else:
             result.status = "unchanged"
-    except AirlockError as error:
-        result.status, result.error, result.names = "failed", error, []
     result.received = job.received
 
 
@@ -126,21 +143,32 @@ def _key(item: Item, environ: Mapping[str, str]) -> str:
     return key
 
 
-def _job(item: Item, home: MirrorHome, environ: Mapping[str, str]) -> _HubJob | _OciJob:
+def _job(item: Item, home: MirrorHome, records: Records, now: float, environ: Mapping[str, str]) -> _HubJob | _OciJob:
+    """What an item needs, pinned and entitled, with metadata alone."""
     if item.profiles:
         _wanted_profiles(item)  # a mistake in it shows before bytes move
     key = _key(item, environ)
-    return _HubJob(item, key, home.disk) if item.kind == "hf" else _OciJob(item, key, home.disk)
+    granted = right(item, key, records, now)  # before the upstream is asked for anything
+    return _HubJob(granted, key, home.disk) if item.kind == "hf" else _OciJob(granted, key, home.disk)
 
 
 class _HubJob:
     """One Hub repository at one commit."""
 
-    def __init__(self, item: Item, key: str, disk: Disk) -> None:
-        self._item, self._disk = item, disk
-        self._source = huggingface.HubSource(item.base_url, key, item.ca_file)
-        self._snapshot = self._source.resolve(item)
+    def __init__(self, granted: Right, key: str, disk: Disk) -> None:
+        self._item, self._right, self._disk = granted.item, granted, disk
+        self._source = huggingface.HubSource(self._item.base_url, key, self._item.ca_file)
+        self._snapshot = self._source.resolve(self._item)
+        granted.check_license(self._snapshot.license)
+        gate = self._source.admitted(self._snapshot) if self._snapshot.gated else ""
+        user = role = ""
+        with suppress(AirlockError):  # a Hub that tells nobody's name: the files decide
+            user, role = self._source.who()
+        self._facts = granted.facts(self._snapshot.license, user, "; ".join(w for w in (user and f"user {user}", role and f"role {role}", gate) if w))
         self.size = sum(f.size for f in self._snapshot.files)
+
+    def follow(self) -> None:
+        """Nothing: a Hub's repository names nothing else."""
 
     @property
     def received(self) -> int:
@@ -154,13 +182,7 @@ class _HubJob:
         content.check_model(files, self._disk)
         raw = huggingface.build(shot, files, self._disk)
         digest = self._disk.put(raw)
-        upstream = {
-            "source": f"hf://{shot.repo_id}@{shot.commit}",
-            "key_id": self._source.key_id(),
-            "license": shot.license,
-            "gated": shot.gated,
-            "fetched": int(time.time()),
-        }
+        upstream = self._facts | {"source": f"hf://{shot.repo_id}@{shot.commit}", "gated": shot.gated, "fetched": int(time.time())}
         refs = dict.fromkeys((item.ref, shot.commit))
         named = [Named(item.name, ref, digest, MANIFEST, shot.repo_id, "model", upstream) for ref in refs]
         if item.profiles:
@@ -172,14 +194,20 @@ class _HubJob:
 class _OciJob:
     """One manifest graph of a registry, its profile manifest, and what that refers to."""
 
-    def __init__(self, item: Item, key: str, disk: Disk) -> None:
-        self._item, self._disk, self._key = item, disk, key
+    def __init__(self, granted: Right, key: str, disk: Disk) -> None:
+        item = self._item = granted.item
+        self._right, self._disk = granted, disk
         self._remote = RemoteRegistry(item.base_url, key, ca_file=item.ca_file or None)
         self._source = oci.Metered(self._remote, disk)
         self._root = parse_manifest(self._source.read_manifest(item.repository, item.wanted)[1])
+        granted.check_license(_license(self._root, disk))
         self.size = oci.graph_size(self._source, item.repository, self._root.digest)
         self._profiles = self._find_profiles()
         self._pins: tuple[profile.Pin, ...] = ()
+
+    def follow(self) -> None:
+        """Finds what the profiles refer to; their document is fetched for that."""
+        item, disk = self._item, self._disk
         if self._profiles:
             repo, manifest = self._profiles
             self._pins = tuple(p for p in oci.pins(self._source, repo, manifest, disk) if (p.name, p.digest) != (item.name, self._root.digest))
@@ -206,6 +234,7 @@ class _OciJob:
         """Fetches the graphs and says which names they are to have."""
         item, root = self._item, self._root
         named = self._graph(item.repository, root.digest, item.name, item.ref, progress)
+        self._right.check_license(_license(root, self._disk))  # a model's facts layer may tell it, which was fetched only now
         if self._profiles and self._profiles[1].digest != root.digest:
             named += self._graph(self._profiles[0], self._profiles[1].digest, f"{item.name}/profiles", item.ref, progress)
         for pin in self._pins:
@@ -246,9 +275,8 @@ class _OciJob:
 
     def _upstream(self, repo: str, root: Manifest) -> dict[str, object]:
         host = self._item.base_url.partition("://")[2]
-        key_id = huggingface.fingerprint(self._key) if self._key else ""
-        found = _license(root, self._disk)
-        return {"source": f"oci://{host}/{repo}@{root.digest}", "key_id": key_id, "license": found, "gated": False, "fetched": int(time.time())}
+        source = f"oci://{host}/{repo}@{root.digest}"
+        return self._right.facts(_license(root, self._disk)) | {"source": source, "gated": False, "fetched": int(time.time())}
 
 
 def _license(root: Manifest, disk: Disk) -> str:

@@ -80,7 +80,7 @@ key_grant = Table(
     Column("expires", Double, nullable=False, server_default="0"),
     Column("grace_s", Integer, nullable=False, server_default="0"),
     Column("grant_id", Text, nullable=False, unique=True),
-    Column("org_id", Id, ForeignKey("org.id"), nullable=False, index=True),
+    Column("org_id", Id, ForeignKey("org.id"), nullable=False),
     Column("member_id", Id, ForeignKey("member.id"), nullable=True, index=True),
     Column("team_id", Id, ForeignKey("team.id"), nullable=True, index=True),
     words("environment"),  # dev or production; empty counts as production
@@ -89,6 +89,7 @@ key_grant = Table(
     moment("created"),
     moment("revoked_at"),
     words("note"),
+    Index("ix_key_grant_org_id", "org_id", "api_key_id", "member_id", "team_id"),  # those of the whole organisation are found among all of its grants
 )
 # Signed entitlements byte for byte; the columns are what the warm decision reads.
 entitlement = Table(

@@ -24,12 +24,13 @@ GUESSES = ("key_invalid", "token_invalid")  # failed logins; an absent, expired 
 
 @dataclass(frozen=True)
 class Policy:
-    """Whether everybody may read what is public, the life of a token, and who may be sent to the store's own URLs."""
+    """Whether everybody may read what is public, the life of a token, who may be sent to the store's own URLs, and whether entitlements are a must."""
 
     anonymous: bool = False
     token_life_s: int = 600
     redirect: bool = True
     stream_to: tuple[str, ...] = ()
+    entitled_only: bool = False
 
 
 class Admission:
@@ -53,7 +54,7 @@ class Admission:
         """
         call = Call(Principal(), None, request_id, now, self._redirected(address))
         if key_text is None and self.policy.anonymous:
-            return replace(call, principal=Principal(anonymous=True))
+            return self.nobody(request_id, now, call.redirect)
         try:
             principal, found = self._principal(key_text or "", now, ask)
             call = replace(call, principal=principal)
@@ -70,9 +71,10 @@ class Admission:
             return Sought(call.principal, None, request_id, now, call.redirect, ask, found)
         return call
 
-    def nobody(self, request_id: str, now: float) -> Call:
-        """The call of one who asks for a token without a key: it opens what the site lets everybody read, maybe nothing."""
-        return Call(Principal(anonymous=self.policy.anonymous), None, request_id, now)
+    def nobody(self, request_id: str, now: float, redirect: bool = False) -> Call:
+        """The call of one without a key: it opens what the site lets everybody read, maybe nothing."""
+        who = Principal(anonymous=self.policy.anonymous, entitled_only=self.policy.entitled_only)
+        return Call(who, None, request_id, now, redirect)
 
     def _principal(self, text: str, now: float, ask: Ask) -> tuple[Principal, Located | None]:
         """Who holds this key, or the key that this token stands for, as it is now, and what is asked for; raises Unauthenticated."""
@@ -88,16 +90,21 @@ class Admission:
         if not claims.key_id and not self.policy.anonymous:
             raise Unauthenticated(absent.words, do=absent.remedy, reason="insufficient_scope")
         if not claims.key_id:
-            return Principal(access=claims.access, anonymous=True), None
+            return Principal(access=claims.access, anonymous=True, entitled_only=self.policy.entitled_only), None
         holder, found = self._holder(ask, key_id=claims.key_id)
         if holder is None:
             raise Unauthenticated(absent.words, do=absent.remedy, reason="token_invalid")
         return replace(holder, access=claims.access), found
 
     def _holder(self, ask: Ask, *, key: str = "", key_id: str = "") -> tuple[Principal | None, Located | None]:
+        found: Located | None = None
         if ask:
-            return self._lookup.seek(ask, hmac=self._entitlements.hmac(key) if key else b"", key_id=key_id)
-        return self._entitlements.principal(key) if key else self._entitlements.holder(key_id), None
+            holder, found = self._lookup.seek(ask, hmac=self._entitlements.hmac(key) if key else b"", key_id=key_id)
+        else:
+            holder = self._entitlements.principal(key) if key else self._entitlements.holder(key_id)
+        if holder is not None and self.policy.entitled_only:
+            holder = replace(holder, entitled_only=True)
+        return holder, found
 
     def sign(self, call: Call, access: tuple[Access, ...]) -> tuple[str, int]:
         """A token for the caller's key with this access, and its life in seconds; raises TooLarge."""

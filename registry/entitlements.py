@@ -13,15 +13,15 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import hexdigits
-from typing import Any
 
-from sqlalchemy import Connection, Engine, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, Engine, delete, insert, select, update
 
 from artifact.errors import Invalid, NotFound
 from artifact.grant import ACTIONS, TIERS, Grant, Principal
 from artifact.manifest import check_name
 from registry import tables as t
 from registry.database import alone
+from registry.holders import caller, principal_of
 
 PREFIX = "nvapi-"
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -30,25 +30,6 @@ MAX_KEY = 200
 MAX_GPUS = 64
 MAX_NONCE = 64
 ORIGINS = ("hf", "ngc", "nvcr.io", "localhost")
-
-CALLER = (
-    select(
-        t.api_key.c.key_id,
-        t.api_key.c.tier,
-        t.api_key.c.expires,
-        t.api_key.c.revoked_at,
-        t.org.c.name.label("holder"),
-        t.key_grant.c.models,
-        t.key_grant.c.actions,
-        t.key_grant.c.not_before,
-        t.key_grant.c.expires.label("grant_expires"),
-        t.key_grant.c.grace_s,
-    )
-    .select_from(t.api_key.join(t.org, t.org.c.id == t.api_key.c.org_id).outerjoin(t.key_grant, t.key_grant.c.api_key_id == t.api_key.c.id))
-    .order_by(t.key_grant.c.id)
-)
-_BY_HMAC = CALLER.where(t.api_key.c.hmac == bindparam("hmac"))
-_BY_ID = CALLER.where(t.api_key.c.key_id == bindparam("key_id"))
 
 
 @dataclass(frozen=True)
@@ -116,11 +97,11 @@ def check_org(name: str) -> str:
 
 
 class Entitlements:
-    """Keys and grants of this site; `pepper` keys the HMAC under which keys are stored."""
+    """Keys and grants of this site; `pepper` keys the HMAC under which keys are stored, `older` are those that it replaced."""
 
-    def __init__(self, engine: Engine, pepper: bytes) -> None:
+    def __init__(self, engine: Engine, pepper: bytes, older: Sequence[bytes] = (), prefix: str = PREFIX) -> None:
         self._engine = engine
-        self._pepper = pepper
+        self._pepper, self._older, self._prefix = pepper, tuple(older), prefix
 
     def hmac(self, key: str) -> bytes:
         """What is stored in place of a key."""
@@ -131,14 +112,14 @@ class Entitlements:
         if not well_formed(key):
             return None
         with t.reading(self._engine) as conn:
-            return principal_of(conn.execute(_BY_HMAC, {"hmac": self.hmac(key)}).all())
+            return principal_of(conn.execute(caller("hmac"), {"hmac": self.hmac(key)}).all())
 
     def holder(self, key_id: str) -> Principal | None:
         """The principal of the key that a token stands for, as it is now, by one indexed statement; None once there is no such key."""
         if not key_id.isascii() or "\0" in key_id:  # signed by us, but no key of ours is called so
             return None
         with t.reading(self._engine) as conn:
-            return principal_of(conn.execute(_BY_ID, {"key_id": key_id}).all())
+            return principal_of(conn.execute(caller("key_id"), {"key_id": key_id}).all())
 
     def add_key(self, conn: Connection, org_id: int, *, tier: str, grant: Grant, expires: float, at: float, note: str = "") -> tuple[str, str]:
         """Makes a key with one grant in the given transaction; returns (key id, key): the key is shown once; raises Invalid."""
@@ -215,19 +196,6 @@ class Entitlements:
         found = select(g.c.host, g.c.gpu_uuid).select_from(source).where(t.org.c.name == org, lease.c.exp > now).distinct()
         with t.reading(self._engine) as conn:
             return len(conn.execute(found).all())
-
-
-def principal_of(rows: Sequence[Any]) -> Principal | None:
-    """The principal of the rows of CALLER, one a grant; None of no rows."""
-    if not rows:
-        return None
-    grants = tuple(_grant(row) for row in rows if row.models is not None)
-    first = rows[0]
-    return Principal(first.key_id, first.holder, first.tier, first.expires, first.revoked_at, grants)
-
-
-def _grant(row: Any) -> Grant:
-    return Grant(tuple(json.loads(row.models)), tuple(json.loads(row.actions)), row.not_before, row.grant_expires, row.grace_s)
 
 
 def _check_pattern(pattern: str) -> None:

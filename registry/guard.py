@@ -16,6 +16,7 @@ from artifact.grant import PROFILES, Access, Decision, Subject, authenticate, be
 from artifact.manifest import PROFILES_TYPE, check_digest, check_name, check_ref, parse_manifest
 from artifact.profile import Profile
 from artifact.profile import parse as parse_profiles
+from artifact.reasons import REASONS
 from artifact.store import Call, Content, Descriptor, File, Files, Page, Registry, Revision, Upload
 from artifact.trust import sign_jws
 from registry.admission import Admission, Policy
@@ -135,22 +136,24 @@ class Guard(Registry, Files):
     def _refuse(self, call: Call, action: str, name: str, decision: Decision) -> NoReturn:
         if decision.reason == "insufficient_scope":  # the key may: no denial, the client asks for another token
             raise Unauthenticated(decision.words, do=decision.remedy, reason=decision.reason)
-        self._audit.denied(call, action, name, decision.reason)
+        self._audit.denied(replace(call, decision=decision), action, name, decision.reason)
         if call.principal.anonymous and call.principal.access is not None:
             raise Unauthenticated(decision.words, do=decision.remedy, reason="insufficient_scope")
-        if decision.reason.startswith("key_"):
+        if REASONS[decision.reason].status == 401:
             raise Unauthenticated(decision.words, do=decision.remedy, reason=decision.reason)
         if not decision.visible:
             raise NotFound(decision.words, do=decision.remedy, reason="not_visible")
         raise Denied(decision.words, do=decision.remedy, reason=decision.reason)
 
-    def _decide(self, call: Call, subject: Subject, action: str) -> Decision:
-        return (decide_open if self._open else decide)(call.principal, subject, action, call.now)
+    def _decide(self, call: Call, subject: Subject, action: str, profile: tuple[str, str] | None = None) -> Decision:
+        if self._open:
+            return decide_open(call.principal, subject, action, call.now, profile)
+        return decide(call.principal, subject, action, call.now, profile)
 
-    def _allow(self, call: Call, name: str, repo: Repo | None, *actions: str) -> Call:
-        """The call with its decision, allowed by any of `actions`; a name that does not exist is refused as one that is not visible."""
+    def _allow(self, call: Call, name: str, repo: Repo | None, *actions: str, profile: tuple[str, str] | None = None) -> Call:
+        """The call with its decision, allowed by any of `actions` (a run: of that profile); a name that is not there is refused as not visible."""
         subject = repo.subject if repo else Subject(name, org="\0", visibility="private")
-        decision = best([self._decide(call, subject, action) for action in actions])
+        decision = best([self._decide(call, subject, action, profile) for action in actions])
         if decision.allow:
             return replace(call, decision=decision)
         self._refuse(call, actions[0], name, decision)
@@ -234,7 +237,7 @@ class Guard(Registry, Files):
         content = self._library.content(repo, digest, found, lo, hi, redirect=call.redirect)
         if allowed.decision is not None and allowed.decision.warning:
             content = replace(content, warning=allowed.decision.warning)
-        self._audit.read(call, repo, digest if found and found.manifest_id else "blob", content.total)
+        self._audit.read(allowed, repo, digest if found and found.manifest_id else "blob", content.total)
         return content
 
     def served(self, call: Call, repo: str, digest: str, size: int) -> None:
@@ -347,7 +350,7 @@ class Guard(Registry, Files):
             decision = replace(decision, words=f"what is recorded about {who.org} is its auditor's", remedy="ask for a key with action auditor")
         if not decision.allow:
             self._refuse(call, "audit", "", decision)
-        self._audit.read(call, who.org, "audit", 0, "audit")
+        self._audit.read(replace(call, decision=decision), who.org, "audit", 0, "audit")
         items, onward = self._audit.rows(who.org, after, max(1, min(limit, MAX_PAGE)))
         return {"items": items, "after": onward}
 

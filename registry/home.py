@@ -66,9 +66,11 @@ class Home:
 
     def completed(self) -> Home:
         """This site with the secrets that one of an earlier version lacks, made once; one that was lost is never made anew; raises Unavailable."""
-        new = [name for name in FILES if name not in FIRST and name not in self.made and self.keys.make(name)]
+        new = [name for name in FILES if name not in (*FIRST, *self.made) and not self.keys.given(name)]
         if not new:
             return self
+        for name in new:
+            self.keys.make(name)
         self._note(made=[*self.made, *new])
         return self._read(self.path)
 
@@ -234,9 +236,11 @@ def _create(data: Path) -> None:
     (data / "secrets").mkdir(mode=0o700, exist_ok=True)
     (data / "trust").mkdir(mode=0o700, exist_ok=True)
     keys = Keyring(data / "secrets")
-    made = [name for name in FILES if keys.make(name) and name not in FIRST]
+    for name in FILES:
+        keys.make(name)
+
     site: dict[str, object] = {"schema": 1, "instance": str(uuid.uuid4()), "created": datetime.now(UTC).isoformat(timespec="seconds")}
-    site["made"] = made
+    site["made"] = [name for name in FILES if name not in FIRST and not keys.given(name)]
     write_new(data / SITE, _line(site), 0o600)  # last: a directory with it is whole
 
 

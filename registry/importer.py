@@ -24,7 +24,7 @@ from artifact.errors import Conflict, Mismatch, NotFound
 from artifact.grant import Principal
 from artifact.manifest import MAX_MANIFEST_BYTES, Manifest, check_name, digest_of, is_digest, parse_manifest
 from artifact.store import Call, Content
-from registry import catalog
+from registry import catalog, upstream
 from registry import tables as t
 from registry.audit import Audit
 from registry.blobs.file import location_of
@@ -90,7 +90,7 @@ def _import(site: Site, directory: Path, state: Path, now: float, progress: Call
     begin(need)
     copied = sum(_copy(disk, directory, digest, blobs[digest], progress) for digest in sorted(blobs))
     places |= {d: _place(site, disk, d, reached.blobs[d]) for d in sorted(reached.blobs.keys() - places.keys())}
-    _store(site, index, reached, places, dead, now)
+    kept = _store(site, index, reached, places, dead, now)
     for manifest in reached.manifests.values():
         if catalog.kind_of(manifest) == "model":
             site.library.fill_facts(manifest)
@@ -99,7 +99,7 @@ def _import(site: Site, directory: Path, state: Path, now: float, progress: Call
     medium.replace_file(done, index.digest.encode() + b"\n")
     with suppress(OSError):  # a medium that is write-protected brings no receipt home
         (directory / medium.RECEIPT).write_text(_receipt(site, index, now))
-    return report | {"imported": True, "copied": len(blobs), "copied_bytes": copied}
+    return report | {"imported": True, "copied": len(blobs), "copied_bytes": copied, "requires_kept": kept}
 
 
 def _held(site: Site, index: medium.BundleIndex) -> bool:
@@ -297,10 +297,12 @@ def _add(conn: Connection, digest: str, size: int, location: str, dead: str = ""
         catalog.add_garbage(conn, dead, 0, now + SURPLUS_S)
 
 
-def _store(site: Site, index: medium.BundleIndex, reached: medium.Closure, places: dict[str, str], dead: dict[str, str], now: float) -> None:
+def _store(site: Site, index: medium.BundleIndex, reached: medium.Closure, places: dict[str, str], dead: dict[str, str], now: float) -> list[str]:
+    """All of it or nothing; the names whose requirements an administrator has set otherwise than the bundle says."""
     call = Call(Principal(key_id="site", org=""), None, f"import-{index.sender}-{index.sequence}", now)
     kinds = {n.name: n for n in index.names}
     with site.catalog.writing() as conn:
+        kept = upstream.left(conn, kinds)
         for digest in sorted(reached.blobs):
             _add(conn, digest, reached.blobs[digest], places[digest], dead.get(digest, ""), now)
         repos: dict[str, int] = {}
@@ -325,8 +327,7 @@ def _store(site: Site, index: medium.BundleIndex, reached: medium.Closure, place
             objects=len(index.objects),
             older=index.older,
         )
-        for fact in index.upstream:
-            site.audit.change(conn, call, "upstream", f"{fact.get('name', '')}@{fact.get('digest', '')}", upstream=fact)
+        return upstream.add(conn, site.audit, call, index.upstream, index.sender, index.sequence, older=index.older, kept=kept)
 
 
 def _repository(conn: Connection, name: str, display: str, now: float) -> int:

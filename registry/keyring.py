@@ -96,7 +96,7 @@ class Keyring:
         raw = self._raw(name)
         if name == PEPPER and len(raw) != PEPPER_BYTES:
             raise Unavailable(
-                f"the secret pepper has {len(raw)} bytes", expected=f"{PEPPER_BYTES}", do="restore secrets/ from the backup, or the secret manager"
+                f"the secret pepper has {len(raw)} bytes", expected=f"{PEPPER_BYTES}", do="restore secrets/ from the backup"
             )
         return raw
 

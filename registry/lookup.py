@@ -10,14 +10,14 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import CompoundSelect, Engine, Select, bindparam, null, select, type_coerce, union_all
+from sqlalchemy import CompoundSelect, Engine, Select, null, select, type_coerce, union_all
 
 from artifact.grant import Principal, model_of
 from artifact.manifest import is_digest
 from artifact.store import Call
 from registry import tables as t
 from registry.catalog import storable
-from registry.entitlements import CALLER, principal_of
+from registry.holders import caller, principal_of
 from registry.statements import (
     BY_DIGEST,
     BY_REF,
@@ -80,15 +80,13 @@ class Lookup:
 @functools.cache
 def _joint(by: str, kind: str, digest: bool, own: bool) -> CompoundSelect[Any]:
     """The rows of the key, one a grant, and the row of the object, told apart by key_id: each side has nulls where the other has columns."""
-    column = t.api_key.c.hmac if by == "hmac" else t.api_key.c.key_id
-    keys: Select[Any] = CALLER.where(column == bindparam(by))
     objects: dict[str, Select[Any]] = {
         "head": BY_DIGEST if digest else BY_REF,
         "manifest": (BY_DIGEST if digest else BY_REF).add_columns(M.c.raw),
         "object": OBJECT if own else OBJECT_BY_ALIAS,
         "file": FILE_BY_DIGEST if digest else FILE_BY_REF,
     }
-    left, right = keys.subquery("holder"), objects[kind].subquery("sought")
+    left, right = caller(by).subquery("holder"), objects[kind].subquery("sought")
     no_key = [type_coerce(null(), c.type).label(c.name) for c in left.c]
     no_object = [type_coerce(null(), c.type).label(c.name) for c in right.c]
     return union_all(select(*left.c, *no_object), select(*no_key, *right.c))

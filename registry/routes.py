@@ -34,7 +34,8 @@ _OCI = (
 )
 _ADMIN = re.compile(r"/airlock/v1/([a-z.]{1,20})(/|\Z)")
 _ADMIN_WORDS = frozenset(
-    ["whoami", "leases", "catalog", "openapi.json", "search", "audit", "remove", "history", "rollback", "immutable", "quota", "retention", "gc"]
+    "whoami leases catalog openapi.json search audit remove history rollback immutable quota retention gc "
+    "orgs teams members keys grants entitlements receipts expiring report".split()
 )
 _HUB = (
     (re.compile(r"/api/whoami-v2\Z"), Route("hub", "/api/whoami-v2")),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, insert, select, text
+from sqlalchemy import Connection, Engine, insert, select, text, update
 from sqlalchemy.exc import DBAPIError
 
 from artifact.errors import Conflict, Invalid, Unavailable
@@ -88,9 +89,12 @@ def move(engine: Engine, revision: str = "head") -> str:
     return before
 
 
-def claim(engine: Engine, instance: str, pepper: bytes) -> None:
-    """Notes whose database this is, or checks it: keys made under another pepper would all be refused; raises Conflict, Unavailable."""
-    check = hmac.new(pepper, b"AIRLOCK site check", hashlib.sha256).hexdigest()
+def claim(engine: Engine, instance: str, peppers: Sequence[bytes]) -> None:
+    """Notes whose database this is, or checks it: keys made under another pepper would all be refused; raises Conflict, Unavailable.
+
+    `peppers` is the current one and those that it replaced: a database that knows one of those learns the current one here.
+    """
+    check, *older = [hmac.new(pepper, b"AIRLOCK site check", hashlib.sha256).hexdigest() for pepper in peppers]
     found = select(t.site.c.instance, t.site.c.pepper_check)
     with reading(engine) as connection:
         row = connection.execute(found).first()
@@ -109,7 +113,11 @@ def claim(engine: Engine, instance: str, pepper: bytes) -> None:
             do="give every server process the site.json and secrets/ of one site",
             reason="site",
         )
-    if not hmac.compare_digest(row.pepper_check, check):
+    if row.pepper_check != check:
+        if row.pepper_check in older:
+            with writing(engine) as connection:
+                connection.execute(update(t.site).where(t.site.c.pepper_check == row.pepper_check).values(pepper_check=check))
+            return
         raise Conflict(
             "secrets/pepper is not the one of this database, so no key would be accepted", do="restore secrets/ from the backup", reason="pepper"
         )

@@ -129,6 +129,7 @@ class Settings:
     stream_to: tuple[str, ...] = _setting((), "Networks whose pulls are streamed, never redirected.", _networks, "CIDRs with commas between")
     x_accel: str = _setting("", "Internal location of an nginx in front that sends the bytes.", _inside, "/NAME/, as /internal/")
     anonymous: bool = _flag(False, "Whether public repositories can be read without a key.")
+    entitlements: str = _choice("optional", ("optional", "required"), "Whether an organisation reads what is not its own only under an entitlement.")
     token_life_s: int = _whole(600, 60, 86400, "Life of a token of the token endpoint.")
     blob_lease_s: int = _whole(86400, 60, 30 * 86400, "How long a blob without a manifest is kept for its uploader.")
     garbage_delay_s: int = _whole(3600, 0, 30 * 86400, "How long the bytes of a removed blob stay; longer than any signed URL lives.")

@@ -76,6 +76,7 @@ COLUMNS = (
     O.c.name.label("org"),
     case((HAS_POLICY, P.c.visibility), else_=R.c.visibility).label("visibility"),
     case((HAS_POLICY, P.c.requires_tier), else_=R.c.requires_tier).label("requires_tier"),
+    case((HAS_POLICY, P.c.requires_product), else_=R.c.requires_product).label("requires_product"),
 )
 _FROM = R.outerjoin(P, P.c.name == bindparam("model")).outerjoin(O, O.c.id == case((HAS_POLICY, P.c.org_id), else_=R.c.org_id))
 
@@ -145,7 +146,7 @@ OBJECT_BY_ALIAS = _object(
 
 def as_repo(row: Any) -> Repo:
     """A Repo from a row of COLUMNS."""
-    subject = Subject(row.name, row.org or "", row.visibility, row.requires_tier)
+    subject = Subject(row.name, row.org or "", row.visibility, row.requires_tier, row.requires_product)
     return Repo(row.id, row.name, row.display, row.kind, subject, bool(row.gated), bool(row.immutable))
 
 

@@ -140,14 +140,15 @@ def migrate(settings: Settings, revision: str = "head") -> str:
 
 def open_site(settings: Settings, *, background: bool = True) -> Site:
     """Opens a site made by `airlock site init` at the newest schema; `background` flushes audit counts every 5 s; raises NotFound, Unavailable."""
-    home = Home.open(settings.data)
     migrate(settings)
+    home = Home.open(settings.data)
+    home = home if home.elsewhere else home.completed()  # of several servers each would make its own: there it is `airlock site init` that does
     engine = _engine(settings)
-    claim(engine, home.instance, home.pepper())
-    catalog, entitlements, audit = Catalog(engine), Entitlements(engine, home.pepper()), Audit(engine, home.instance)
+    claim(engine, home.instance, home.peppers())
+    catalog, entitlements, audit = Catalog(engine), Entitlements(engine, home.pepper(), home.keys.previous_peppers()), Audit(engine, home.instance)
     blobs = open_blobs(settings.blobs_url, settings.data)
     library = Library(catalog, blobs, audit, settings.upload_ttl_s, settings.blob_lease_s)
-    policy = Policy(settings.anonymous, settings.token_life_s, settings.redirect, settings.stream_to)
+    policy = Policy(settings.anonymous, settings.token_life_s, settings.redirect, settings.stream_to, settings.entitlements == "required")
     guard = Guard(library, entitlements, audit, home, settings.lease_life_s, settings.lease_grace_s, policy)
     collector = Collector(library, settings.garbage_delay_s, every_s=settings.gc_every_s)
     guard.attach(collector)

@@ -151,8 +151,9 @@ def _grants(holder: sa.Column[int]) -> None:
         sa.PrimaryKeyConstraint("id", name="pk_key_grant_2"),
         sa.UniqueConstraint("grant_id", name="uq_key_grant_grant_id"),
     )
-    for column in ("api_key_id", "org_id", "member_id", "team_id"):
+    for column in ("api_key_id", "member_id", "team_id"):
         op.create_index(f"ix_key_grant_{column}", "key_grant", [column])
+    op.create_index("ix_key_grant_org_id", "key_grant", ["org_id", "api_key_id", "member_id", "team_id"])
 
 
 def _documents() -> None:

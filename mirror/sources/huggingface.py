@@ -11,7 +11,7 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from artifact import copy
 from artifact.disk import Disk
-from artifact.errors import AirlockError, Denied, Invalid, Mismatch, TooLarge, Unavailable
+from artifact.errors import Denied, Invalid, Mismatch, NotFound, TooLarge, Unavailable
 from artifact.manifest import COMMIT, EMPTY_BYTES, FACTS_TYPE, MAX_FILES, SOURCE, build_model, canonical_json, check_path, is_commit, is_digest
 from artifact.store import Descriptor, File
 from mirror.plan import Item, load_yaml
@@ -101,15 +101,31 @@ class HubSource:
         self._api = HfApi(endpoint=endpoint, token=key or False)
         self.fetcher = Fetcher(endpoint, key, ca_file)
 
-    def key_id(self) -> str:
-        """The user whom the key belongs to, else the first 8 hex digits of the key's SHA-256; empty without a key; never the key."""
+    def who(self) -> tuple[str, str]:
+        """The user whom the key belongs to and the key's role, by the Hub's whoami-v2; empty without a key; raises as resolve does."""
         if not self._key:
-            return ""
+            return "", ""
+        found: object = self._ask("the key's user", self._api.whoami)
+        name = found.get("name") if isinstance(found, Mapping) else None
+        auth = found.get("auth") if isinstance(found, Mapping) else None
+        token = auth.get("accessToken") if isinstance(auth, Mapping) else None
+        role = token.get("role") if isinstance(token, Mapping) else None
+        return self._word(name), self._word(role)
+
+    def _word(self, value: object) -> str:
+        """A word of the Hub's as a record may hold it: short, printable and nothing with the key in it."""
+        return value[:100] if isinstance(value, str) and value.isprintable() and self._key not in value else ""
+
+    def admitted(self, snapshot: Snapshot) -> str:
+        """How a gated repository showed that it admits this key's user; raises Denied `gated`, Unauthenticated, Unavailable."""
+        what = f"{snapshot.repo_id}@{snapshot.commit}"
         try:
-            name = self._ask("the key's user", lambda: self._api.whoami()["name"])
-        except AirlockError:
-            name = ""
-        return str(name)[:100] if isinstance(name, str) and name.isprintable() and name and self._key not in name else fingerprint(self._key)
+            self._ask(what, lambda: self._api.auth_check(snapshot.repo_id))
+        except NotFound:  # a Hub without that route: asking for a file's head is refused in the same way
+            path = snapshot.files[0].path
+            self._ask(what, lambda: self._api.file_exists(snapshot.repo_id, path, revision=snapshot.commit))
+            return "admitted by HEAD"
+        return "admitted by auth-check"
 
     def resolve(self, item: Item) -> Snapshot:
         """Pins the wanted revision and lists the chosen files; raises NotFound, Denied, Unauthenticated, Invalid, TooLarge, Unavailable."""
@@ -118,7 +134,8 @@ class HubSource:
         commit = info.sha
         if not isinstance(commit, str) or not is_commit(commit) or (is_commit(item.wanted) and commit != item.wanted):
             raise Mismatch(f"the Hub names another or no commit for {what}", expected="the 40-hex commit that was asked for")
-        shown = info.id if isinstance(info.id, str) and info.id.casefold() == item.repository.casefold() else item.repository
+        same = isinstance(info.id, str) and info.id.isascii() and info.id.casefold() == item.repository.casefold()
+        shown = info.id if same else item.repository
         files = self._ask(what, lambda: tuple(self._listing(item, commit)))
         if not files:
             raise Invalid(
@@ -130,7 +147,8 @@ class HubSource:
         card: dict[str, object] = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
         tags = tuple(t for t in (info.tags or []) if isinstance(t, str))
         named = card.get("license") or next((t.removeprefix("license:") for t in tags if t.startswith("license:")), "")
-        return Snapshot(shown, commit, files, str(named or "")[:200], bool(info.gated), bool(info.private), tags[:1000])
+        license_ = "".join(c for c in str(named or "") if c.isprintable())[:200]
+        return Snapshot(shown, commit, files, license_, bool(info.gated), bool(info.private), tags[:1000])
 
     def _listing(self, item: Item, commit: str) -> Iterator[RemoteFile]:
         seen: set[str] = set()
@@ -326,8 +344,3 @@ def _resolve_path(snapshot: Snapshot, file: RemoteFile) -> str:
 def git_oid(raw: bytes) -> str:
     """The git object id of a blob: sha1 over `blob <length>\\0` and the bytes."""
     return hashlib.sha1(b"blob %d\0" % len(raw) + raw, usedforsecurity=False).hexdigest()
-
-
-def fingerprint(key: str) -> str:
-    """The first 8 hex digits of a key's SHA-256: enough to tell keys apart in an audit, useless for anything else."""
-    return hashlib.sha256(key.encode()).hexdigest()[:8]

@@ -49,6 +49,8 @@ def main(argv: list[str]) -> int:
     print(f"imported {what}: {report['names']} names, {report['objects']} objects, {report['copied_bytes']} bytes copied")
     if report["older"]:
         print("it is older than what was imported before: its content was added, no name was moved")
+    for name in report["requires_kept"] if isinstance(report["requires_kept"], list) else []:
+        print(f"{name} keeps what an administrator of this site says it requires; the bundle says something else (airlock catalog show {name})")
     if report["lost"]:
         print(f"never imported here: bundles {', '.join(map(str, report['lost'] if isinstance(report['lost'], list) else []))}")
     return 0

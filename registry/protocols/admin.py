@@ -1,14 +1,13 @@
-"""The product's own door, `/airlock/v1/…` and `/healthz`: who am I, leases, the catalog; refusals carry every word of the error."""
+"""The product's own door, `/airlock/v1/…` (the table of registry/verbs.py) and `/healthz`; refusals carry every word of the error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from artifact import errors
-from artifact.manifest import check_name, parse_json
-from artifact.store import Call
+from artifact.manifest import parse_json
 from registry.exchange import Exchange, Gone
-from registry.upkeep import Upkeep
+from registry.verbs import GETS, NAMED, POSTS
 
 _STATUS: dict[type[errors.AirlockError], int] = {
     errors.Unauthenticated: 401,
@@ -23,18 +22,8 @@ _STATUS: dict[type[errors.AirlockError], int] = {
     errors.Throttled: 429,
     errors.Unavailable: 503,
 }
-_LEASE_BYTES = 64 * 1024
 _BODY_BYTES = 64 * 1024
 _PREFIX = "/airlock/v1/"
-# What an administrator changes, by the last word of the path: a JSON object in, a JSON object out (docs/format.md, the admin API).
-_CHANGES: dict[str, Callable[[Upkeep, Call, Mapping[str, object]], dict[str, object]]] = {
-    "remove": Upkeep.remove,
-    "rollback": Upkeep.roll_back,
-    "immutable": Upkeep.set_immutable,
-    "quota": Upkeep.set_quota,
-    "retention": Upkeep.set_rule,
-    "gc": Upkeep.collect,
-}
 
 
 class AdminDoor:
@@ -64,57 +53,34 @@ class AdminDoor:
         if route == ("GET", "/healthz"):
             await x.io(self.check)
             await x.json(200, {"status": "ok"})
-        elif route == ("GET", "/airlock/v1/whoami"):
-            await x.json(200, await x.call(x.guard.whoami))
-        elif route == ("POST", "/airlock/v1/leases"):
-            await x.call(x.guard.whoami)  # a body is read for nobody who has no key
-            raw = await x.read_body(_LEASE_BYTES, "the lease request")
-
-            def lease(call: Call) -> dict[str, object]:
-                return {**x.guard.lease(call, parse_json(raw, "the lease request")), "now": int(call.now)}
-
-            await x.json(200, await x.call(lease))
-        elif route == ("GET", "/airlock/v1/catalog"):
-            after, limit = x.cursor("after"), max(1, x.number("limit", 100, 1000))
-            await x.json(200, await x.call(lambda call: x.guard.catalog_list(call, after, limit)))
-        elif route[0] == "GET" and x.path.startswith("/airlock/v1/catalog/"):
-            name = check_name(x.path[len("/airlock/v1/catalog/") :])
-            await x.json(200, await x.call(lambda call: x.guard.catalog_show(call, name)))
-        elif route[0] == "POST" and x.path.removeprefix(_PREFIX) in _CHANGES:
-            change = _CHANGES[x.path.removeprefix(_PREFIX)]
-            await x.call(x.guard.whoami)  # a body is read for nobody who has no key
-            body = parse_json(await x.read_body(_BODY_BYTES, "the request"), "the request")
-            await x.json(200, await x.call(lambda call: change(x.guard.upkeep, call, body)))
+        elif not x.path.startswith(_PREFIX):
+            raise _no_route(x)
+        elif x.method == "POST":
+            await self._change(x, x.path.removeprefix(_PREFIX))
         elif route[0] == "GET":
-            await self._look(x)
+            await self._look(x, x.path.removeprefix(_PREFIX))
         else:
             raise _no_route(x)
 
-    async def _look(self, x: Exchange) -> None:
-        """Answers the questions of an administrator, and the search of everybody."""
-        word, _, rest = x.path.removeprefix(_PREFIX).partition("/")
-        upkeep, limit = x.guard.upkeep, max(1, x.number("limit", 100, 1000))
-        if not x.path.startswith(_PREFIX) or (word in ("search", "audit", "retention", "gc")) == bool(rest):
+    async def _change(self, x: Exchange, path: str) -> None:
+        verb = POSTS.get(path)
+        if verb is None:
             raise _no_route(x)
-        if word == "search":
-            text, after = x.param("q"), x.cursor("after")
-            await x.json(200, await x.call(lambda call: upkeep.search(call, text, after, limit)))
-        elif word == "audit":
-            behind = x.number("after", 0, 1 << 62)
-            await x.json(200, await x.call(lambda call: x.guard.recorded(call, behind, limit)))
-        elif word == "history":
-            tag, before, name = x.param("tag"), x.number("before", 0, 1 << 62), check_name(rest)
-            await x.json(200, await x.call(lambda call: upkeep.history(call, name, tag, before, limit)))
-        elif word == "quota":
-            await x.json(200, await x.call(lambda call: upkeep.quota(call, rest)))
-        elif word == "retention":
-            await x.json(200, await x.call(upkeep.rules))
-        elif word == "gc":
-            await x.json(200, await x.call(upkeep.collection))
+        await x.call(x.guard.whoami)  # a body is read for nobody who has no key
+        body = parse_json(await x.read_body(_BODY_BYTES, "the request"), "the request")
+        await x.json(200, await x.call(lambda call: verb(x.guard, call, body)))
+
+    async def _look(self, x: Exchange, path: str) -> None:
+        word, slash, rest = path.partition("/")
+        verb, named = GETS.get(path), NAMED.get(word)
+        if verb is not None:
+            await x.json(200, await x.call(lambda call: verb(x.guard, call, x)))
+        elif named is not None and slash:
+            await x.json(200, await x.call(lambda call: named(x.guard, call, x, rest)))
         else:
             raise _no_route(x)
 
 
 def _no_route(x: Exchange) -> errors.NotFound:
-    words = "whoami, leases, catalog, search, audit, history, quota, retention, gc, remove, rollback or immutable below /airlock/v1/"
-    return errors.NotFound(f"no route {x.method} {x.path[:200]!r}", expected=words)
+    words = ", ".join(sorted({path.split("/")[0] for path in (*POSTS, *GETS, *NAMED)}))
+    return errors.NotFound(f"no route {x.method} {x.path[:200]!r}", expected=f"{words} below /airlock/v1/")

@@ -19,6 +19,7 @@ from artifact.profile import build as build_profiles
 from artifact.remote import NO_CALL, RemoteRegistry
 from artifact.store import Descriptor, File
 from mirror.home import MirrorHome
+from mirror.records import Records
 from tests.fakes.registry import registry
 from tests.flows.test_fake_hub import TOKEN, Running, hub, make_repo
 
@@ -88,7 +89,10 @@ def test_hub_item_with_profiles(tmp_path: Path) -> None:
     assert set(names) == {("hf/acme/tiny-llama" + tail, ref) for tail in ("", "/profiles") for ref in ("main", commit)}
     model = names[("hf/acme/tiny-llama", "main")]
     facts = {k: v for k, v in model.upstream.items() if k != "fetched"}
-    assert facts == {"source": f"hf://Acme/Tiny-Llama@{commit}", "key_id": "tester", "license": "mit", "gated": True}
+    told = {"source": f"hf://Acme/Tiny-Llama@{commit}", "key_id": Records(MirrorHome.open(home)).key_id(TOKEN), "license": "mit", "gated": True}
+    told |= {"upstream_org": "tester", "evidence": "user tester; role read; admitted by auth-check"}
+    unknown = {"product": "", "tier": "", "accepted_by": "", "accepted_at": 0, "key_end": 0, "subscription_end": 0}
+    assert facts == told | unknown
     assert (model.display, model.kind, names[("hf/acme/tiny-llama/profiles", "main")].kind) == ("Acme/Tiny-Llama", "model", "profiles")
     for path in (p for p in folder.rglob("*") if p.is_file() and p.name != "meta.json"):
         assert before["sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()] == path.stat().st_size

@@ -264,7 +264,7 @@ def test_homes_refuse_to_be_made_twice_or_to_pin_another(mirror: MirrorHome, tmp
     assert Home.open(tmp_path / "site", create=True).instance == home.instance
     secrets = tmp_path / "site" / "secrets"
     assert [(p.name, oct(p.stat().st_mode & 0o777)) for p in sorted(secrets.iterdir())] == [
-        (n, "0o600") for n in ("lease.pem", "pepper", "release.pem")
+        (n, "0o600") for n in ("audit.pem", "entitlement.pem", "lease.pem", "pepper", "release.pem")
     ]
     assert oct((tmp_path / "site").stat().st_mode & 0o777) == "0o700" == oct(secrets.stat().st_mode & 0o777)
 

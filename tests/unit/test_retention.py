@@ -220,6 +220,11 @@ def test_removal_leaves_what_something_else_names(found: tuple[list[Tag], list[V
 def test_rules_that_are_refused(rule: Rule) -> None:
     with pytest.raises(Invalid):
         check_rule(rule)
+    for pattern in ("**", "acme/**", "acme/*/x", "acme/a*b/**", "*/**"):
+        check_rule(Rule(pattern))
+    for pattern in ("acme/***/x", "acme/***", "***", "acme/**/x", "**/x", "acme/a**", "a**/x"):
+        with pytest.raises(Invalid):
+            check_rule(Rule(pattern))
 
 
 def test_most_specific_rule_counts() -> None:

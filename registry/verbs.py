@@ -1,0 +1,65 @@
+"""Which verb answers which path below /airlock/v1/: the one table of the product's own API; registry/openapi.py describes the same rows.
+
+Here because the door (registry/protocols/admin.py) only reads requests. Each row names a verb of the guard or of one of its parts, which decides and
+records for itself: nothing is checked here. To add a route: a row below, its words in registry/routes.py, its description in registry/openapi.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from artifact.manifest import check_name
+from artifact.store import Call
+from registry.guard import Guard
+
+MOST = 1 << 62
+
+
+class Query(Protocol):
+    """What a verb may read of a request's query (registry/exchange.py); each raises Invalid for what it does not take."""
+
+    def param(self, name: str, default: str = "") -> str:
+        """The first parameter of that name."""
+
+    def number(self, name: str, default: int, most: int) -> int:
+        """A whole number, cut at `most`."""
+
+    def cursor(self, name: str) -> str:
+        """A listing's start."""
+
+
+Body = Mapping[str, object]
+Answer = dict[str, object]
+
+
+def limit(q: Query) -> int:
+    """How many items a page may have."""
+    return max(1, q.number("limit", 100, 1000))
+
+
+# POST: a JSON object in, a JSON object out, by the whole path below /airlock/v1/.
+POSTS: dict[str, Callable[[Guard, Call, Body], Answer]] = {
+    "leases": lambda g, call, body: {**g.lease(call, dict(body)), "now": int(call.now)},
+    "remove": lambda g, call, body: g.upkeep.remove(call, body),
+    "rollback": lambda g, call, body: g.upkeep.roll_back(call, body),
+    "immutable": lambda g, call, body: g.upkeep.set_immutable(call, body),
+    "quota": lambda g, call, body: g.upkeep.set_quota(call, body),
+    "retention": lambda g, call, body: g.upkeep.set_rule(call, body),
+    "gc": lambda g, call, body: g.upkeep.collect(call, body),
+}
+# GET of exactly this path.
+GETS: dict[str, Callable[[Guard, Call, Query], Answer]] = {
+    "whoami": lambda g, call, q: g.whoami(call),
+    "catalog": lambda g, call, q: g.catalog_list(call, q.cursor("after"), limit(q)),
+    "search": lambda g, call, q: g.upkeep.search(call, q.param("q"), q.cursor("after"), limit(q)),
+    "audit": lambda g, call, q: g.recorded(call, q.number("after", 0, MOST), limit(q)),
+    "retention": lambda g, call, q: g.upkeep.rules(call),
+    "gc": lambda g, call, q: g.upkeep.collection(call),
+}
+# GET of this word and what follows it: a name, which may hold slashes.
+NAMED: dict[str, Callable[[Guard, Call, Query, str], Answer]] = {
+    "catalog": lambda g, call, q, name: g.catalog_show(call, check_name(name)),
+    "history": lambda g, call, q, name: g.upkeep.history(call, check_name(name), q.param("tag"), q.number("before", 0, MOST), limit(q)),
+    "quota": lambda g, call, q, name: g.upkeep.quota(call, name),
+}
