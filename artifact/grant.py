@@ -118,7 +118,7 @@ class Subject:
 class Decision:
     """The outcome: allow until when, with grace (0: no end), or a reason code with the words for a person and what would make it allowed.
 
-    `ids` names the grant, and the entitlement where one was asked, that allowed it.
+    `ids` names the grant, and the entitlement where one was asked, that allowed it, or that would have but for its end.
     """
 
     allow: bool
@@ -158,11 +158,10 @@ def date(at: float) -> str:
     return datetime.fromtimestamp(min(max(at, 0.0), MAX_DATE), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def refused(reason: str, **facts: str) -> Decision:
-    """The no of a code of artifact/reasons.py, with the facts of the case in its words."""
+def refused(reason: str, ids: dict[str, str] | None = None, **facts: str) -> Decision:
+    """The no of a code of artifact/reasons.py, with the facts of the case in its words, and the ids of what did not give it."""
     found = REASONS[reason]
-    seen = found.status == 403
-    return Decision(False, reason, found.words.format(**facts), found.remedy.format(**facts), visible=seen)
+    return Decision(False, reason, found.words.format(**facts), found.remedy.format(**facts), visible=found.status == 403, ids=ids or {})
 
 
 def model_of(name: str) -> str:
@@ -325,7 +324,7 @@ def _ways(principal: Principal, subject: Subject, action: str, now: float, profi
     name = model_of(subject.name)
     if action != "auditor" and not _tier_enough(_rank(principal.tier), subject.requires_tier, "dev"):  # listings give no content
         tier, has = subject.requires_tier, f"this key has {principal.tier or 'none'}"
-        return [refused("tier_missing", name=name, tier=tier, has=has, ask=f"ask for a key of tier {tier}")]
+        return [refused("tier_missing", name=name, tier=tier, has=has, ask=f"a key of tier {tier}")]
     grants = _grants(principal, subject, action, now)
     if isinstance(grants, Decision):
         return [grants]
@@ -366,7 +365,7 @@ def _grants(principal: Principal, subject: Subject, action: str, now: float) -> 
     """The grants that cover the name, give the action and are in their time or grace; else the no of those that came furthest."""
     name = model_of(subject.name)
     whole = action == "auditor" and subject.org != "" and subject.org == principal.org  # an auditor's own organisation, whatever the patterns
-    covering = [g for g in principal.grants if any(matches(p, name) for p in g.models) or (whole and "auditor" in g.actions)]
+    covering = [g for g in principal.grants if any(matches(p, subject.name) for p in g.models) or (whole and "auditor" in g.actions)]
     if not covering:
         return refused("no_grant", name=name)
     able = [g for g in covering if includes(g.actions, action)]
@@ -376,7 +375,8 @@ def _grants(principal: Principal, subject: Subject, action: str, now: float) -> 
     if not started:
         return refused("grant_not_yet", name=name, at=date(min(g.not_before for g in able)))
     living = [g for g in started if not g.expires or g.expires + g.grace_s > now]
-    return living or refused("grant_expired", name=name, at=date(max(g.expires for g in started)))
+    last = max(started, key=lambda g: g.expires)
+    return living or refused("grant_expired", {"grant": last.id} if last.id else None, name=name, at=date(last.expires))
 
 
 def _document(principal: Principal, subject: Subject, action: str, now: float) -> Decision | None:
@@ -384,18 +384,19 @@ def _document(principal: Principal, subject: Subject, action: str, now: float) -
     found, name, org = principal.entitlement, model_of(subject.name), principal.org
     if found is None:
         return refused("entitlement_absent", name=name, org=org) if principal.entitled_only else None
+    ids = {"entitlement": found.jti} if found.jti else None
     if found.revoked_at and found.revoked_at <= now:
-        return refused("entitlement_revoked", org=org, at=date(found.revoked_at))
+        return refused("entitlement_revoked", ids, org=org, at=date(found.revoked_at))
     if found.not_before > now:
-        return refused("entitlement_not_yet", org=org, at=date(found.not_before))
+        return refused("entitlement_not_yet", ids, org=org, at=date(found.not_before))
     if found.expires + found.grace_s <= now:
-        return refused("entitlement_expired", org=org, at=date(found.expires))
-    if not any(matches(p, name) for p in found.models):
-        return refused("entitlement_models", org=org, name=name)
+        return refused("entitlement_expired", ids, org=org, at=date(found.expires))
+    if not any(matches(p, subject.name) for p in found.models):
+        return refused("entitlement_models", ids, org=org, name=name)
     if action not in found.actions:
-        return refused("entitlement_actions", org=org, action=action)
+        return refused("entitlement_actions", ids, org=org, action=action)
     if subject.requires_product and subject.requires_product not in found.products:
-        return refused("product_missing", org=org, name=name, product=subject.requires_product)
+        return refused("product_missing", ids, org=org, name=name, product=subject.requires_product)
     return None
 
 
@@ -423,11 +424,11 @@ def _fitting(
 
 def _tier_missing(name: str, tier: str, rank: int, principal: Principal) -> Decision:
     """The no to a key whose tier was enough for some grant, but not for those it has, or was cut by the entitlement."""
-    document, has, ask = principal.entitlement, f"this key has {principal.tier}", "ask for a key of tier enterprise"
+    document, has, ask = principal.entitlement, f"this key has {principal.tier}", "a key of tier enterprise"
     if document is not None and _rank(document.tier) < _rank(principal.tier):
-        has, ask = f"the entitlement of {principal.org} gives {document.tier or 'none'}", "ask for an entitlement of tier enterprise"
+        has, ask = f"the entitlement of {principal.org} gives {document.tier or 'none'}", "an entitlement of tier enterprise"
     if tier == "developer" and rank:
-        has, ask = f"{has}, which is not enough for production", f"{ask}, or for a grant of environment dev"
+        has, ask = f"{has}, which is not enough for production", f"{ask}, or a grant of environment dev"
     return refused("tier_missing", name=name, tier=tier, has=has, ask=ask)
 
 

@@ -38,7 +38,7 @@ REASONS: dict[str, Reason] = {
     "action_missing": Reason("the grant on {name} does not include '{action}'", "ask for a key with action {action}"),
     "grant_not_yet": Reason("the grant on {name} begins on {at}", "wait, or ask for an earlier grant"),
     "grant_expired": Reason("the grant on {name} expired on {at}", "renew the subscription or the grant"),
-    "tier_missing": Reason("{name} requires the {tier} tier; {has}", "{ask}"),
+    "tier_missing": Reason("{name} requires the {tier} tier; {has}", "ask for {ask}"),
     "entitlement_absent": Reason("{org} has no entitlement, and this site requires one for {name}", "import one with `airlock entitlement import`"),
     "entitlement_not_yet": Reason("the entitlement of {org} begins on {at}", "wait, or import one that begins earlier"),
     "entitlement_expired": Reason("the entitlement of {org} expired on {at}", f"renew the subscription, then {_DOCUMENT}"),
@@ -62,3 +62,4 @@ REASONS: dict[str, Reason] = {
     "lease_revoked": Reason("the lease was revoked on {at}", "ask the administrator why; " + _LEASE),
     "lease_returned": Reason("the lease was returned on {at}, and is not used again", _LEASE),
 }
+DEAD = frozenset(code for code, reason in REASONS.items() if reason.status == 401)  # of these the key itself is refused, whatever it asks for

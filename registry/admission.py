@@ -24,7 +24,7 @@ GUESSES = ("key_invalid", "token_invalid")  # failed logins; an absent, expired 
 
 @dataclass(frozen=True)
 class Policy:
-    """Whether everybody may read what is public, the life of a token, who may be sent to the store's own URLs, and whether entitlements are a must."""
+    """Whether everybody may read what is public, the life of a token, who may be sent to the store's own URLs, whether entitlements are a must."""
 
     anonymous: bool = False
     token_life_s: int = 600
@@ -85,6 +85,7 @@ class Admission:
             holder, found = self._holder(ask, key=text) if well_formed(text) else (None, None)
             if holder is None:
                 raise Unauthenticated(absent.words, do=absent.remedy, reason="key_invalid")
+            self._entitlements.used(holder.key_id, text, now)
             return holder, found
         claims = self._tokens.verify(text, now)
         if not claims.key_id and not self.policy.anonymous:
@@ -98,10 +99,13 @@ class Admission:
 
     def _holder(self, ask: Ask, *, key: str = "", key_id: str = "") -> tuple[Principal | None, Located | None]:
         found: Located | None = None
-        if ask:
-            holder, found = self._lookup.seek(ask, hmac=self._entitlements.hmac(key) if key else b"", key_id=key_id)
-        else:
+        if not ask:
             holder = self._entitlements.principal(key) if key else self._entitlements.holder(key_id)
+        else:
+            for digest in self._entitlements.hmacs(key) if key else (b"",):  # the current pepper's, then those that it replaced
+                holder, found = self._lookup.seek(ask, hmac=digest, key_id=key_id)
+                if holder is not None:
+                    break
         if holder is not None and self.policy.entitled_only:
             holder = replace(holder, entitled_only=True)
         return holder, found

@@ -148,9 +148,10 @@ class Audit:
         self._thread: threading.Thread | None = None
 
     def body(self, call: Call, event: str, ref: str, result: str, reason: str = "", more: Mapping[str, object] | None = None) -> dict[str, object]:
-        """The fields of a row: v, ts, event, org, key_id, ref (name@digest), result, reason, instance, request_id."""
+        """The fields of a row: v, ts, event, org, key_id, ref (name@digest), result, reason, instance, request_id; grant, entitlement if known."""
         who = call.principal
         row: dict[str, object] = {"v": VERSION, "ts": round(call.now, 3), "event": event, "org": who.org, "key_id": who.key_id, "ref": ref[:600]}
+        row |= call.decision.ids if call.decision else {}
         return row | {"result": result, "reason": reason, "instance": self._instance, "request_id": call.request_id[:64]} | dict(more or {})
 
     def change(self, conn: Connection, call: Call, event: str, ref: str, **more: object) -> None:
@@ -158,8 +159,9 @@ class Audit:
         self._insert(conn, "A", call.now, self.body(call, event, ref, "granted", more=more))
 
     def read(self, call: Call, name: str, digest: str, size: int, action: str = "pull") -> None:
-        """Class B: the first of (key, repository, digest or `blob`, action) in 15 minutes is stored before this returns; raises Unavailable."""
-        key = SEP.join((call.principal.key_id, name, digest, action))
+        """Class B: the first of (key, repository, digest or `blob`, action, grant) in 15 minutes is stored before this returns; raises Unavailable."""
+        under = call.decision.ids.values() if call.decision else ()  # what is read under another grant is another fact
+        key = SEP.join((call.principal.key_id, name, digest, action, *under))
         self._record("B", key, call.now, FIRST_EVERY_S, 1, self.body(call, action, f"{name}@{digest}", "granted", more={"bytes": size}))
 
     def served(self, call: Call, name: str, digest: str, size: int) -> None:

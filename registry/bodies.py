@@ -67,7 +67,7 @@ def seconds(given: str) -> float:
     return float(int(found[1]) * UNITS[found[2]])
 
 
-def moment(body: Body, key: str, now: float, default: str = "") -> float:
+def moment(body: Body, key: str, now: float, default: str | None = "") -> float:
     """A time: RFC 3339 in UTC, a life from now such as `90d`, or empty and `never` for 0; raises Invalid."""
     given = text(body, key, default, 40)
     if given in ("", "never"):

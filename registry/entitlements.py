@@ -13,15 +13,18 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import hexdigits
+from typing import Any
 
-from sqlalchemy import Connection, Engine, delete, insert, select, update
+from sqlalchemy import Connection, Engine, delete, func, insert, select, update
 
-from artifact.errors import Invalid, NotFound
-from artifact.grant import ACTIONS, TIERS, Grant, Principal
-from artifact.manifest import check_name
+from artifact.errors import Conflict, Invalid, NotFound
+from artifact.grant import TIERS, Grant, Principal
 from registry import tables as t
 from registry.database import alone
 from registry.holders import caller, principal_of
+from registry.keyring import pepper_id
+from registry.people import add_grant, check_grant, rights_of
+from registry.usage import Usage
 
 PREFIX = "nvapi-"
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -29,7 +32,6 @@ BODY, CHECK = 43, 6
 MAX_KEY = 200
 MAX_GPUS = 64
 MAX_NONCE = 64
-ORIGINS = ("hf", "ngc", "nvcr.io", "localhost")
 
 
 @dataclass(frozen=True)
@@ -87,32 +89,36 @@ def well_formed(key: str) -> bool:
     return checksum(key[:-CHECK]) == key[-CHECK:]
 
 
-def check_org(name: str) -> str:
-    """An organisation's name itself: one segment of a repository name without dots, and no origin's; raises Invalid."""
-    if "/" in name or "." in name or name in ORIGINS or name.startswith("localhost") or len(name) > 100:
-        raise Invalid(
-            f"{name[:100]!r} cannot be an organisation", expected="one lower-case segment without / and ., not " + ", ".join(ORIGINS), reason="org"
-        )
-    return check_name(name)
-
-
 class Entitlements:
     """Keys and grants of this site; `pepper` keys the HMAC under which keys are stored, `older` are those that it replaced."""
 
     def __init__(self, engine: Engine, pepper: bytes, older: Sequence[bytes] = (), prefix: str = PREFIX) -> None:
         self._engine = engine
         self._pepper, self._older, self._prefix = pepper, tuple(older), prefix
+        self._pepper_id = pepper_id(pepper)
+        self.usage = Usage(engine, self._pepper_id)
 
     def hmac(self, key: str) -> bytes:
         """What is stored in place of a key."""
         return hmac.new(self._pepper, key.encode(), hashlib.sha256).digest()
 
+    def hmacs(self, key: str) -> tuple[bytes, ...]:
+        """What a key may be stored as: under the current pepper, then under those that it replaced."""
+        return (self.hmac(key), *(hmac.new(pepper, key.encode(), hashlib.sha256).digest() for pepper in self._older))
+
     def principal(self, key: str) -> Principal | None:
-        """The principal of a presented key with all its grants, by one indexed statement; None when nothing proves possession."""
+        """The principal of a presented key with all its grants, by one indexed statement; None when nothing proves possession.
+
+        A key of a pepper that was replaced takes a statement more, until its use was written (registry/usage.py).
+        """
         if not well_formed(key):
             return None
-        with t.reading(self._engine) as conn:
-            return principal_of(conn.execute(caller("hmac"), {"hmac": self.hmac(key)}).all())
+        for digest in self.hmacs(key):
+            with t.reading(self._engine) as conn:
+                found = principal_of(conn.execute(caller("hmac"), {"hmac": digest}).all())
+            if found is not None:
+                return found
+        return None
 
     def holder(self, key_id: str) -> Principal | None:
         """The principal of the key that a token stands for, as it is now, by one indexed statement; None once there is no such key."""
@@ -121,39 +127,98 @@ class Entitlements:
         with t.reading(self._engine) as conn:
             return principal_of(conn.execute(caller("key_id"), {"key_id": key_id}).all())
 
-    def add_key(self, conn: Connection, org_id: int, *, tier: str, grant: Grant, expires: float, at: float, note: str = "") -> tuple[str, str]:
-        """Makes a key with one grant in the given transaction; returns (key id, key): the key is shown once; raises Invalid."""
+    def add_key(
+        self,
+        conn: Connection,
+        org_id: int,
+        *,
+        tier: str,
+        grant: Grant | None,
+        expires: float,
+        at: float,
+        note: str = "",
+        kind: str = "service",
+        member_id: int | None = None,
+        prefix: str = "",
+        replaces: str = "",
+    ) -> tuple[str, str]:
+        """Makes a key, with a grant of its own or none, in the given transaction; returns (key id, key): the key is shown once.
+
+        Raises Invalid, and Conflict `max_keys` where the organisation's document allows no further one.
+        """
         if tier not in TIERS:
             raise Invalid(f"there is no tier {tier[:40]!r}", expected=" or ".join(TIERS))
-        unknown = [a for a in grant.actions if a not in ACTIONS]
-        if unknown or not grant.actions:
-            raise Invalid(f"there is no action {', '.join(unknown)[:80]!r}", expected=", ".join(ACTIONS))
-        for pattern in grant.models:
-            _check_pattern(pattern)
-        if not grant.models:
-            raise Invalid("the key is granted nothing", expected="at least one model pattern", do="--models 'acme/*'")
+        if grant is not None:
+            check_grant(grant, at)
         if expires and expires <= at:
             raise Invalid("the key would be expired from the start", expected="an expiry in the future")
-        key, key_id = new_key(), "key-" + secrets.token_hex(8)
+        if not replaces:
+            self._room(conn, org_id, at)
+        key, key_id = new_key(prefix or self._prefix), "key-" + secrets.token_hex(8)
         values = {"key_id": key_id, "hmac": self.hmac(key), "org_id": org_id, "tier": tier, "note": note[:200], "created": at, "expires": expires}
+        values |= {"type": kind, "member_id": member_id, "replaces": replaces, "pepper_id": self._pepper_id}
         conn.execute(insert(t.api_key).values(values))
-        row_id = conn.execute(select(t.api_key.c.id).where(t.api_key.c.key_id == key_id)).scalar_one()
-        rights = {"models": json.dumps(grant.models), "actions": json.dumps(grant.actions), "not_before": grant.not_before, "expires": grant.expires}
-        own = {"grant_id": "grant-" + secrets.token_hex(8), "org_id": org_id, "created": at}
-        conn.execute(insert(t.key_grant).values(api_key_id=row_id, grace_s=grant.grace_s, **own, **rights))
+        if grant is not None:
+            row_id = conn.execute(select(t.api_key.c.id).where(t.api_key.c.key_id == key_id)).scalar_one()
+            add_grant(conn, org_id, grant, at, api_key_id=row_id)
         return key_id, key
 
-    def keys(self, org: str = "") -> list[dict[str, object]]:
-        """All keys by their public facts, oldest first; never the key or its HMAC."""
-        k, g = t.api_key.c, t.key_grant.c
-        source = t.api_key.join(t.org, t.org.c.id == k.org_id).outerjoin(t.key_grant, g.api_key_id == k.id)
-        columns = (k.key_id, t.org.c.name.label("org"), k.tier, k.created, k.expires, k.revoked_at, k.note, g.models, g.actions)
-        found = select(*columns).select_from(source).order_by(k.id)
-        if org:
-            found = found.where(t.org.c.name == org)
-        with t.reading(self._engine) as conn:
-            rows = conn.execute(found).mappings().all()
-        return [{**row, "models": json.loads(row["models"] or "[]"), "actions": json.loads(row["actions"] or "[]")} for row in rows]
+    def _room(self, conn: Connection, org_id: int, at: float) -> None:
+        """Returns where the organisation's document allows one more living key; the row is held, so that two at once cannot both be the last."""
+        k, o, e = t.api_key.c, t.org.c, t.entitlement.c
+        most = conn.execute(select(e.max_keys).join(t.org, o.entitlement_id == e.id).where(o.id == org_id)).scalar()
+        if not most:
+            return
+        conn.execute(select(o.id).where(o.id == org_id).with_for_update(key_share=True))
+        alive = (k.org_id == org_id, k.revoked_at == 0, (k.expires == 0) | (k.expires > at))
+        if conn.execute(select(func.count()).select_from(t.api_key).where(*alive)).scalar_one() >= most:
+            raise Conflict(
+                f"the organisation has {most} living keys, as many as its entitlement allows",
+                do="revoke one, or ask the issuer for more",
+                reason="max_keys",
+            )
+
+    def rotate(self, conn: Connection, row: Any, *, until: float, expires: float, at: float, prefix: str = "") -> tuple[str, str]:
+        """A successor of a living key with the same grants, and the end of the old one at `until`; returns (key id, key).
+
+        A key and its predecessor are the most that live at once; raises Conflict `key_revoked`, `key_expired`, `rotated` or `changed`.
+        """
+        k = t.api_key.c
+        if row.revoked_at or 0 < row.expires <= at:
+            state = "revoked" if row.revoked_at else "expired"
+            raise Conflict(f"{row.key_id} is {state}", do="airlock key create", reason=f"key_{state}")
+        beside = (k.replaces == row.key_id) | (k.key_id == row.replaces)
+        living = select(k.key_id).where(beside, k.revoked_at == 0, (k.expires == 0) | (k.expires > at))
+        other = conn.execute(living).scalar()
+        if other:
+            words = f"{row.key_id} is in the overlap of a rotation with {other}"
+            raise Conflict(words, do="wait for its end, or revoke one of the two", reason="rotated")
+        key_id, key = self.add_key(
+            conn,
+            row.org_id,
+            tier=row.tier,
+            grant=None,
+            expires=expires,
+            at=at,
+            note=row.note,
+            kind=row.type,
+            member_id=row.member_id,
+            prefix=prefix,
+            replaces=row.key_id,
+        )
+        new = conn.execute(select(k.id).where(k.key_id == key_id)).scalar_one()
+        for grant in (g for g in rights_of(conn, key_id=row.id) if not g.expires or g.expires + g.grace_s > at):
+            add_grant(conn, row.org_id, grant, at, api_key_id=new)
+        end = min(until, row.expires) if row.expires else until
+        values = {"expires": end} if end > at else {"revoked_at": at}
+        if not conn.execute(update(t.api_key).where(k.id == row.id, k.revoked_at == 0, k.expires == row.expires).values(values)).rowcount:
+            raise Conflict(f"{row.key_id} was revoked or changed meanwhile", do="read it again", reason="changed")
+        return key_id, key
+
+    def used(self, key_id: str, key: str, now: float) -> None:
+        """Notes that a key was presented, for `last_used` and, while a pepper is being replaced, for its HMAC under the current one."""
+        if self.usage.due(key_id, now):
+            self.usage.note(key_id, now, self.hmac(key) if self._older else None)
 
     def revoke(self, conn: Connection, key_id: str, at: float) -> bool:
         """Revokes a key from now on; False when it was revoked before; raises NotFound."""
@@ -196,12 +261,3 @@ class Entitlements:
         found = select(g.c.host, g.c.gpu_uuid).select_from(source).where(t.org.c.name == org, lease.c.exp > now).distinct()
         with t.reading(self._engine) as conn:
             return len(conn.execute(found).all())
-
-
-def _check_pattern(pattern: str) -> None:
-    """A grant pattern: a repository name in which * stands for a part of a segment, and ** as the last segment for any rest."""
-    segments: Sequence[str] = pattern.split("/")
-    plain = "/".join("x" if s == "**" and i == len(segments) - 1 else s.replace("*", "x") for i, s in enumerate(segments))
-    if "**" in "/".join(segments[:-1]) or ("**" in segments[-1] and segments[-1] != "**"):
-        raise Invalid(f"the pattern {pattern[:100]!r} has ** where it means nothing", expected="** as the last segment only", reason="pattern")
-    check_name(plain)

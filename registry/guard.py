@@ -12,28 +12,31 @@ from dataclasses import replace
 from typing import NoReturn
 
 from artifact.errors import Denied, Invalid, NotFound, Unauthenticated
-from artifact.grant import PROFILES, Access, Decision, Subject, authenticate, best, date, decide, decide_open, insufficient, scoped, visible
+from artifact.grant import PROFILES, Access, Decision, Subject, authenticate, best, date, decide, decide_open, insufficient, refused, scoped, visible
 from artifact.manifest import PROFILES_TYPE, check_digest, check_name, check_ref, parse_manifest
 from artifact.profile import Profile
 from artifact.profile import parse as parse_profiles
-from artifact.reasons import REASONS
+from artifact.reasons import DEAD
 from artifact.store import Call, Content, Descriptor, File, Files, Page, Registry, Revision, Upload
 from artifact.trust import sign_jws
 from registry.admission import Admission, Policy
 from registry.audit import Audit
 from registry.catalog import Located, Repo
 from registry.collector import Collector
+from registry.delegation import Office, office
 from registry.entitlements import Entitlements, LeaseWish, lease_gpus, lease_nonce
 from registry.home import Home
+from registry.issuance import Issuance
 from registry.library import MAX_PAGE, Library, as_revision, damaged
 from registry.lookup import Ask, Lookup, Sought
+from registry.roster import Roster
 from registry.rows import owner_of
 from registry.tokens import granted
 from registry.upkeep import Upkeep
 
 MAX_PROFILES_BYTES = 4 * 1024 * 1024
 SKEW_S = 60
-EVERYTHING = "every/name/of/this/site"  # a name that a grant on `**` covers, and no grant on some names
+EVERYTHING = "every.name/of/this/site"  # a name that a grant on `**` covers; no organisation is called like its first segment
 
 
 class Guard(Registry, Files):
@@ -55,6 +58,8 @@ class Guard(Registry, Files):
         self._home = home
         self._open = policy is not None and policy.anonymous
         self._lease_life_s, self._lease_grace_s = lease_life_s, lease_grace_s
+        desk = (library.catalog.engine, entitlements, audit, self._office, self._refuse)
+        self.roster, self.issuance = Roster(*desk), Issuance(*desk)
         self._admission = Admission(entitlements, Lookup(library.catalog.engine), audit, home, policy or Policy())
 
     def caller(self, key_text: str | None, request_id: str, now: float, address: str = "", ask: Ask = ()) -> Call:
@@ -91,26 +96,39 @@ class Guard(Registry, Files):
                 repo = self._library.catalog.repository(check_name(access.name)) if access.kind == "repository" else None
                 named.append(replace(access, name=repo.name) if repo else access)  # an alias opens what it stands for now
                 found[named[-1].name] = repo
-        given = granted(named, lambda access, action: self._may(call, access, action, found))
+        under: dict[str, set[str]] = {"grant": set(), "entitlement": set()}
+
+        def may(access: Access, action: str) -> bool:
+            decision = self._may(call, access, action, found)
+            for kind, value in decision.ids.items() if decision.allow else ():
+                under[kind].add(value)
+            return decision.allow
+
+        given = granted(named, may)
         token, life = self._admission.sign(call, given)
         if call.principal.key_id:
-            self._audit.read(call, ",".join(map(str, given))[:400], "token", 0, "token")
+            ids = {kind: ",".join(sorted(values))[:400] for kind, values in under.items() if values}
+            allowed = replace(call, decision=Decision(True, "ok", ids=ids))
+            self._audit.read(allowed, ",".join(map(str, given))[:400], "token", 0, "token")
         return token, given, life
 
-    def _may(self, call: Call, access: Access, action: str, found: Mapping[str, Repo | None]) -> bool:
-        if access.kind == "registry":
-            return access.name == "catalog" and action == "*" and authenticate(call.principal, call.now).allow
-        if access.name not in found or (action == "delete" and found[access.name] is None):
-            return False
+    def _may(self, call: Call, access: Access, action: str, found: Mapping[str, Repo | None]) -> Decision:
+        if access.kind == "registry" and access.name == "catalog" and action == "*":
+            return authenticate(call.principal, call.now)
+        if access.kind == "registry" or access.name not in found or (action == "delete" and found[access.name] is None):
+            return refused("not_visible")
         repo = found[access.name]
         if action == "push":
-            return self._push_decision(call, access.name, repo).allow
-        subject = self._subject(call, access.name, repo)
-        return self._decide(call, subject, action).allow
+            return self._push_decision(call, access.name, repo)
+        return self._decide(call, self._subject(call, access.name, repo), action)
 
     def attach(self, collector: Collector) -> None:
         """Gives this guard the administrator's verbs over what is held (registry/upkeep.py)."""
         self.upkeep = Upkeep(self._library, collector, self._allow, self._allow_site, self._demand_listing)
+
+    def _office(self, call: Call) -> Office:
+        self._demand_alive(call)
+        return office(call.principal, call.now)
 
     def _allow_site(self, call: Call) -> Call:
         """The call of the site's administrator: a key with action admin on every name."""
@@ -139,16 +157,14 @@ class Guard(Registry, Files):
         self._audit.denied(replace(call, decision=decision), action, name, decision.reason)
         if call.principal.anonymous and call.principal.access is not None:
             raise Unauthenticated(decision.words, do=decision.remedy, reason="insufficient_scope")
-        if REASONS[decision.reason].status == 401:
+        if decision.reason in DEAD:
             raise Unauthenticated(decision.words, do=decision.remedy, reason=decision.reason)
         if not decision.visible:
             raise NotFound(decision.words, do=decision.remedy, reason="not_visible")
         raise Denied(decision.words, do=decision.remedy, reason=decision.reason)
 
     def _decide(self, call: Call, subject: Subject, action: str, profile: tuple[str, str] | None = None) -> Decision:
-        if self._open:
-            return decide_open(call.principal, subject, action, call.now, profile)
-        return decide(call.principal, subject, action, call.now, profile)
+        return (decide_open if self._open else decide)(call.principal, subject, action, call.now, profile)
 
     def _allow(self, call: Call, name: str, repo: Repo | None, *actions: str, profile: tuple[str, str] | None = None) -> Call:
         """The call with its decision, allowed by any of `actions` (a run: of that profile); a name that is not there is refused as not visible."""
@@ -362,6 +378,7 @@ class Guard(Registry, Files):
     def _summary(self, call: Call, repo: Repo) -> dict[str, object]:
         decision = self._decide(call, repo.subject, "pull")
         facts: dict[str, object] = {"name": repo.name, "display": repo.display, "kind": repo.kind, "org": repo.subject.org}
+        facts |= {"requires_tier": repo.subject.requires_tier, "requires_product": repo.subject.requires_product}
         return facts | {"visibility": repo.subject.visibility, "gated": repo.gated, "entitled": decision.allow, "reason": decision.reason}
 
     def catalog_show(self, call: Call, name: str) -> dict[str, object]:

@@ -95,9 +95,7 @@ class Keyring:
         """The secret of that name now; raises Unavailable."""
         raw = self._raw(name)
         if name == PEPPER and len(raw) != PEPPER_BYTES:
-            raise Unavailable(
-                f"the secret pepper has {len(raw)} bytes", expected=f"{PEPPER_BYTES}", do="restore secrets/ from the backup"
-            )
+            raise Unavailable(f"the secret pepper has {len(raw)} bytes", expected=f"{PEPPER_BYTES}", do="restore secrets/ from the backup")
         return raw
 
     def _raw(self, name: str) -> bytes:
@@ -111,7 +109,7 @@ class Keyring:
             except ValueError:
                 raise Unavailable(f"{variable} is no hexadecimal text", expected=f"{2 * PEPPER_BYTES} digits of 0-9 and a-f") from None
         try:
-            with open(named or self.path(name), "rb") as source:
+            with Path(named or self.path(name)).open("rb") as source:
                 return source.read(MAX_BYTES)
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             do = f"check {variable}_FILE" if named else "restore the data directory's secrets/ from the backup"

@@ -75,6 +75,8 @@ _SUMMARY: Mapping[str, Schema] = {
     "gated": _FLAG,
     "entitled": _FLAG,
     "reason": _TEXT,
+    "requires_tier": _TEXT,
+    "requires_product": _TEXT,
 }
 _REF: Mapping[str, Schema] = {
     "ref": _TEXT,
@@ -104,6 +106,14 @@ _REMOVED = _object(
     dry_run=_FLAG,
 )
 _MOVE: Mapping[str, Schema] = {"id": _COUNT, "tag": _TEXT, "from": _TEXT, "to": _TEXT, "at": _TEXT, "key_id": _TEXT, "kept": _FLAG}
+
+
+_TIME: Schema = {"type": "number", "minimum": 0}
+_UPSTREAM: Mapping[str, Schema] = {
+    **dict.fromkeys(("name", "ref", "source", "upstream_org", "key_id", "product", "tier", "license", "accepted_by", "evidence", "sender"), _TEXT),
+    **dict.fromkeys(("key_end", "subscription_end", "accepted_at", "fetched", "at"), _TIME),
+    **{"id": _COUNT, "digest": _DIGEST, "gated": _FLAG, "sequence": _COUNT},
+}
 
 
 def _everybody() -> dict[str, dict[str, Any]]:
@@ -165,6 +175,10 @@ def _administrators() -> dict[str, dict[str, Any]]:
     moved = _object("*", **{"name": _TEXT, "tag": _TEXT, "from": _TEXT, "to": _DIGEST})
     set_rule = {"anyOf": [_object("*", **_RULE_FIELDS), _object("*", removed=_TEXT)]}
     flag = _object("name immutable", name=_NAME, immutable=_FLAG)
+    needed, told = _object("*", name=_TEXT, tier=_TEXT, product=_TEXT), _object("*", items=_list(**_UPSTREAM), after=_COUNT)
+    product = {"type": "string", "pattern": "^([A-Za-z0-9][A-Za-z0-9._:/+-]{0,99})?$"}
+    needs = _object("name", name=_NAME, tier={"enum": ["", "developer", "enterprise"]}, product=product)
+    behind = _query("after", {"type": "integer", "minimum": 0, "maximum": 10**15})
     return {
         "/airlock/v1/remove": {
             "post": _operation("held", "Removes a tag, a manifest or a repository, or tells what that frees", _REMOVED, body=remove)
@@ -172,6 +186,10 @@ def _administrators() -> dict[str, dict[str, Any]]:
         "/airlock/v1/history/{name}": {"get": _operation("tags", "Where the tags of a repository pointed", history, params=past)},
         "/airlock/v1/rollback": {"post": _operation("tags", "Points a tag at a manifest that is still here", moved, body=back)},
         "/airlock/v1/immutable": {"post": _operation("tags", "Says whether the tags of a repository may move and go", changed, body=flag)},
+        "/airlock/v1/require": {"post": _operation("held", "Says which product and tier a repository requires", needed, body=needs)},
+        "/airlock/v1/upstream": {
+            "get": _operation("audit", "What bundles told of the upstreams, for auditors", told, params=(_query("name", _TEXT), *_LIMIT, behind))
+        },
         "/airlock/v1/quota/{org}": {"get": _operation("held", "Bytes of an organisation and its bound", _QUOTA, params=(_path("org", _WORD),))},
         "/airlock/v1/quota": {"post": _operation("held", "Sets the bound of an organisation; 0 is none", _QUOTA, body=bound)},
         "/airlock/v1/retention": {

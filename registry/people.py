@@ -51,7 +51,7 @@ def check_person(name: str) -> str:
 
 
 def check_pattern(pattern: str) -> str:
-    """A grant pattern itself: a repository name in which * stands for a part of a segment, and ** as the last segment for any rest; raises Invalid."""
+    """A grant pattern itself: a repository name in which * is a part of a segment, and ** as the last one any rest; raises Invalid."""
     segments: Sequence[str] = pattern.split("/")
     plain = "/".join("x" if s == "**" and i == len(segments) - 1 else s.replace("*", "x") for i, s in enumerate(segments))
     if "**" in "/".join(segments[:-1]) or ("**" in segments[-1] and segments[-1] != "**"):
@@ -95,12 +95,12 @@ def open_org(conn: Connection, name: str) -> Row[Any]:
 
 def create_org(conn: Connection, name: str, display: str, at: float) -> None:
     """A new organisation; raises Conflict where there is one of that name."""
-    _create(conn, t.org, f"organisation {name}", name=check_org(name), display=display or name, created=at)
+    _create(conn, t.org, f"an organisation {name}", name=check_org(name), display=display or name, created=at)
 
 
 def _create(conn: Connection, table: Table, what: str, **values: object) -> None:
     if not conn.execute(ignore_duplicates(conn, table).values(**values)).rowcount:
-        raise Conflict(f"there is an {what} already" if what[0] in "aeio" else f"there is a {what} already", do="choose another name", reason="exists")
+        raise Conflict(f"there is {what} already", do="choose another name", reason="exists")
 
 
 def _end(conn: Connection, table: Table, row_id: int, column: str, what: str, at: float) -> None:
@@ -169,7 +169,7 @@ def member_of(conn: Connection, org: Row[Any], name: str) -> Row[Any]:
 
 def create_team(conn: Connection, org: Row[Any], name: str, at: float) -> None:
     """A new team; raises Conflict."""
-    _create(conn, t.team, f"team {name} of {org.name}", org_id=org.id, name=check_person(name), created=at)
+    _create(conn, t.team, f"a team {name} of {org.name}", org_id=org.id, name=check_person(name), created=at)
 
 
 def close_team(conn: Connection, org: Row[Any], name: str, at: float) -> None:
@@ -179,7 +179,7 @@ def close_team(conn: Connection, org: Row[Any], name: str, at: float) -> None:
 
 def create_member(conn: Connection, org: Row[Any], name: str, kind: str, note: str, at: float) -> None:
     """A new member, a person or a robot, without a role; raises Conflict."""
-    _create(conn, t.member, f"member {name} of {org.name}", org_id=org.id, name=check_person(name), kind=kind, note=note, created=at)
+    _create(conn, t.member, f"a member {name} of {org.name}", org_id=org.id, name=check_person(name), kind=kind, note=note, created=at)
 
 
 def disable_member(conn: Connection, org: Row[Any], name: str, at: float) -> None:
@@ -200,7 +200,7 @@ def set_role(conn: Connection, org: Row[Any], member: Row[Any], role: str, expir
 
 def join_team(conn: Connection, team: Row[Any], member: Row[Any]) -> None:
     """Takes a member into a team; raises Conflict where it is in it."""
-    _create(conn, t.team_member, f"member {member.name} in {team.name}", team_id=team.id, member_id=member.id)
+    _create(conn, t.team_member, f"{member.name} in {team.name}", team_id=team.id, member_id=member.id)
 
 
 def leave_team(conn: Connection, org: Row[Any], team: str, member: str) -> None:
@@ -233,11 +233,23 @@ def members(conn: Connection, org_id: int, after: str, limit: int) -> list[Facts
 # ---- grants
 
 
-def add_grant(conn: Connection, org_id: int, grant: Grant, at: float, *, note: str = "", kind: str = "grant-", **holder: int | None) -> str:
+def add_grant(
+    conn: Connection,
+    org_id: int,
+    grant: Grant,
+    at: float,
+    *,
+    note: str = "",
+    kind: str = "grant-",
+    api_key_id: int | None = None,
+    member_id: int | None = None,
+    team_id: int | None = None,
+) -> str:
     """A new grant to one of `api_key_id`, `member_id` and `team_id`, or with none to the whole organisation; returns its public id."""
     grant_id = kind + secrets.token_hex(8)
     rights = {name: json.dumps(getattr(grant, name)) for name in ("models", "actions", "profiles")}
     rest = {name: getattr(grant, name) for name in ("not_before", "expires", "grace_s", "environment", "gpus")}
+    holder = {"api_key_id": api_key_id, "member_id": member_id, "team_id": team_id}
     values = {"grant_id": grant_id, "org_id": org_id, "created": at, "note": note, **rights, **rest, **holder}
     conn.execute(insert(t.key_grant).values(values))
     return grant_id
@@ -245,9 +257,8 @@ def add_grant(conn: Connection, org_id: int, grant: Grant, at: float, *, note: s
 
 def as_grant(row: Any) -> Grant:
     """The grant of a row of key_grant."""
-    texts = {name: tuple(json.loads(getattr(row, name))) for name in ("models", "actions", "profiles")}
-    rest = {name: getattr(row, name) for name in ("not_before", "expires", "grace_s", "environment", "gpus")}
-    return Grant(**texts, **rest, id=row.grant_id)
+    models, actions, profiles = (tuple(json.loads(text)) for text in (row.models, row.actions, row.profiles))
+    return Grant(models, actions, row.not_before, row.expires, row.grace_s, row.grant_id, row.environment, row.gpus, profiles)
 
 
 def rights_of(conn: Connection, *, member_id: int | None = None, team_id: int | None = None, key_id: int | None = None) -> list[Grant]:
@@ -323,3 +334,40 @@ def grant_facts(row: Any) -> Facts:
     rights = {"models": [*own.models], "actions": [*own.actions], "profiles": [*own.profiles], "gpus": own.gpus, "environment": own.environment}
     ends = {"not_before": moment(own.not_before), "expires": moment(own.expires), "grace_s": own.grace_s, "revoked": moment(row.revoked_at)}
     return {"grant_id": own.id, "org": row.org, **to, **rights, **ends, "created": moment(row.created), "note": row.note}
+
+
+# ---- keys, as lists show them; never the key or what is stored in its place
+
+
+_KEY = ("id", "key_id", "org_id", "tier", "note", "created", "expires", "revoked_at", "type", "member_id", "last_used", "replaces")
+_KEYS = select(*(t.api_key.c[name] for name in _KEY), t.org.c.name.label("org"), t.member.c.name.label("member")).select_from(
+    t.api_key.join(t.org, t.org.c.id == t.api_key.c.org_id).outerjoin(t.member, t.member.c.id == t.api_key.c.member_id)
+)
+
+
+def keys(conn: Connection, after: int, limit: int, *, org: str = "", key_id: str = "") -> list[Any]:
+    """Rows of keys behind the row `after`, oldest first: all, of an organisation, or one."""
+    found = _KEYS
+    if org:
+        found = found.where(t.org.c.name == org)
+    if key_id:
+        found = found.where(t.api_key.c.key_id == key_id)
+    return list(conn.execute(_page(found, t.api_key.c.id, after, limit)))
+
+
+def key_of(conn: Connection, key_id: str) -> Any:
+    """One key by its public id; raises NotFound."""
+    found = keys(conn, 0, 1, key_id=key_id) if key_id else []
+    if not found:
+        raise NotFound(f"there is no key {key_id[:80]!r}", do="airlock key list", reason="key")
+    return found[0]
+
+
+def key_facts(row: Any, own: Sequence[Any], now: float) -> Facts:
+    """A key as lists show it, with the grants of its own that are not revoked; `models` and `actions` are those of all of them."""
+    living = [as_grant(g) for g in own if g.api_key_id == row.id and not g.revoked_at]
+    state = "revoked" if row.revoked_at else "expired" if 0 < row.expires <= now else "active"
+    facts: Facts = {"key_id": row.key_id, "org": row.org, "tier": row.tier, "type": row.type, "member": row.member or "", "state": state}
+    facts |= {name: moment(getattr(row, name)) for name in ("created", "expires", "revoked_at", "last_used")}
+    facts |= {name: sorted({text for g in living for text in getattr(g, name)}) for name in ("models", "actions")}
+    return facts | {"replaces": row.replaces, "note": row.note, "grants": [g.id for g in living]}

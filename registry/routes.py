@@ -34,8 +34,32 @@ _OCI = (
 )
 _ADMIN = re.compile(r"/airlock/v1/([a-z.]{1,20})(/|\Z)")
 _ADMIN_WORDS = frozenset(
-    "whoami leases catalog openapi.json search audit remove history rollback immutable quota retention gc "
-    "orgs teams members keys grants entitlements receipts expiring report".split()
+    [
+        "whoami",
+        "leases",
+        "catalog",
+        "openapi.json",
+        "search",
+        "audit",
+        "remove",
+        "history",
+        "rollback",
+        "immutable",
+        "quota",
+        "retention",
+        "gc",
+        "orgs",
+        "teams",
+        "members",
+        "keys",
+        "grants",
+        "entitlements",
+        "receipts",
+        "expiring",
+        "report",
+        "upstream",
+        "require",
+    ]
 )
 _HUB = (
     (re.compile(r"/api/whoami-v2\Z"), Route("hub", "/api/whoami-v2")),

@@ -25,6 +25,7 @@ FILE = "registry.yaml"
 MAX_FILE_BYTES = 1024 * 1024
 SIGNED_URL_S = 600  # the longest life of a URL that sends a client to the store
 _ORIGIN = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::([0-9]{1,5}))?/?", re.ASCII)
+_KEY_PREFIX = re.compile(r"nvapi-([a-z0-9]{1,20}-)?")
 _INSIDE = re.compile(r"/(?:[0-9A-Za-z_~-][0-9A-Za-z._~-]*/)+", re.ASCII)
 _SECRET_OPTION = re.compile(r"([?&][^=&]*(?:pass|secret|token|key)[^=&]*=)[^&\s]*", re.IGNORECASE)
 Parser = Callable[[str], Any]
@@ -103,6 +104,13 @@ def _networks(text: str) -> tuple[str, ...]:
     return parts
 
 
+def key_prefix(text: str) -> str:
+    """A prefix of keys itself: the NGC CLI knows a key by `nvapi-`, so every one begins with it; raises ValueError."""
+    if not _KEY_PREFIX.fullmatch(text):
+        raise ValueError(text)
+    return text
+
+
 def _inside(text: str) -> str:
     if not _INSIDE.fullmatch(text):
         raise ValueError(text)
@@ -130,6 +138,7 @@ class Settings:
     x_accel: str = _setting("", "Internal location of an nginx in front that sends the bytes.", _inside, "/NAME/, as /internal/")
     anonymous: bool = _flag(False, "Whether public repositories can be read without a key.")
     entitlements: str = _choice("optional", ("optional", "required"), "Whether an organisation reads what is not its own only under an entitlement.")
+    key_prefix: str = _setting("nvapi-", "What new keys begin with.", key_prefix, "nvapi-, or nvapi-WORD-")
     token_life_s: int = _whole(600, 60, 86400, "Life of a token of the token endpoint.")
     blob_lease_s: int = _whole(86400, 60, 30 * 86400, "How long a blob without a manifest is kept for its uploader.")
     garbage_delay_s: int = _whole(3600, 0, 30 * 86400, "How long the bytes of a removed blob stay; longer than any signed URL lives.")

@@ -13,12 +13,13 @@ from typing import Any
 from sqlalchemy import Connection
 
 from artifact.errors import Conflict, Invalid, NotFound, Unavailable
-from artifact.grant import date, visible
+from artifact.grant import Subject, date, model_of, visible
 from artifact.manifest import check_name, check_ref
 from artifact.store import Call
-from registry import holdings
+from registry import holdings, upstream
 from registry.collector import Collector
 from registry.database import retried
+from registry.delegation import office
 from registry.library import MAX_PAGE, Library
 from registry.retention import Rule, removal
 from registry.statements import Repo
@@ -160,6 +161,39 @@ class Upkeep:
 
         retried(self._engine, work)
         return {"name": repo.name, "immutable": on}
+
+    # ---- upstreams
+
+    def require(self, call: Call, body: Mapping[str, object]) -> dict[str, object]:
+        """Says what the keys of this site need for `name`: `tier`, `product`, empty for none, absent as before; raises NotFound, Denied, Invalid.
+
+        What a bundle said, and what belongs to no organisation, is the site administrator's to change.
+        """
+        name = check_name(model_of(_text(body, "name")))
+        tier, product = (_text(body, key, empty=True) if key in body else None for key in ("tier", "product"))
+        if not office(call.principal, call.now).site:
+            call, repo = self._admin(call, name)
+            with self._library.catalog.reading() as conn:
+                theirs = bool(repo.subject.org) and upstream.set_by(conn, repo.name) != upstream.IMPORT
+            call = call if theirs else self._allow_site(call)
+        else:
+            call = self._allow_site(call)  # also of names that only their organisation sees: what a vendor asks for is the whole site's
+        return retried(self._engine, lambda conn: upstream.require(conn, self._library.audit, call, name, tier, product))
+
+    def upstreams(self, call: Call, name: str = "", after: int = 0, limit: int = 100) -> dict[str, object]:
+        """What bundles told of the upstreams, of one name where it is given: all of it for the site's administrator, else for the auditor of an
+        organisation what that may see; a page behind the row `after`. Raises Unauthenticated, Denied.
+        """
+        self._demand_listing(call)
+        mine, org = office(call.principal, call.now), call.principal.org
+        if not (mine.site or mine.audits):
+            call = self._allow(call, org, Repo(0, org, "", "", Subject(org, org)), "auditor")
+        size = max(1, min(limit, MAX_PAGE))
+        with self._library.catalog.reading() as conn:
+            page = upstream.page(conn, after, size, name)
+        names = {str(row["name"]) for row in page}
+        seen = {n for n in names if mine.site or ((repo := self._library.catalog.repository(n)) and visible(call.principal, repo.subject))}
+        return {"items": [row for row in page if row["name"] in seen], "after": page[-1]["id"] if len(page) == size else 0}
 
     def search(self, call: Call, text: str, after: str = "", limit: int = 100) -> dict[str, object]:
         """Repositories with `text` in their name that this key may see; `after` is the next cursor; raises Unauthenticated, Invalid."""

@@ -1,7 +1,7 @@
 """What bundles told of the upstreams of names: rows at import, what a repository requires, what of an upstream ends when.
 
 An import sets what a repository requires, until an administrator says otherwise: then only an administrator changes it, and imports say what
-they left. A name that an organisation had here before it came by a bundle is left as well. It decides nothing: artifact/grant.py does, by the columns.
+they left. A name that an organisation had here before it came by a bundle is left as well. It decides nothing: artifact/grant.py does.
 """
 
 from __future__ import annotations

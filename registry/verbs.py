@@ -44,6 +44,7 @@ POSTS: dict[str, Callable[[Guard, Call, Body], Answer]] = {
     "remove": lambda g, call, body: g.upkeep.remove(call, body),
     "rollback": lambda g, call, body: g.upkeep.roll_back(call, body),
     "immutable": lambda g, call, body: g.upkeep.set_immutable(call, body),
+    "require": lambda g, call, body: g.upkeep.require(call, body),
     "quota": lambda g, call, body: g.upkeep.set_quota(call, body),
     "retention": lambda g, call, body: g.upkeep.set_rule(call, body),
     "gc": lambda g, call, body: g.upkeep.collect(call, body),
@@ -54,6 +55,7 @@ GETS: dict[str, Callable[[Guard, Call, Query], Answer]] = {
     "catalog": lambda g, call, q: g.catalog_list(call, q.cursor("after"), limit(q)),
     "search": lambda g, call, q: g.upkeep.search(call, q.param("q"), q.cursor("after"), limit(q)),
     "audit": lambda g, call, q: g.recorded(call, q.number("after", 0, MOST), limit(q)),
+    "upstream": lambda g, call, q: g.upkeep.upstreams(call, q.cursor("name"), q.number("after", 0, MOST), limit(q)),
     "retention": lambda g, call, q: g.upkeep.rules(call),
     "gc": lambda g, call, q: g.upkeep.collection(call),
 }

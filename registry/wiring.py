@@ -61,6 +61,7 @@ class Site:
         """Stores the last audit counts and closes the database."""
         try:
             self.collector.close()
+            self.entitlements.usage.close()
             self.audit.close()
         finally:
             self.engine.dispose()
@@ -145,7 +146,11 @@ def open_site(settings: Settings, *, background: bool = True) -> Site:
     home = home if home.elsewhere else home.completed()  # of several servers each would make its own: there it is `airlock site init` that does
     engine = _engine(settings)
     claim(engine, home.instance, home.peppers())
-    catalog, entitlements, audit = Catalog(engine), Entitlements(engine, home.pepper(), home.keys.previous_peppers()), Audit(engine, home.instance)
+    catalog, entitlements, audit = (
+        Catalog(engine),
+        Entitlements(engine, home.pepper(), home.peppers()[1:], settings.key_prefix),
+        Audit(engine, home.instance),
+    )
     blobs = open_blobs(settings.blobs_url, settings.data)
     library = Library(catalog, blobs, audit, settings.upload_ttl_s, settings.blob_lease_s)
     policy = Policy(settings.anonymous, settings.token_life_s, settings.redirect, settings.stream_to, settings.entitlements == "required")
@@ -154,5 +159,6 @@ def open_site(settings: Settings, *, background: bool = True) -> Site:
     guard.attach(collector)
     if background:
         blobs.probe()
+        entitlements.usage.start(lambda error: LOG.error("the use of keys could not be stored: %s", type(error).__name__))
         audit.start(lambda error: LOG.error("audit counters could not be stored: %s", type(error).__name__))
     return Site(settings, home, engine, catalog, entitlements, audit, blobs, library, guard, collector, _inode(home))

@@ -6,11 +6,14 @@ import argparse
 import json
 import os
 import re
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
-from artifact.errors import Invalid
+from artifact.errors import Denied, Invalid, Unauthenticated
+from artifact.grant import TIERS, date, model_of
 from artifact.manifest import check_name, check_ref, is_digest
 from artifact.remote import RemoteRegistry
 
@@ -77,7 +80,57 @@ def _one(remote: RemoteRegistry, args: argparse.Namespace) -> tuple[object, str]
     lines = [f"{key + ':':<12}{found.get(key, '')}" for key in ("name", "display", "kind", "org", "visibility", "gated", "entitled")]
     if not found.get("entitled"):
         lines.append(f"{'reason:':<12}{found.get('reason', '')}")
+    needs = [f"{word} {found[key]}" for word, key in (("tier", "requires_tier"), ("product", "requires_product")) if found.get(key)]
+    lines.append(f"{'requires:':<12}{', '.join(needs) or 'nothing'}")
+    with suppress(Denied, Unauthenticated):  # what bundles told is its auditor's to see
+        found["upstream"] = _pages(remote, f"upstream?name={quote(check_name(args.name), safe='')}")
+        lines += [_upstream(row) for row in found["upstream"]]
     return found, "\n".join([*lines, _table(_rows(found))])
+
+
+def _pages(remote: RemoteRegistry, path: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    after = 0
+    while True:
+        page: dict[str, Any] = remote.api("GET", f"/airlock/v1/{path}&limit=500&after={after}", None)
+        rows += page["items"]
+        after = int(page["after"])
+        if not after:
+            return rows
+
+
+def _upstream(row: dict[str, Any]) -> str:
+    """What the upstream's entitlement was when a ref was fetched, in one line."""
+    parts = [f"{row['ref']} from {row['source']}"]
+    parts += [f"{word} {row[key]}" for word, key in (("account", "upstream_org"), ("key", "key_id"), ("licence", "license")) if row[key]]
+    parts += [f"accepted by {row['accepted_by']} at {date(row['accepted_at'])}"] if row["accepted_by"] else []
+    parts += [f"subscription ends {date(row['subscription_end'])}"] if row["subscription_end"] else []
+    parts += ["gated"] if row["gated"] else []
+    parts += [row["evidence"]] if row["evidence"] else []
+    return f"{'upstream:':<12}" + ", ".join(parts)
+
+
+def _require(remote: RemoteRegistry | None, args: argparse.Namespace) -> tuple[object, str]:
+    body: dict[str, object] = {"name": check_name(args.name)}
+    body |= {"tier": "", "product": ""} if args.none else {}
+    body |= {key: value for key, value in (("tier", args.tier), ("product", args.product)) if value is not None}
+    if len(body) == 1 or (args.none and (args.tier or args.product)):
+        raise Invalid("nothing was said", expected="--tier, --product or both, or --none alone")
+    found: dict[str, Any] = remote.api("POST", "/airlock/v1/require", body) if remote else _required(args.data, body)
+    needs = [f"{key} {found[key]}" for key in ("tier", "product") if found[key]]
+    return found, f"{found['name']} requires {' and '.join(needs) or 'nothing'}"
+
+
+def _required(data: str, body: dict[str, Any]) -> dict[str, object]:
+    """The same on the data directory itself, as whoever may write there."""
+    from registry import upstream  # here, so that what asks a registry over the network starts without a database's modules
+    from registry.library import local_call
+    from registry.settings import Settings
+    from registry.wiring import open_site
+
+    with open_site(Settings.load(data), background=False) as site:
+        call, name = local_call(time.time()), model_of(body["name"])
+        return site.catalog.change(lambda conn: upstream.require(conn, site.audit, call, name, body.get("tier"), body.get("product")))
 
 
 def _search(remote: RemoteRegistry, args: argparse.Namespace) -> tuple[object, str]:
@@ -179,7 +232,7 @@ def _rule(rule: dict[str, Any]) -> str:
 
 def _flags(action: str, sub: argparse.ArgumentParser) -> None:
     """The words and switches of one action."""
-    if action in ("show", "rm", "history", "rollback", "immutable"):
+    if action in ("show", "rm", "history", "rollback", "immutable", "require"):
         sub.add_argument("name", help={"rm": "NAME, NAME:TAG or NAME@DIGEST", "rollback": "NAME:TAG"}.get(action))
     if action == "rm":
         sub.add_argument("--dry-run", action="store_true", help="tell what it would free, and what names it; change nothing")
@@ -194,6 +247,11 @@ def _flags(action: str, sub: argparse.ArgumentParser) -> None:
         switch = sub.add_mutually_exclusive_group(required=True)
         switch.add_argument("--on", action="store_true", help="tags neither move nor go, for nobody")
         switch.add_argument("--off", action="store_true", help="tags may move and go")
+    elif action == "require":
+        sub.add_argument("--tier", choices=TIERS, help="what its vendor asks for; without it as before")
+        sub.add_argument("--product", help="a product that the organisation's entitlement must have; without it as before")
+        sub.add_argument("--none", action="store_true", help="nothing: own weights, or a right that is held otherwise")
+        sub.add_argument("--data", default="", help="the data directory, in place of a registry")
     elif action == "search":
         sub.add_argument("text")
     elif action == "quota":
@@ -215,6 +273,7 @@ _ACTIONS: dict[str, tuple[Callable[[RemoteRegistry, argparse.Namespace], tuple[o
     "history": (_history, "where tags pointed (action admin)", " acme/tiny v1"),
     "rollback": (_rollback, "point a tag at what it named before (action admin)", " acme/tiny:v1 --to sha256:…"),
     "immutable": (_immutable, "whether tags may move and go (action admin)", " acme/tiny --on"),
+    "require": (_require, "what product and tier a name requires (administrator of the site)", " nvcr.io/nim/x --tier enterprise"),
     "quota": (_quota, "an organisation's bytes and bound (administrator of the site)", " acme --bytes 500G"),
     "retention": (_retention, "rules of what old tags go (administrator of the site)", " 'acme/ci/*' --keep-last 10 --untagged-days 7"),
 }
@@ -235,9 +294,12 @@ def main(argv: list[str]) -> int:
         sub.add_argument("--ca-file", default=os.environ.get("AIRLOCK_CA_FILE"), help="CA of the registry's certificate (AIRLOCK_CA_FILE)")
         sub.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    if not args.registry:
+    if getattr(args, "data", ""):
+        found, text = _require(None, args)
+    elif not args.registry:
         raise Invalid("no registry was given", expected="--registry URL or AIRLOCK_REGISTRY")
-    remote = RemoteRegistry(args.registry, os.environ.get("AIRLOCK_KEY", ""), ca_file=args.ca_file)
-    found, text = _ACTIONS[args.action][0](remote, args)
+    else:
+        remote = RemoteRegistry(args.registry, os.environ.get("AIRLOCK_KEY", ""), ca_file=args.ca_file)
+        found, text = _ACTIONS[args.action][0](remote, args)
     print(json.dumps(found, indent=2) if args.json else text)
     return 0

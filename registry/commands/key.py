@@ -11,7 +11,7 @@ import time
 from artifact.errors import Invalid
 from artifact.grant import TIERS, Grant, date
 from registry.catalog import ensure_org
-from registry.entitlements import check_org
+from registry.people import check_org
 from registry.library import local_call
 from registry.settings import Settings
 from registry.wiring import Site, open_site

@@ -4,6 +4,7 @@
 
 Repositories are DIR/<namespace>/<name>/ with files and, if wanted, meta.json:
     {"commit": 40 hex, "gated": false|"auto"|"manual", "accepted": true, "private": false, "license": "mit", "tags": [], "refs": {"dev": 40 hex},
+     "no_auth_check": true,                    a Hub of before that route
      "lfs": ["*.safetensors", ...],            which files are LFS (fnmatch)
      "lies": {"path": {"oid": …, "sha256": …, "size": …}},     what the listing says instead of the truth
      "nodes": [{…}],                           further entries of the listing
@@ -311,6 +312,8 @@ class Handler(BaseHTTPRequestHandler):
         elif verb == "commits":
             doc = [{"id": repo.commit, "title": "initial", "message": "", "date": DATE, "authors": [{"user": "alice"}]}]
         elif verb == "auth-check":
+            if repo.meta.get("no_auth_check"):
+                raise Refused(404, "", "Not found")
             self.gate(repo, user)
             doc = {}
         elif verb == "paths-info":

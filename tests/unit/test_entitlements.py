@@ -22,7 +22,8 @@ from artifact.errors import Conflict, Invalid, NotFound
 from artifact.grant import Grant, Principal
 from registry import tables as t
 from registry.commands.key import main, seconds
-from registry.entitlements import ALPHABET, LeaseWish, check_org, checksum, new_key, well_formed
+from registry.entitlements import ALPHABET, LeaseWish, checksum, new_key, well_formed
+from registry.people import check_org
 from registry.wiring import Site, open_site
 from tests.site import BACKENDS, SQLITE_ONLY, make_key, running_site
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from artifact.errors import AirlockError, Invalid, NotFound, TooLarge
 from artifact.manifest import check_name, hub_name
-from mirror.plan import load, parse
+from mirror.plan import Requires, load, parse
 
 HERE = Path("/plans")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -27,6 +27,12 @@ def test_a_hub_item() -> None:
 
     assert (item.kind, item.repository, item.wanted, item.ref, item.name) == ("hf", "Acme/Tiny", "v1.0", "v1.0", "hf/acme/tiny")
     assert (item.base_url, item.profiles, item.allow, item.ignore) == ("http://127.0.0.1:1", HERE / "p.yaml", ("*.json", "sub/*"), ("*.bin",))
+
+
+def test_what_an_item_requires() -> None:
+    assert one('source: "hf://a/b"').requires == Requires()
+    item = one('source: "oci://nvcr.io/nim/x:1", requires: {product: nv-ai-enterprise, tier: enterprise, license: "NVIDIA AI Product Agreement"}')
+    assert item.requires == Requires("nv-ai-enterprise", "enterprise", "NVIDIA AI Product Agreement")
 
 
 def test_refs_of_hub_items() -> None:
@@ -73,6 +79,14 @@ def test_oci_items() -> None:
         ("items: [{source: 'hf://a/b', endpoint: 'file:///etc'}]", "endpoint of item 1"),
         ("items: [{source: 'hf://a/b', endpoint: 'http://u:secret@h'}]", "endpoint of item 1"),
         ("items: [{source: 'hf://a/b', source: 'hf://a/c'}]", "repeated"),
+        ("items: [{source: 'hf://a/b', requires: gold}]", "requires of item 1 is not a mapping"),
+        ("items: [{source: 'hf://a/b', requires: {teir: gold}}]", "requires of item 1 has unknown keys: teir"),
+        ("items: [{source: 'hf://a/b', requires: {tier: gold}}]", "requires of item 1: the tier"),
+        ("items: [{source: 'hf://a/b', requires: {tier: [enterprise]}}]", "requires of item 1: the tier"),
+        ("items: [{source: 'hf://a/b', requires: {product: a b}}]", "requires of item 1: the product"),
+        ("items: [{source: 'hf://a/b', requires: {product: 7}}]", "requires of item 1: the product"),
+        ("items: [{source: 'hf://a/b', requires: {license: [mit]}}]", "license of requires of item 1 is not text"),
+        ("items: [{source: 'hf://a/b', requires: {tier: enterprise}}, {source: 'hf://a/b@v1'}]", "items 1 and 2 require different things for hf/a/b"),
         ("a: &x [1]\nitems: *x", "aliases"),
         ("items: !!python/object/apply:os.system ['true']", "YAML"),
         ("items: [", "YAML"),
