@@ -11,6 +11,7 @@ from pathlib import Path
 
 from artifact import bundle, medium
 from artifact.errors import Invalid, NotFound
+from artifact.upstream import check_fact
 from mirror import receipts
 from mirror.home import MirrorHome, Named
 
@@ -49,7 +50,9 @@ def plan(home: MirrorHome) -> Plan:
 
 
 def _upstream(named: Named) -> dict[str, object]:
-    return {"name": named.name, "ref": named.ref, "digest": named.digest, **named.upstream}
+    fact: dict[str, object] = {"name": named.name, "ref": named.ref, "digest": named.digest, **named.upstream}
+    check_fact(fact)  # what the closed side would refuse stays here
+    return fact
 
 
 def pack(

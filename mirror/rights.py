@@ -6,6 +6,7 @@ Asked for every item before the first byte of any. It talks to no upstream: what
 from __future__ import annotations
 
 from dataclasses import dataclass
+from shlex import quote
 
 from artifact.errors import Denied
 from artifact.grant import date
@@ -72,18 +73,18 @@ def right(item: Item, key: str, records: Records, now: float) -> Right:
         raise Denied(
             f"nobody has accepted the licence {requires.license!r} of {item.source}",
             expected="a record of who accepted it, and when",
-            do=f'airlock mirror accept {item.source} --by "Name <mail>" --license {requires.license}',
+            do=f'airlock mirror accept {quote(item.source)} --by "Name <mail>" --license {quote(requires.license)}',
             reason="upstream_license",
         )
     return Right(item, records.key_id(key), found, accepted)
 
 
 def _add(item: Item, key: Key | None) -> str:
-    source = key.source if key else item.kind
+    source = key.source if key else "ngc" if item.base_url == "https://nvcr.io" else item.kind
     tier = item.requires.tier or (key.tier if key else "")
     name, org = (key.name, key.org) if key else ("NAME", "ORG")
     products = list(dict.fromkeys([*(key.products if key else ()), *([item.requires.product] if item.requires.product else [])]))
-    words = [f"airlock mirror key add {name} --env {item.key_env or 'VARIABLE'} --source {source} --org {org}"]
+    words = [f"airlock mirror key add {name} --env {item.key_env or 'VARIABLE'} --source {source} --org {quote(org)}"]
     return " ".join([*words, *(f"--product {p}" for p in products), *([f"--tier {tier}"] if tier else [])])
 
 

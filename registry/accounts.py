@@ -80,7 +80,7 @@ key_grant = Table(
     Column("expires", Double, nullable=False, server_default="0"),
     Column("grace_s", Integer, nullable=False, server_default="0"),
     Column("grant_id", Text, nullable=False, unique=True),
-    Column("org_id", Id, ForeignKey("org.id"), nullable=False),
+    Column("org_id", Id, ForeignKey("org.id"), nullable=False, index=True),
     Column("member_id", Id, ForeignKey("member.id"), nullable=True, index=True),
     Column("team_id", Id, ForeignKey("team.id"), nullable=True, index=True),
     words("environment"),  # dev or production; empty counts as production
@@ -89,8 +89,10 @@ key_grant = Table(
     moment("created"),
     moment("revoked_at"),
     words("note"),
-    Index("ix_key_grant_org_id", "org_id", "api_key_id", "member_id", "team_id"),  # those of the whole organisation are found among all of its grants
 )
+# The grants of a whole organisation are found without reading those of its keys, members and teams, nor of other organisations.
+_WHOLE = key_grant.c.api_key_id.is_(None) & key_grant.c.member_id.is_(None) & key_grant.c.team_id.is_(None)
+Index("ix_key_grant_whole", key_grant.c.org_id, sqlite_where=_WHOLE, postgresql_where=_WHOLE)
 # Signed entitlements byte for byte; the columns are what the warm decision reads.
 entitlement = Table(
     "entitlement",

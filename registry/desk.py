@@ -33,6 +33,10 @@ def never(_call: Call, _action: str, _name: str, decision: Decision) -> NoReturn
     raise Denied(decision.words, do=decision.remedy, reason=decision.reason)
 
 
+class _Wider(Exception):
+    """Takes back the transaction of a change that would give more than its author has."""
+
+
 class Desk:
     """One database with its audit; `gate` says what a caller may do, `refuse` records and raises."""
 
@@ -65,18 +69,19 @@ class Desk:
             self._no(call, org[:100], words, f"ask for a key with action auditor on '{org[:100] or 'ORG'}/**'")
         return held
 
-    def _bounded(self, held: Office, call: Call, org: str, grants: list[Grant], ends: float = 0.0, tier: str = "") -> None:
-        """Returns where nothing of this is wider than the caller's own rights; raises Denied."""
+    @staticmethod
+    def _bounded(held: Office, now: float, grants: list[Grant], ends: float = 0.0, tier: str = "") -> None:
+        """Returns where nothing of this is wider than the caller's own rights; raises _Wider, which `_change` refuses with."""
         if held.site:
             return
-        found = next((words for g in grants if (words := wider(held.principal, g, call.now, ends))), "") or (
-            above(held.principal, tier, ends) if tier else ""
-        )
+        found = next((words for g in grants if (words := wider(held.principal, g, now, ends))), "")
+        found = found or (above(held.principal, tier, ends) if tier else "")
         if found:
-            self._refuse(
-                call, "admin", org, Decision(False, "action_missing", f"nobody hands on more than it has: {found}", "ask the site's administrator")
-            )
+            raise _Wider(found)
 
-    def _change(self, work: Callable[[Connection], T]) -> T:
-        """What `work` returns in one transaction, run again where the database ended it for another's sake."""
-        return retried(self._engine, work)
+    def _change(self, call: Call, org: str, work: Callable[[Connection], T]) -> T:
+        """What `work` returns in one transaction, run again where the database ended it for another's sake; raises Denied for what is wider."""
+        try:
+            return retried(self._engine, work)
+        except _Wider as error:  # recorded once the transaction is over: a record of its own would wait for it
+            self._no(call, org, f"nobody hands on more than it has: {error}", "ask the site's administrator")

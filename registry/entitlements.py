@@ -98,6 +98,11 @@ class Entitlements:
         self._pepper_id = pepper_id(pepper)
         self.usage = Usage(engine, self._pepper_id)
 
+    def any_key(self) -> bool:
+        """Whether the site has a key at all."""
+        with t.reading(self._engine) as conn:
+            return conn.execute(select(t.api_key.c.id).limit(1)).first() is not None
+
     def hmac(self, key: str) -> bytes:
         """What is stored in place of a key."""
         return hmac.new(self._pepper, key.encode(), hashlib.sha256).digest()

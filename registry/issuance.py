@@ -85,7 +85,7 @@ class Issuance(Desk):
             kind = _kind(given, member)
             rights = [wish] if wish else []
             rights += _current(people.rights_of(conn, member_id=member.id), call.now) if member else []
-            self._bounded(held, call, org, rights, expires, tier)
+            self._bounded(held, call.now, rights, expires, tier)
             ids: dict[str, Any] = {"kind": kind, "member_id": member.id if member else None, "prefix": prefix, "note": note}
             key_id, key = self._entitlements.add_key(conn, owner.id, tier=tier, grant=wish, expires=expires, at=call.now, **ids)
             facts = {"models": [*wish.models], "actions": [*wish.actions]} if wish else {"models": [], "actions": []}
@@ -180,7 +180,7 @@ class Issuance(Desk):
                 raise Conflict("the key of the first start has no successor", do="airlock key create, with it", reason="first")
             expires = row.expires if ends is None else ends
             has = _current(people.rights_of(conn, key_id=row.id, member_id=row.member_id), call.now)
-            self._bounded(held, call, row.org, has, expires, row.tier)
+            self._bounded(held, call.now, has, expires, row.tier)
             new_id, key = self._entitlements.rotate(conn, row, until=call.now + overlap, expires=expires, at=call.now, prefix=prefix)
             self._audit.change(conn, call, "key_rotate", key_id, owner=row.org, successor=new_id, overlap_s=overlap, expires=expires)
             old = people.key_of(conn, key_id)
@@ -203,7 +203,7 @@ class Issuance(Desk):
 
         def work(conn: Connection) -> Facts:
             owner = people.open_org(conn, org)
-            self._bounded(held, call, org, [wish])
+            self._bounded(held, call.now, [wish])
             key = self._key_of(conn, owner, to["key"]).id if to["key"] else None
             member = people.member_of(conn, owner, to["member"]).id if to["member"] else None
             team = people.team_of(conn, owner, to["team"]).id if to["team"] else None
@@ -269,7 +269,7 @@ class Issuance(Desk):
             was = people.as_grant(row)
             grace_s = min(life(body, "grace", "0s"), people.MAX_GRACE_S) if "grace" in body else was.grace_s
             models = (was.models, was.actions, was.not_before, expires, grace_s, "", was.environment, was.gpus, was.profiles)
-            self._bounded(held, call, row.org, [people.check_grant(Grant(*models), call.now)])
+            self._bounded(held, call.now, [people.check_grant(Grant(*models), call.now)])
             people.extend_grant(conn, row, expires, grace_s)
             self._audit.change(conn, call, "grant_extend", grant_id, owner=row.org, before=was.expires, expires=expires, grace_s=grace_s)
             return people.grant_facts(people.grant_of(conn, grant_id))

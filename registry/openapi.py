@@ -18,6 +18,9 @@ _COUNT: Schema = {"type": "integer", "minimum": 0}
 _DIGEST: Schema = {"type": "string", "pattern": "^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$"}
 _NAME: Schema = {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[a-z0-9]+([._/-][a-z0-9]+)*$"}
 _WORD: Schema = {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[^\\x00-\\x1f\\ud800-\\udfff]+$"}
+_PRINTABLE = "^[^\\x00-\\x1f\\x7f\\ud800-\\udfff]*$"
+_ORG: Schema = {"type": "string", "minLength": 1, "maxLength": 100, "pattern": "^[a-z0-9]+([_-][a-z0-9]+)*$"}
+_PERSON: Schema = {"type": "string", "minLength": 1, "maxLength": 100, "pattern": _PRINTABLE}
 _TEXTS: Schema = {"type": "array", "items": _TEXT}
 _OBJECT: Schema = {"type": "object"}
 _REFUSALS = {
@@ -36,6 +39,11 @@ def _object(_required: str = "", **properties: Schema) -> Schema:
     """An object schema; the fields named in `_required` (with spaces between) must be there, all of them for `*`."""
     names = list(properties) if _required == "*" else _required.split()
     return {"type": "object", "properties": properties, **({"required": names} if names else {})}
+
+
+def _only(_required: str = "", **properties: Schema) -> Schema:
+    """An object schema that takes no other fields."""
+    return {**_object(_required, **properties), "additionalProperties": False}
 
 
 def _list(**properties: Schema) -> Schema:
@@ -203,6 +211,112 @@ def _administrators() -> dict[str, dict[str, Any]]:
     }
 
 
+def _people() -> dict[str, dict[str, Any]]:
+    """Paths for the administrators of the site and of an organisation, over people."""
+    name = _PERSON
+    short: Schema = {"type": "string", "maxLength": 200, "pattern": _PRINTABLE}
+    org = _object("*", name=_TEXT, display=_TEXT, created=_TEXT, closed=_TEXT, entitlement=_TEXT, keys=_COUNT, members=_COUNT)
+    orgs = _object("*", items={"type": "array", "items": org}, after=_TEXT)
+    teams = _object("*", items=_list(name=_TEXT, created=_TEXT, closed=_TEXT, members=_TEXTS), after=_TEXT)
+    member: dict[str, Schema] = {"name": _TEXT, "kind": _TEXT, "role": _TEXT, "note": _TEXT, "created": _TEXT, "disabled": _TEXT}
+    of = (_query("org", {"type": "string", "maxLength": 100}), *_PAGE)
+    team, both = _only("name", org=name, name=name), _only("name member", org=name, name=name, member=name)
+    told, roled = _object("*", org=_TEXT, name=_TEXT), _object("*", org=_TEXT, name=_TEXT, kind=_TEXT, role=_TEXT, grant_id=_TEXT)
+    joined, role = _object("*", org=_TEXT, name=_TEXT, member=_TEXT), {"enum": ["member", "auditor", "admin"]}
+    person = _only("name", org=name, name=name, kind={"enum": ["person", "robot"]}, role=role, note=short)
+    new = _only("name", name=_ORG, display=short)
+    change, gone = _only("name role", org=name, name=name, role=role), _object("*", org=_TEXT, name=_TEXT, disabled=_TEXT)
+    root = "/airlock/v1"
+    return {
+        f"{root}/orgs": {
+            "get": _operation("people", "The organisations that this key may look at", orgs, params=_PAGE),
+            "post": _operation("people", "Makes an organisation", org, body=new),
+        },
+        f"{root}/orgs/{{name}}": {"get": _operation("people", "One organisation", org, params=(_path("name", _NAME),))},
+        f"{root}/orgs/close": {"post": _operation("people", "Closes an organisation", org, body=_only("name", name=_ORG))},
+        f"{root}/teams": {
+            "get": _operation("people", "The teams of an organisation", teams, params=of),
+            "post": _operation("people", "Makes a team", told, body=team),
+        },
+        f"{root}/teams/close": {"post": _operation("people", "Closes a team", told, body=team)},
+        f"{root}/teams/add": {"post": _operation("people", "Takes a member into a team", joined, body=both)},
+        f"{root}/teams/remove": {"post": _operation("people", "Takes a member out of a team", joined, body=both)},
+        f"{root}/members": {
+            "get": _operation("people", "The members of an organisation", _object("*", items=_list(**member), after=_TEXT), params=of),
+            "post": _operation("people", "Makes a member, a person or a robot", roled, body=person),
+        },
+        f"{root}/members/role": {"post": _operation("people", "Gives a member another role", roled, body=change)},
+        f"{root}/members/disable": {"post": _operation("people", "Disables a member", gone, body=team)},
+    }
+
+
+def _rights() -> dict[str, dict[str, Any]]:
+    """Paths for the administrators of the site and of an organisation, over keys and grants."""
+    short: Schema = {"type": "string", "maxLength": 200, "pattern": _PRINTABLE}
+    moment: Schema = {"type": "string", "maxLength": 40, "pattern": _PRINTABLE}
+    public: Schema = {"type": "string", "minLength": 1, "maxLength": 40, "pattern": "^(key|grant|role)-[0-9a-f]{16}$"}
+    wish: dict[str, Schema] = {
+        "models": {"type": "array", "items": {"type": "string", "pattern": "^[a-z0-9*][a-z0-9._*/-]{0,200}$"}, "maxItems": 100},
+        "actions": {"type": "array", "items": {"enum": ["pull", "create", "push", "run", "admin", "auditor"]}, "maxItems": 6},
+        "not_before": moment,
+        "grace": moment,
+        "environment": {"enum": ["", "dev", "production"]},
+        "gpus": {"type": "integer", "minimum": 0, "maximum": 1_000_000},
+        "profiles": {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 255}, "maxItems": 100},
+        "expires": moment,
+        "note": short,
+        "org": _PERSON,
+    }
+    kinds: Schema = {"enum": ["personal", "service", "runtime"]}
+    optional: Schema = {"type": "string", "maxLength": 100, "pattern": _PRINTABLE}
+    prefix: Schema = {"type": "string", "pattern": "^nvapi-([a-z0-9]{1,20}-)?$"}
+    tier: Schema = {"enum": ["developer", "enterprise"]}
+    key = _only("", **wish, tier=tier, type=kinds, member=optional, prefix=prefix)
+    grant = _only("models", **wish, key=optional, member=optional, team=optional)
+    made: dict[str, Schema] = {n: _TEXT for n in ("key", "key_id", "org", "tier", "type", "member", "expires")}
+    shown = {
+        n: _TEXT for n in ("key_id", "org", "tier", "type", "member", "state", "created", "expires", "revoked_at", "last_used", "replaces", "note")
+    }
+    shown |= {"models": _TEXTS, "actions": _TEXTS}
+    right: dict[str, Schema] = {
+        n: _TEXT for n in ("grant_id", "org", "key", "member", "team", "environment", "not_before", "expires", "revoked", "created", "note")
+    }
+    right |= {"models": _TEXTS, "actions": _TEXTS, "profiles": _TEXTS, "gpus": _COUNT, "grace_s": _COUNT}
+    behind = (_query("org", {"type": "string", "maxLength": 100}), _query("after", {"type": "integer", "minimum": 0, "maximum": 10**15}), *_LIMIT)
+    turn = _only("key_id", key_id=public, overlap=moment, expires=moment, prefix=prefix)
+    one, one_grant = _only("key_id", key_id=public), _only("grant_id", grant_id=public)
+    extend = _only("grant_id expires", grant_id=public, expires=moment, grace=moment)
+    root, gone = "/airlock/v1", _object("*", grant_id=_TEXT, state=_TEXT)
+    return {
+        f"{root}/keys": {
+            "get": _operation(
+                "keys",
+                "Keys that this key may look at, at least itself",
+                _object("*", items=_list(**shown, grants=_TEXTS), after=_COUNT),
+                params=behind,
+            ),
+            "post": _operation("keys", "Makes a key; the answer alone holds it", _object("*", **made), body=key),
+        },
+        f"{root}/keys/{{key}}": {
+            "get": _operation(
+                "keys", "One key with all that it is granted", _object("*", **shown, grants=_list(**right)), params=(_path("key", public),)
+            )
+        },
+        f"{root}/keys/revoke": {"post": _operation("keys", "Revokes a key", _object("*", key_id=_TEXT, state=_TEXT), body=one)},
+        f"{root}/keys/rotate": {
+            "post": _operation("keys", "Makes a successor of a key", _object("*", **made, replaces=_TEXT, old_ends=_TEXT), body=turn)
+        },
+        f"{root}/grants": {
+            "get": _operation(
+                "keys", "Grants that this key may look at, at least its own", _object("*", items=_list(**right), after=_COUNT), params=behind
+            ),
+            "post": _operation("keys", "Grants a right to a key, a member, a team or an organisation", _object("*", **right), body=grant),
+        },
+        f"{root}/grants/revoke": {"post": _operation("keys", "Revokes a grant", gone, body=one_grant)},
+        f"{root}/grants/extend": {"post": _operation("keys", "Gives a grant another end", _object("*", **right), body=extend)},
+    }
+
+
 def _unlocked() -> dict[str, dict[str, Any]]:
     """Paths that need no key."""
     healthy = _operation("site", "Whether the database is there", _object("*", status=_TEXT))
@@ -220,7 +334,7 @@ def document() -> dict[str, Any]:
             "version": VERSION,
             "description": "The other doors speak the protocols of others: docs/format.md.",
         },
-        "paths": {**_everybody(), **_administrators(), **_unlocked()},
+        "paths": {**_everybody(), **_administrators(), **_people(), **_rights(), **_unlocked()},
         "components": {
             "schemas": {"Error": error},
             "responses": {s: {"description": words, "content": _json({"$ref": "#/components/schemas/Error"})} for s, words in _REFUSALS.items()},

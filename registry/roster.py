@@ -114,7 +114,7 @@ class Roster(Desk):
         def work(conn: Connection) -> Facts:
             owner = people.open_org(conn, org)
             team, member = people.team_of(conn, owner, name), people.member_of(conn, owner, who)
-            self._bounded(held, call, org, people.rights_of(conn, team_id=team.id))
+            self._bounded(held, call.now, people.rights_of(conn, team_id=team.id))
             people.join_team(conn, team, member)
             self._audit.change(conn, call, "team_add", f"{org}/{name}", owner=org, member=who)
             return {"org": org, "name": name, "member": who}
@@ -170,7 +170,7 @@ class Roster(Desk):
         expires = 0.0
         if not held.site and people.ROLES[role]:
             expires = latest(held.principal, call.now)
-            self._bounded(held, call, str(owner.name), [Grant((f"{owner.name}/**",), (people.ROLES[role],), expires=expires)])
+            self._bounded(held, call.now, [Grant((f"{owner.name}/**",), (people.ROLES[role],), expires=expires)])
         grant = people.set_role(conn, owner, member, role, expires, call.now)
         self._audit.change(conn, call, event, f"{owner.name}/{name}", owner=owner.name, role=role, grant=grant, **more)
         return {"org": owner.name, "name": name, "kind": member.kind, "role": role, "grant_id": grant}

@@ -48,6 +48,21 @@ POSTS: dict[str, Callable[[Guard, Call, Body], Answer]] = {
     "quota": lambda g, call, body: g.upkeep.set_quota(call, body),
     "retention": lambda g, call, body: g.upkeep.set_rule(call, body),
     "gc": lambda g, call, body: g.upkeep.collect(call, body),
+    "orgs": lambda g, call, body: g.roster.create_org(call, body),
+    "orgs/close": lambda g, call, body: g.roster.close_org(call, body),
+    "teams": lambda g, call, body: g.roster.create_team(call, body),
+    "teams/close": lambda g, call, body: g.roster.close_team(call, body),
+    "teams/add": lambda g, call, body: g.roster.join(call, body),
+    "teams/remove": lambda g, call, body: g.roster.leave(call, body),
+    "members": lambda g, call, body: g.roster.create_member(call, body),
+    "members/role": lambda g, call, body: g.roster.set_role(call, body),
+    "members/disable": lambda g, call, body: g.roster.disable(call, body),
+    "keys": lambda g, call, body: g.issuance.create_key(call, body),
+    "keys/revoke": lambda g, call, body: g.issuance.revoke_key(call, body),
+    "keys/rotate": lambda g, call, body: g.issuance.rotate_key(call, body),
+    "grants": lambda g, call, body: g.issuance.create_grant(call, body),
+    "grants/revoke": lambda g, call, body: g.issuance.revoke_grant(call, body),
+    "grants/extend": lambda g, call, body: g.issuance.extend_grant(call, body),
 }
 # GET of exactly this path.
 GETS: dict[str, Callable[[Guard, Call, Query], Answer]] = {
@@ -58,10 +73,17 @@ GETS: dict[str, Callable[[Guard, Call, Query], Answer]] = {
     "upstream": lambda g, call, q: g.upkeep.upstreams(call, q.cursor("name"), q.number("after", 0, MOST), limit(q)),
     "retention": lambda g, call, q: g.upkeep.rules(call),
     "gc": lambda g, call, q: g.upkeep.collection(call),
+    "orgs": lambda g, call, q: g.roster.orgs(call, q.cursor("after"), limit(q)),
+    "teams": lambda g, call, q: g.roster.teams(call, q.cursor("org"), q.cursor("after"), limit(q)),
+    "members": lambda g, call, q: g.roster.members(call, q.cursor("org"), q.cursor("after"), limit(q)),
+    "keys": lambda g, call, q: g.issuance.keys(call, q.cursor("org"), q.number("after", 0, MOST), limit(q)),
+    "grants": lambda g, call, q: g.issuance.grants(call, q.cursor("org"), q.number("after", 0, MOST), limit(q)),
 }
 # GET of this word and what follows it: a name, which may hold slashes.
 NAMED: dict[str, Callable[[Guard, Call, Query, str], Answer]] = {
     "catalog": lambda g, call, q, name: g.catalog_show(call, check_name(name)),
     "history": lambda g, call, q, name: g.upkeep.history(call, check_name(name), q.param("tag"), q.number("before", 0, MOST), limit(q)),
     "quota": lambda g, call, q, name: g.upkeep.quota(call, name),
+    "orgs": lambda g, call, q, name: g.roster.org(call, check_name(name)),
+    "keys": lambda g, call, q, name: g.issuance.key(call, check_name(name)),
 }

@@ -151,9 +151,10 @@ def _grants(holder: sa.Column[int]) -> None:
         sa.PrimaryKeyConstraint("id", name="pk_key_grant_2"),
         sa.UniqueConstraint("grant_id", name="uq_key_grant_grant_id"),
     )
-    for column in ("api_key_id", "member_id", "team_id"):
+    for column in ("api_key_id", "org_id", "member_id", "team_id"):
         op.create_index(f"ix_key_grant_{column}", "key_grant", [column])
-    op.create_index("ix_key_grant_org_id", "key_grant", ["org_id", "api_key_id", "member_id", "team_id"])
+    whole = sa.text("api_key_id IS NULL AND member_id IS NULL AND team_id IS NULL")
+    op.create_index("ix_key_grant_whole", "key_grant", ["org_id"], sqlite_where=whole, postgresql_where=whole)
 
 
 def _documents() -> None:
@@ -297,7 +298,7 @@ def downgrade() -> None:
     op.execute('INSERT INTO audit_pending ("class", ts, body) SELECT "class", ts, body FROM audit_leaf WHERE body IS NOT NULL ORDER BY idx')
     if op.get_bind().dialect.name == "postgresql":
         op.drop_column("audit_pending", "xid")
-    for column in ("api_key_id", "org_id", "member_id", "team_id"):
+    for column in ("api_key_id", "org_id", "member_id", "team_id", "whole"):
         op.drop_index(f"ix_key_grant_{column}", "key_grant")
     op.rename_table("key_grant", "key_grant_after")
     op.create_table(

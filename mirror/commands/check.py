@@ -79,5 +79,5 @@ def _nagios(found: list[Ending], warning: float, critical: float) -> int:
         f"ends in {first.days:.1f} days" if first.days > 0 else f"ended {date(first.ends)}"
     )
     figures = " ".join(f"'{e.key.name} {e.kind}'={e.days:.2f};{warning:g}:;{critical:g}:" for e in found)
-    print(f"{STATES[state]}: {words}, {len(first.names)} names | {figures}")
+    print(f"{STATES[state]}: {words}, names fetched with it: {len(first.names)} | {figures}")
     return state

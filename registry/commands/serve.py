@@ -10,10 +10,11 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import uvicorn
@@ -23,11 +24,13 @@ from registry import health, telemetry, tls
 from registry.app import create_app
 from registry.crowd import Crowd, Listener, bound, raise_limit
 from registry.front import Front
+from registry.issuance import Issuance
+from registry.library import local_call
 from registry.logs import log_to_stderr
 from registry.metrics import Metrics
 from registry.settings import Settings
 from registry.wire import WireProtocol
-from registry.wiring import open_site, sole_server
+from registry.wiring import Site, open_site, sole_server
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 30
@@ -154,13 +157,32 @@ def _config(front: Front, settings: Settings, certificate: tls.Certificate | Non
     )
 
 
-def _tell(as_json: bool, url: str, operator: str, certificate: tls.Certificate | None, trust: list[str], limits: dict[str, int]) -> None:
-    """What an operator must know once the server listens; nothing of it is a secret."""
+def _first_key(site: Site) -> dict[str, object]:
+    """The one-time key of a site that has no other; empty where it has; raises Unavailable where stdout, its only way out, cannot be used."""
+    if sys.stdout is None or sys.stdout.closed:
+        if site.entitlements.any_key():
+            return {}
+        raise Unavailable("this site has no key yet, and its first one cannot be shown", expected="a standard output", do="airlock key create")
+    return Issuance(site.engine, site.entitlements, site.audit).first_key(local_call(time.time()))
+
+
+def _tell(
+    as_json: bool,
+    url: str,
+    operator: str,
+    certificate: tls.Certificate | None,
+    trust: list[str],
+    limits: dict[str, int],
+    first: Mapping[str, object] = MappingProxyType({}),
+) -> None:
+    """What an operator must know once the server listens; the one-time key goes to stdout alone, never to the log."""
     facts = {"listening": url, "metrics": operator, "certificate_sha256": certificate.fingerprint if certificate else ""}
     facts = {name: value for name, value in facts.items() if value}
     if as_json:
-        print(json.dumps(facts), flush=True)
+        print(json.dumps({**facts, **({"admin_key": first["key"]} if first else {})}), flush=True)
     else:
+        if first:
+            trust = [*trust, f"one-time key of the administrator, until {first['expires']} or the first key that it makes: {first['key']}"]
         lines = [f"listening on {url}", *([f"health and metrics on {operator}"] if operator else [])]
         lines += [f"certificate SHA-256 {certificate.fingerprint}"] if certificate else []
         print("\n".join([*lines, *trust]), flush=True)
@@ -192,7 +214,8 @@ def _serve(settings: Settings, as_json: bool) -> int:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         url = f"{'https' if certificate else 'http'}://{host}:{port}"
         trust = tls.trust_commands(settings, port) if made else []
-        server.ready = lambda: _tell(as_json, url, operator, certificate, trust, {"files": files, "connections": crowd.most})
+        first = _first_key(site)
+        server.ready = lambda: _tell(as_json, url, operator, certificate, trust, {"files": files, "connections": crowd.most}, first)
         for stop in (signal.SIGTERM, signal.SIGINT):
             signal.signal(stop, lambda *_: None)  # what the server puts back when it has stopped: a late signal must not cut the end short
         server.run(sockets=[sock])

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import random
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -41,6 +42,13 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
         assert "Traceback" not in found.log.read_text()
 
 
+def filled(path: str) -> str:
+    """A path of the document with names in place of its fields."""
+    for field, name in (("name", "acme/m"), ("org", "acme"), ("key", "key-0000000000000000")):
+        path = path.replace(f"{{{field}}}", name)
+    return path
+
+
 def served(door: Door, method: str, path: str) -> bool:
     """Whether the door has that route, whatever it thinks of the request."""
     answer = door.ask(method, path, b"{" if method != "GET" else None)
@@ -61,18 +69,19 @@ def test_the_document_lists_exactly_the_served_routes(door: Door) -> None:
     words = {word for word in words if word and word.replace(".", "").replace("/", "").isalnum()} | {"openapi.json"}
     assert len(words) > 12
     for word in sorted(words):
-        for tail, shown in (("", ""), ("/acme/m", "/{name}")):
+        for tail in ("", "/acme/m", "/acme"):
             for method in METHODS:
-                wanted = {(method, f"/airlock/v1/{word}{shown}"), (method, f"/airlock/v1/{word}{shown}".replace("{name}", "{org}"))} & documented
-                assert served(door, method, f"/airlock/v1/{word}{tail}") == bool(wanted), (method, word, tail)
+                path = f"/airlock/v1/{word}{tail}"
+                wanted = any(m == method and re.fullmatch(re.sub(r"\\{\w+\\}", ".+", re.escape(shown)), path) for m, shown in documented)
+                assert served(door, method, path) == wanted, (method, path)
     for method, path in documented:
-        assert served(door, method, path.replace("{name}", "acme/m").replace("{org}", "acme")), (method, path)
+        assert served(door, method, filled(path)), (method, path)
 
 
 def test_every_documented_path_is_a_route_of_the_figures() -> None:
     for path in document()["paths"]:
-        found = route(path.replace("{name}", "acme/m").replace("{org}", "acme"))
-        assert (found.door, found.template.split("/…")[0]) == ("admin", path.split("/{")[0])
+        found = route(filled(path))
+        assert found.door == "admin" and path.startswith(found.template.split("/…")[0]), path
 
 
 def ask_as_everybody(case: schemathesis.Case, door: Door) -> None:

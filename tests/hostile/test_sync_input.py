@@ -6,6 +6,7 @@ import http.server
 import json
 import socket
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from artifact.store import Descriptor
 from mirror import web
 from mirror.home import MirrorHome
 from mirror.plan import parse
+from mirror.sources.huggingface import HubSource
 from mirror.sync import sync
 from mirror.web import Fetcher
 from tests.fakes.registry import registry
@@ -344,3 +346,36 @@ def test_nobody_listens(tmp_path: Path) -> None:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     refused(tmp_path, {"source": "hf://acme/m", "endpoint": url}, "unavailable")
     assert issubclass(Unavailable, AirlockError) and issubclass(NotFound, AirlockError) and issubclass(Mismatch, AirlockError)
+
+
+HOSTILE_USERS = [
+    b"[]",
+    b'{"name": 7, "auth": {"accessToken": {"role": ["read"]}}}',
+    b'{"name": "a\\u001b[2Jb", "auth": "x"}',
+    b'{"name": "\\ud800"}',
+    json.dumps({"name": f"user of {KEY}", "auth": {"accessToken": {"role": KEY}}}).encode(),
+]
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("body", HOSTILE_USERS)
+def test_what_a_hub_says_of_a_user_is_kept_only_as_a_short_word(body: bytes) -> None:
+    with spy(lambda path, headers: (200, {"Content-Type": "application/json"}, body)) as hub_:
+        assert HubSource(f"http://127.0.0.1:{hub_.port}", KEY).who() == ("", "")
+
+
+@pytest.mark.server
+def test_a_gate_that_answers_from_elsewhere_is_not_believed_and_gets_no_key(tmp_path: Path) -> None:
+    make_repo(tmp_path / "repos", "acme/tiny", gated="auto")
+    with spy() as elsewhere, hub(tmp_path / "repos", tmp_path / "log") as running:
+
+        def answer(path: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
+            if path.endswith("/auth-check"):
+                return 302, {"Location": f"http://127.0.0.1:{elsewhere.port}/yes"}, b""
+            with urllib.request.urlopen(running.endpoint + path) as found:  # the rest as the Hub says it
+                return 200, {"Content-Type": "application/json"}, found.read()
+
+        with spy(answer) as liar:
+            item = {"source": "hf://acme/tiny", "endpoint": f"http://127.0.0.1:{liar.port}"}
+            assert refused(tmp_path, item, "denied", key=KEY)["reason"] == "redirect"
+        assert not elsewhere.seen and not any("/resolve/" in path for path, _ in liar.seen)

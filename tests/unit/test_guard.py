@@ -354,7 +354,7 @@ def test_rows_of_reads_are_written_once_and_then_counted(site: Site, pushed: Pus
     rows = audit(site, "B")
     assert [r["ts"] for r in rows] == [1_000_000, 1_000_901]
     assert rows[0]["ref"] == f"acme/tiny@{pushed.model.digest}" and rows[0]["result"] == "granted" and rows[0]["event"] == "pull"
-    assert set(rows[0]) == {"v", "ts", "event", "org", "key_id", "ref", "result", "reason", "instance", "request_id", "bytes"}
+    assert set(rows[0]) == {"v", "ts", "event", "org", "key_id", "ref", "result", "reason", "instance", "request_id", "bytes", "grant"}
     assert [(n, body["event"]) for kind, n, body in counters(site) if kind == "B"] == [(3, "pull")]
     site.guard.served(call_of(site, key), "acme/tiny", pushed.model.digest, 700)
     assert [body["bytes"] for _, _, body in counters(site) if body["result"] == "served"] == [700]
