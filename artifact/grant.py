@@ -250,8 +250,10 @@ def decide(principal: Principal, subject: Subject, action: str, now: float, prof
 
 def run_ways(principal: Principal, subject: Subject, now: float, profile: tuple[str, str] | None = None) -> list[Decision]:
     """Every yes to a run, one for each grant that gives it, the widest first, or the one no: one grant's GPUs may be in use, and another's not."""
-    first = decide(principal, subject, "run", now, profile)
-    return [replace(d, action="run") for d in _ways(principal, subject, "run", now, profile)] if first.allow else [first]
+    ways = _ways(principal, subject, "run", now, profile)
+    if ways[0].allow and not scoped(principal, "repository", subject.name, "run"):
+        ways = [insufficient(subject.name, "run")]
+    return [replace(d, action="run") for d in ways]
 
 
 def gpu_bounds(principal: Principal, decision: Decision) -> GpuBounds:

@@ -15,41 +15,21 @@ from sqlalchemy import ColumnElement, CompoundSelect, Select, bindparam, literal
 from artifact.grant import Entitlement, Grant, Principal
 from registry import tables as t
 
-K, O, E, M, G = t.api_key, t.org, t.entitlement, t.member, t.key_grant  # noqa: E741 - the letters that the statement below uses
+O, E, M, G = t.org.alias("o"), t.entitlement.alias("e"), t.member.alias("m"), t.key_grant.alias("g")  # noqa: E741
+T, U = t.team.alias("t"), t.team_member.alias("u")
 NONE: ColumnElement[int] = literal_column("0")
+KEY = ("id", "key_id", "org_id", "member_id", "tier", "expires", "revoked_at")
 _HOLDER = (
-    K.c.tier,
-    K.c.expires,
-    K.c.revoked_at,
     O.c.name.label("holder"),
     O.c.closed_at,
-    O.c.entitlement_id,
+    O.c.entitlement_id.label("document"),
     M.c.disabled_at,
-    E.c.jti,
-    E.c.serial,
-    E.c.tier.label("ent_tier"),
-    E.c.models.label("ent_models"),
-    E.c.actions.label("ent_actions"),
-    E.c.products,
-    E.c.environments,
-    E.c.gpus.label("ent_gpus"),
-    E.c.not_before.label("ent_not_before"),
-    E.c.expires.label("ent_expires"),
-    E.c.grace_s.label("ent_grace_s"),
-    E.c.revoked_at.label("ent_revoked_at"),
+    E.c.tier,
+    E.c.revoked_at,
 )
-_GRANT = (
-    G.c.id.label("row"),
-    G.c.grant_id,
-    G.c.models,
-    G.c.actions,
-    G.c.not_before,
-    G.c.expires.label("grant_expires"),
-    G.c.grace_s,
-    G.c.environment,
-    G.c.gpus,
-    G.c.profiles,
-)
+# What a document and a grant both have stands in the same columns: a driver's work grows with their number, and each row is the one or the other.
+_DOCUMENT = (E.c.serial, E.c.jti, E.c.models, E.c.actions, E.c.not_before, E.c.expires, E.c.grace_s, E.c.gpus, E.c.environments, E.c.products)
+_GRANT = (G.c.id, G.c.grant_id, G.c.models, G.c.actions, G.c.not_before, G.c.expires, G.c.grace_s, G.c.gpus, G.c.environment, G.c.profiles)
 
 
 @functools.cache
@@ -58,22 +38,22 @@ def caller(by: str) -> CompoundSelect[Any]:
 
     An arm for each kind of grant, each from the key's row by an index: one join with OR would read all grants of the organisation on some databases.
     """
-    column = K.c.hmac if by == "hmac" else K.c.key_id
+    column = t.api_key.c.hmac if by == "hmac" else t.api_key.c.key_id
+    k = select(*(t.api_key.c[name] for name in KEY)).where(column == bindparam(by)).cte("k")
+    own = (k.c.tier.label("key_tier"), k.c.expires.label("ends"), k.c.revoked_at.label("revoked"), *_HOLDER)
     # The document of another organisation is none, and a grant of another one is none: `+ 0` keeps that from choosing the index.
-    document = (E.c.id == O.c.entitlement_id) & (E.c.org_id + NONE == O.c.id)
-    itself = K.join(O, O.c.id == K.c.org_id).outerjoin(E, document).outerjoin(M, M.c.id == K.c.member_id)
-    team = t.team_member.join(t.team, (t.team.c.id == t.team_member.c.team_id) & (t.team.c.closed_at == NONE))
-    of_team = K.join(team, t.team_member.c.member_id == K.c.member_id).join(G, G.c.team_id == t.team_member.c.team_id)
-    whole = (G.c.org_id == K.c.org_id) & G.c.api_key_id.is_(None) & G.c.member_id.is_(None) & G.c.team_id.is_(None)
-    kinds = (K.join(G, G.c.api_key_id == K.c.id), K.join(G, G.c.member_id == K.c.member_id), of_team, K.join(G, whole))
-    mine = column == bindparam(by)
-    first: Select[Any] = select(K.c.key_id, *_HOLDER, *_nulls(_GRANT)).select_from(itself).where(mine)
-    rights = select(K.c.key_id, *_nulls(_HOLDER), *_GRANT).where(mine, G.c.revoked_at == NONE, G.c.org_id + NONE == K.c.org_id)
+    itself = k.join(O, O.c.id == k.c.org_id).outerjoin(M, M.c.id == k.c.member_id)
+    itself = itself.outerjoin(E, (E.c.id == O.c.entitlement_id) & (E.c.org_id + NONE == O.c.id))
+    of_team = k.join(U, U.c.member_id == k.c.member_id).join(T, (T.c.id == U.c.team_id) & (T.c.closed_at == NONE)).join(G, G.c.team_id == U.c.team_id)
+    whole = (G.c.org_id == k.c.org_id) & G.c.api_key_id.is_(None) & G.c.member_id.is_(None) & G.c.team_id.is_(None)
+    kinds = (k.join(G, G.c.api_key_id == k.c.id), k.join(G, G.c.member_id == k.c.member_id), of_team, k.join(G, whole))
+    first: Select[Any] = select(k.c.key_id, *own, *_DOCUMENT).select_from(itself)
+    rights = select(k.c.key_id, *_nulls(own), *_GRANT).where(G.c.revoked_at == NONE, G.c.org_id + NONE == k.c.org_id)
     return union_all(first, *(rights.select_from(kind) for kind in kinds))
 
 
 def _nulls(columns: Sequence[Any]) -> list[Any]:
-    return [type_coerce(null(), c.type).label(c.name) for c in columns]
+    return [type_coerce(null(), c.type) for c in columns]
 
 
 def principal_of(rows: Sequence[Any]) -> Principal | None:
@@ -81,16 +61,15 @@ def principal_of(rows: Sequence[Any]) -> Principal | None:
     own = next((row for row in rows if row.holder is not None), None)
     if own is None:
         return None
-    grants = tuple(_grant(row) for row in sorted((row for row in rows if row.row is not None), key=lambda row: row.row))
-    document = None if own.entitlement_id is None else _document(own)
+    grants = tuple(_grant(row) for row in sorted((row for row in rows if row is not own), key=lambda row: row.serial))
     return Principal(
         own.key_id,
         own.holder,
-        own.tier,
-        own.expires,
-        own.revoked_at,
+        own.key_tier,
+        own.ends,
+        own.revoked,
         grants,
-        entitlement=document,
+        entitlement=None if own.document is None else _document(own),
         closed_at=own.closed_at,
         disabled_at=own.disabled_at or 0.0,
     )
@@ -102,34 +81,13 @@ def _texts(text: str) -> tuple[str, ...]:
 
 
 def _grant(row: Any) -> Grant:
-    return Grant(
-        _texts(row.models),
-        _texts(row.actions),
-        row.not_before,
-        row.grant_expires,
-        row.grace_s,
-        row.grant_id,
-        row.environment,
-        row.gpus,
-        _texts(row.profiles),
-    )
+    texts = _texts(row.models), _texts(row.actions)
+    return Grant(*texts, row.not_before, row.expires, row.grace_s, row.jti, row.environments, row.gpus, _texts(row.products))
 
 
 def _document(row: Any) -> Entitlement:
     """The organisation's document; where its row is gone, one that gives nothing: what was cut once is never widened by a loss."""
     if row.jti is None:
         return Entitlement("", 0, "", (), (), 0.0, 0.0)
-    return Entitlement(
-        row.jti,
-        row.serial,
-        row.ent_tier,
-        _texts(row.ent_models),
-        _texts(row.ent_actions),
-        row.ent_not_before,
-        row.ent_expires,
-        row.ent_grace_s,
-        row.ent_gpus,
-        _texts(row.products),
-        _texts(row.environments),
-        row.ent_revoked_at,
-    )
+    texts, lists = (_texts(row.models), _texts(row.actions)), (_texts(row.products), _texts(row.environments))
+    return Entitlement(row.jti, row.serial, row.tier, *texts, row.not_before, row.expires, row.grace_s, row.gpus, *lists, row.revoked_at)

@@ -93,7 +93,7 @@ class Issuance(Desk):
             self._end_first(conn, call)
             return {"key": key, "key_id": key_id, "org": org, "tier": tier, "type": kind, "member": who, "expires": people.moment(expires)}
 
-        return self._change(work)
+        return self._change(call, org, work)
 
     def _end_first(self, conn: Connection, call: Call) -> None:
         """Revokes the keys of the first start once one of them made another key."""
@@ -117,7 +117,7 @@ class Issuance(Desk):
             self._audit.change(conn, call, "key_create", made[0], owner=SITE_ORG, type=FIRST, expires=expires)
             return {"key": made[1], "key_id": made[0], "expires": people.moment(expires)}
 
-        return self._change(work)
+        return self._change(call, SITE_ORG, work)
 
     def keys(self, call: Call, org: str = "", after: int = 0, limit: int = 100) -> Facts:
         """Keys by their public facts, oldest first: of an organisation, for the site's administrator of all; an ordinary key sees itself."""
@@ -161,7 +161,7 @@ class Issuance(Desk):
                 self._audit.change(conn, call, "key_revoke", key_id)
             return {"key_id": key_id, "state": "revoked" if new else "was revoked before"}
 
-        return self._change(work)
+        return self._change(call, call.principal.org, work)
 
     def rotate_key(self, call: Call, body: Body) -> Facts:
         """Makes a successor of `key_id` with the same grants; the old one ends after `overlap`, 7d unless it says otherwise.
@@ -187,7 +187,7 @@ class Issuance(Desk):
             facts: Facts = {"key": key, "key_id": new_id, "org": row.org, "tier": row.tier, "type": row.type, "member": row.member or ""}
             return facts | {"expires": people.moment(expires), "replaces": key_id, "old_ends": people.moment(old.revoked_at or old.expires)}
 
-        return self._change(work)
+        return self._change(call, call.principal.org, work)
 
     # ---- grants
 
@@ -213,7 +213,7 @@ class Issuance(Desk):
             self._audit.change(conn, call, "grant_create", grant_id, owner=org, **shown)
             return facts
 
-        return self._change(work)
+        return self._change(call, org, work)
 
     @staticmethod
     def _key_of(conn: Connection, owner: Row[Any], key_id: str) -> Any:
@@ -255,7 +255,7 @@ class Issuance(Desk):
                 self._audit.change(conn, call, "grant_revoke", grant_id, owner=row.org)
             return {"grant_id": grant_id, "state": "revoked" if new else "was revoked before"}
 
-        return self._change(work)
+        return self._change(call, call.principal.org, work)
 
     def extend_grant(self, call: Call, body: Body) -> Facts:
         """Gives the grant `grant_id` another end (`expires`, and `grace`); raises Denied, Invalid, NotFound, Conflict `changed`, `org_closed`."""
@@ -274,7 +274,7 @@ class Issuance(Desk):
             self._audit.change(conn, call, "grant_extend", grant_id, owner=row.org, before=was.expires, expires=expires, grace_s=grace_s)
             return people.grant_facts(people.grant_of(conn, grant_id))
 
-        return self._change(work)
+        return self._change(call, call.principal.org, work)
 
 
 def _kind(given: str, member: Row[Any] | None) -> str:

@@ -99,7 +99,7 @@ def create_org(conn: Connection, name: str, display: str, at: float) -> None:
 
 
 def _create(conn: Connection, table: Table, what: str, **values: object) -> None:
-    if not conn.execute(ignore_duplicates(conn, table).values(**values)).rowcount:
+    if conn.execute(ignore_duplicates(conn, table).values(**values).returning(*table.primary_key)).first() is None:
         raise Conflict(f"there is {what} already", do="choose another name", reason="exists")
 
 

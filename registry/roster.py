@@ -16,7 +16,7 @@ from artifact.store import Call
 from registry import people
 from registry.bodies import Body, only, text, word
 from registry.database import reading
-from registry.delegation import latest
+from registry.delegation import Office, latest
 from registry.desk import Desk
 from registry.people import Facts
 
@@ -45,7 +45,7 @@ class Roster(Desk):
             self._audit.change(conn, call, "org_create", name)
             return people.orgs(conn, "", 1, name)[0]
 
-        return self._change(work)
+        return self._change(call, name, work)
 
     def close_org(self, call: Call, body: Body) -> Facts:
         """Closes the organisation `name`: none of its keys is accepted from now on; raises Denied, NotFound, Conflict `ended`."""
@@ -58,7 +58,7 @@ class Roster(Desk):
             self._audit.change(conn, call, "org_close", name)
             return people.orgs(conn, "", 1, name)[0]
 
-        return self._change(work)
+        return self._change(call, name, work)
 
     def orgs(self, call: Call, after: str = "", limit: int = 100) -> Facts:
         """The organisations, for the site's administrator; its own for who may look at that; raises Denied."""
@@ -95,7 +95,7 @@ class Roster(Desk):
             self._audit.change(conn, call, event, f"{org}/{name}", owner=org)
             return {"org": org, "name": name}
 
-        return self._change(work)
+        return self._change(call, org, work)
 
     def create_team(self, call: Call, body: Body) -> Facts:
         """Makes the team `name` of `org`; raises Denied, Invalid, NotFound, Conflict `exists`, `org_closed`."""
@@ -119,7 +119,7 @@ class Roster(Desk):
             self._audit.change(conn, call, "team_add", f"{org}/{name}", owner=org, member=who)
             return {"org": org, "name": name, "member": who}
 
-        return self._change(work)
+        return self._change(call, org, work)
 
     def leave(self, call: Call, body: Body) -> Facts:
         """Takes `member` out of the team `name` of `org`; raises Denied, NotFound."""
@@ -132,7 +132,7 @@ class Roster(Desk):
             self._audit.change(conn, call, "team_remove", f"{org}/{name}", owner=org, member=who)
             return {"org": org, "name": name, "member": who}
 
-        return self._change(work)
+        return self._change(call, org, work)
 
     # ---- members
 
@@ -148,24 +148,23 @@ class Roster(Desk):
         only(body, "org", "name", "kind", "role", "note")
         org, name, note = text(body, "org", call.principal.org), text(body, "name"), text(body, "note", "")
         kind, role = word(body, "kind", KINDS, "person"), word(body, "role", ROLES, "member")
-        self._admin(call, org)
+        held = self._admin(call, org)
 
         def work(conn: Connection) -> Facts:
             owner = people.open_org(conn, org)
             people.create_member(conn, owner, name, kind, note, call.now)
-            return self._role(conn, call, owner, name, role, "member_create", kind=kind)
+            return self._role(conn, call, held, owner, name, role, "member_create", kind=kind)
 
-        return self._change(work)
+        return self._change(call, org, work)
 
     def set_role(self, call: Call, body: Body) -> Facts:
         """Gives the member `name` of `org` another `role`; raises Denied, Invalid, NotFound, Conflict."""
         only(body, "org", "name", "role")
         org, name, role = text(body, "org", call.principal.org), text(body, "name"), word(body, "role", ROLES)
-        self._admin(call, org)
-        return self._change(lambda conn: self._role(conn, call, people.open_org(conn, org), name, role, "member_role"))
+        held = self._admin(call, org)
+        return self._change(call, org, lambda conn: self._role(conn, call, held, people.open_org(conn, org), name, role, "member_role"))
 
-    def _role(self, conn: Connection, call: Call, owner: Row[object], name: str, role: str, event: str, **more: object) -> Facts:
-        held = self._admin(call, str(owner.name))
+    def _role(self, conn: Connection, call: Call, held: Office, owner: Row[object], name: str, role: str, event: str, **more: object) -> Facts:
         member = people.member_of(conn, owner, name)
         expires = 0.0
         if not held.site and people.ROLES[role]:
@@ -186,4 +185,4 @@ class Roster(Desk):
             self._audit.change(conn, call, "member_disable", f"{org}/{name}", owner=org)
             return {"org": org, "name": name, "disabled": people.moment(call.now)}
 
-        return self._change(work)
+        return self._change(call, org, work)

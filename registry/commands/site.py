@@ -1,4 +1,4 @@
-"""`airlock site init` and `airlock site trust`: a site's keys and the sender it trusts; what its runtimes are given."""
+"""`airlock site init|trust|secrets|rotate`: a site's secrets and the sender it trusts; what its runtimes are given."""
 
 from __future__ import annotations
 
@@ -10,29 +10,41 @@ from pathlib import Path
 
 from artifact.errors import Invalid, NotFound, Unavailable
 from registry.home import MAX_ROOT_BYTES, Home
+from registry.keyring import ROTATED
 
 EXAMPLES = """examples:
   airlock site init --data /srv/airlock --trust-root 1.root.json --sha256 3f4c...
-  airlock site trust --data /srv/airlock --to site-trust.json"""
+  airlock site trust --data /srv/airlock --to site-trust.json
+  airlock site secrets --data /srv/airlock
+  airlock site rotate lease --data /srv/airlock"""
+
+TOLD = {
+    "lease": " Give runtimes the new site-trust.json before (airlock site trust): it has both keys.",
+    "release": " Give runtimes the new site-trust.json before (airlock site trust): it has both keys.",
+    "entitlement": " Documents of the old root count until it is taken from secrets/previous.",
+}
 
 
 def main(argv: list[str]) -> int:
-    """Runs one of the two; returns the exit status."""
+    """Runs one of them; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="airlock site", description="Set up a closed site.", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     words = parser.add_subparsers(dest="word", required=True)
     init = words.add_parser("init", help="make the data directory with its secrets and pin the sender of bundles", epilog=EXAMPLES.splitlines()[1])
     give = words.add_parser("trust", help="write site-trust.json, the one file that runtimes pin", epilog=EXAMPLES.splitlines()[2])
+    show = words.add_parser("secrets", help="list the secrets by their public ids, never a value", epilog=EXAMPLES.splitlines()[3])
+    turn = words.add_parser("rotate", help="replace a secret; the old one stays for verification", epilog=EXAMPLES.splitlines()[4])
+    turn.add_argument("name", choices=ROTATED, help="which; docs/operations.md, Secrets, says when the old one may go")
     data_default = os.environ.get("AIRLOCK_DATA")
-    for word in (init, give):
+    for word in (init, give, show, turn):
         word.add_argument("--data", type=Path, default=data_default, required=not data_default, help="the data directory (env AIRLOCK_DATA)")
         word.add_argument("--json", action="store_true", help="print one JSON object")
     init.add_argument("--trust-root", type=Path, help="1.root.json of the mirror; without it the site accepts no bundle yet")
     init.add_argument("--sha256", default="", help="the SHA-256 that airlock mirror init printed, from paper")
     give.add_argument("--to", type=Path, required=True, help="the file to write")
     given = parser.parse_args(argv)
-    return _init(given) if given.word == "init" else _trust(given)
+    return {"init": _init, "trust": _trust, "secrets": _secrets, "rotate": _rotate}[given.word](given)
 
 
 def _init(given: argparse.Namespace) -> int:
@@ -81,4 +93,25 @@ def _trust(given: argparse.Namespace) -> int:
         print(json.dumps({"file": str(given.to), "sha256": digest, "instance": home.instance}))
     else:
         print(f"wrote {given.to} (SHA-256 {digest}) for the runtimes of site {home.instance}")
+    return 0
+
+
+def _secrets(given: argparse.Namespace) -> int:
+    rows = Home.open(Path(given.data)).keys.rows()
+    lines = [f"{r['name']:<12}{r['id'] or 'absent':<18}{r['source']}  replaced: {', '.join(_texts(r['previous'])) or 'none'}" for r in rows]
+    print(json.dumps({"items": rows}) if given.json else "\n".join(lines))
+    return 0
+
+
+def _texts(value: object) -> list[str]:
+    return [str(v) for v in value] if isinstance(value, list) else []
+
+
+def _rotate(given: argparse.Namespace) -> int:
+    before, after = Home.open(Path(given.data)).keys.rotate(given.name)
+    if given.json:
+        print(json.dumps({"name": given.name, "before": before, "after": after}))
+        return 0
+    print(f"{given.name}: {after} in place of {before}, which stays for verification")
+    print("Start every server process of this site again." + TOLD.get(given.name, ""))
     return 0

@@ -22,7 +22,7 @@ from registry.wiring import open_site
 from tests.contracts.doors import new_site, serving
 from tests.fakes.registry import registry
 from tests.flows.test_fake_hub import TOKEN, Running, hub, make_repo
-from tests.flows.test_sync import AIRLOCK, make_home, plan_file, push_image
+from tests.flows.test_sync import AIRLOCK, make_home, plan_file, push_image, push_model
 
 pytestmark = pytest.mark.server
 NGC = "nvapi-upstream-key-of-a-test-0123456789"
@@ -123,6 +123,19 @@ def test_an_image_is_refused_before_any_request(tmp_path: Path) -> None:
         mirror(home, "accept", f"oci://{running.host}/nim/engine", "--by", ADA, "--license", "nv")
         (done,) = sync(home, plan)
     assert (done["upstream"]["license"], done["upstream"]["accepted_by"], done["upstream"]["tier"]) == ("nv", ADA, "enterprise")
+
+
+def test_a_licence_that_only_the_bytes_tell_gives_no_name(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "mirror")
+    with registry(tmp_path / "upstream") as running:
+        push_model(RemoteRegistry(running.url), "acme/tiny", "1", b"weights", profiles=False)  # its facts layer says apache-2.0
+        source = {"source": f"oci://{running.host}/acme/tiny:1", "as": "acme/tiny", "plain_http": True}
+        mirror(home, "accept", source["source"], "--by", ADA, "--license", "mit")
+        refused(home, plan_file(tmp_path, source | {"requires": {"license": "mit"}}), "upstream_license")
+        assert MirrorHome.open(home).names() == []
+        mirror(home, "accept", source["source"], "--by", ADA, "--license", "Apache-2.0")
+        (done,) = sync(home, plan_file(tmp_path, source | {"requires": {"license": "Apache-2.0"}}))
+    assert (done["upstream"]["license"], done["upstream"]["accepted_by"]) == ("apache-2.0", ADA)
 
 
 def test_records_and_their_watch(tmp_path: Path) -> None:
