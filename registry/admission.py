@@ -38,7 +38,7 @@ class Admission:
 
     def __init__(self, entitlements: Entitlements, lookup: Lookup, audit: Audit, home: Home, policy: Policy) -> None:
         self._entitlements, self._lookup, self._audit, self.policy = entitlements, lookup, audit, policy
-        self._tokens = Tokens(home.pepper(), home.instance)
+        self._tokens = Tokens(home.pepper(), home.instance, home.peppers()[1:])
         self._failed = FailedLogins()
         try:
             self._streamed = tuple(ipaddress.ip_network(text) for text in policy.stream_to)

@@ -23,13 +23,13 @@ from artifact.errors import Conflict, Invalid, Mismatch, NotFound, Unavailable
 from artifact.manifest import parse_json
 from registry.database import is_postgresql
 from registry.home import DATABASE, SITE
+from registry.keyring import FILES, FIRST, Keyring
 from registry.settings import Settings
 
 INDEX = "backup.json"
 DUMP = "registry.pgdump"
 SQLITE, POSTGRESQL = "sqlite", "postgresql"
 STAGED = ".restore"
-SECRETS = ("pepper", "release.pem", "lease.pem")
 SCHEMA = 1
 MAX_TIME = 4_000_000_000
 BUFFER = 1024 * 1024
@@ -90,7 +90,8 @@ def read_index(source: Path) -> dict[str, Any]:
         parts = Path(name).parts
         if name.startswith("/") or not parts or ".." in parts or parts[0] not in (*KEPT, DATABASE, DUMP):
             raise Invalid(f"{INDEX} names {name[:100]!r}, which is no part of a site", expected="site.json, secrets/, trust/ and the database")
-    needed = {SITE, DATABASE if kind == SQLITE else DUMP, *(f"secrets/{name}" for name in SECRETS)}
+    keys = Keyring(source / "secrets")  # what the environment gives need not be in it
+    needed = {SITE, DATABASE if kind == SQLITE else DUMP, *(f"secrets/{FILES[name]}" for name in FIRST if not keys.given(name))}
     if missing := sorted(needed - files.keys()):
         raise Invalid(f"{INDEX} does not name {', '.join(missing)}", expected="a whole backup", do="take another one")
     return dict(index)

@@ -90,13 +90,16 @@ def well_formed(key: str) -> bool:
 
 
 class Entitlements:
-    """Keys and grants of this site; `pepper` keys the HMAC under which keys are stored, `older` are those that it replaced."""
+    """Keys and grants of this site; `pepper` keys the HMAC under which keys are stored, `others` are accepted beside it.
 
-    def __init__(self, engine: Engine, pepper: bytes, older: Sequence[bytes] = (), prefix: str = PREFIX) -> None:
+    Those of `kept` among them are to come: what is stored under them stays as it is.
+    """
+
+    def __init__(self, engine: Engine, pepper: bytes, others: Sequence[bytes] = (), kept: Sequence[bytes] = (), prefix: str = PREFIX) -> None:
         self._engine = engine
-        self._pepper, self._older, self._prefix = pepper, tuple(older), prefix
+        self._pepper, self._others, self._prefix = pepper, tuple(others), prefix
         self._pepper_id = pepper_id(pepper)
-        self.usage = Usage(engine, self._pepper_id)
+        self.usage = Usage(engine, self._pepper_id, tuple(map(pepper_id, kept)))
 
     def any_key(self) -> bool:
         """Whether the site has a key at all."""
@@ -108,8 +111,8 @@ class Entitlements:
         return hmac.new(self._pepper, key.encode(), hashlib.sha256).digest()
 
     def hmacs(self, key: str) -> tuple[bytes, ...]:
-        """What a key may be stored as: under the current pepper, then under those that it replaced."""
-        return (self.hmac(key), *(hmac.new(pepper, key.encode(), hashlib.sha256).digest() for pepper in self._older))
+        """What a key may be stored as: under the current pepper, then under the others."""
+        return (self.hmac(key), *(hmac.new(pepper, key.encode(), hashlib.sha256).digest() for pepper in self._others))
 
     def principal(self, key: str) -> Principal | None:
         """The principal of a presented key with all its grants, by one indexed statement; None when nothing proves possession.
@@ -223,7 +226,7 @@ class Entitlements:
     def used(self, key_id: str, key: str, now: float) -> None:
         """Notes that a key was presented, for `last_used` and, while a pepper is being replaced, for its HMAC under the current one."""
         if self.usage.due(key_id, now):
-            self.usage.note(key_id, now, self.hmac(key) if self._older else None)
+            self.usage.note(key_id, now, self.hmac(key) if self._others else None)
 
     def revoke(self, conn: Connection, key_id: str, at: float) -> bool:
         """Revokes a key from now on; False when it was revoked before; raises NotFound."""

@@ -15,11 +15,13 @@ from sqlalchemy import ColumnElement, CompoundSelect, Select, bindparam, literal
 from artifact.grant import Entitlement, Grant, Principal
 from registry import tables as t
 
-O, E, M, G = t.org.alias("o"), t.entitlement.alias("e"), t.member.alias("m"), t.key_grant.alias("g")  # noqa: E741
+K, O, E, M, G = t.api_key.alias("k"), t.org.alias("o"), t.entitlement.alias("e"), t.member.alias("m"), t.key_grant.alias("g")  # noqa: E741
 T, U = t.team.alias("t"), t.team_member.alias("u")
 NONE: ColumnElement[int] = literal_column("0")
-KEY = ("id", "key_id", "org_id", "member_id", "tier", "expires", "revoked_at")
 _HOLDER = (
+    K.c.tier.label("key_tier"),
+    K.c.expires.label("ends"),
+    K.c.revoked_at.label("revoked"),
     O.c.name.label("holder"),
     O.c.closed_at,
     O.c.entitlement_id.label("document"),
@@ -38,17 +40,16 @@ def caller(by: str) -> CompoundSelect[Any]:
 
     An arm for each kind of grant, each from the key's row by an index: one join with OR would read all grants of the organisation on some databases.
     """
-    column = t.api_key.c.hmac if by == "hmac" else t.api_key.c.key_id
-    k = select(*(t.api_key.c[name] for name in KEY)).where(column == bindparam(by)).cte("k")
-    own = (k.c.tier.label("key_tier"), k.c.expires.label("ends"), k.c.revoked_at.label("revoked"), *_HOLDER)
+    column = K.c.hmac if by == "hmac" else K.c.key_id
     # The document of another organisation is none, and a grant of another one is none: `+ 0` keeps that from choosing the index.
-    itself = k.join(O, O.c.id == k.c.org_id).outerjoin(M, M.c.id == k.c.member_id)
+    itself = K.join(O, O.c.id == K.c.org_id).outerjoin(M, M.c.id == K.c.member_id)
     itself = itself.outerjoin(E, (E.c.id == O.c.entitlement_id) & (E.c.org_id + NONE == O.c.id))
-    of_team = k.join(U, U.c.member_id == k.c.member_id).join(T, (T.c.id == U.c.team_id) & (T.c.closed_at == NONE)).join(G, G.c.team_id == U.c.team_id)
-    whole = (G.c.org_id == k.c.org_id) & G.c.api_key_id.is_(None) & G.c.member_id.is_(None) & G.c.team_id.is_(None)
-    kinds = (k.join(G, G.c.api_key_id == k.c.id), k.join(G, G.c.member_id == k.c.member_id), of_team, k.join(G, whole))
-    first: Select[Any] = select(k.c.key_id, *own, *_DOCUMENT).select_from(itself)
-    rights = select(k.c.key_id, *_nulls(own), *_GRANT).where(G.c.revoked_at == NONE, G.c.org_id + NONE == k.c.org_id)
+    of_team = K.join(U, U.c.member_id == K.c.member_id).join(T, (T.c.id == U.c.team_id) & (T.c.closed_at == NONE)).join(G, G.c.team_id == U.c.team_id)
+    whole = (G.c.org_id == K.c.org_id) & G.c.api_key_id.is_(None) & G.c.member_id.is_(None) & G.c.team_id.is_(None)
+    kinds = (K.join(G, G.c.api_key_id == K.c.id), K.join(G, G.c.member_id == K.c.member_id), of_team, K.join(G, whole))
+    mine = column == bindparam(by)
+    first: Select[Any] = select(K.c.key_id, *_HOLDER, *_DOCUMENT).select_from(itself).where(mine)
+    rights = select(K.c.key_id, *_nulls(_HOLDER), *_GRANT).where(mine, G.c.revoked_at == NONE, G.c.org_id + NONE == K.c.org_id)
     return union_all(first, *(rights.select_from(kind) for kind in kinds))
 
 

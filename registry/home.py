@@ -142,8 +142,8 @@ class Home:
         return self.keys.read(PEPPER)
 
     def peppers(self) -> tuple[bytes, ...]:
-        """The pepper, and behind it those that it replaced; raises Unavailable."""
-        return (self.pepper(), *self.keys.previous_peppers())
+        """The pepper, and behind it the prepared one and those that it replaced; raises Unavailable."""
+        return (self.pepper(), *self.keys.next_peppers(), *self.keys.previous_peppers())
 
     def release_key(self) -> bytes:
         """PEM of the key that signs what is released here; raises Unavailable."""

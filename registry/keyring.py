@@ -23,7 +23,7 @@ from artifact.errors import AirlockError, Conflict, Invalid, Unavailable
 
 PEPPER_BYTES = 32
 MAX_BYTES = 64 * 1024
-PREVIOUS = "previous"
+PREVIOUS, NEXT = "previous", "next"
 PEPPER = "pepper"
 FILES = {PEPPER: "pepper", "release": "release.pem", "lease": "lease.pem", "audit": "audit.pem", "entitlement": "entitlement.pem"}
 FIRST = (PEPPER, "release", "lease")  # what every site had from the beginning; the others are made where an older site lacks them
@@ -134,9 +134,21 @@ class Keyring:
         """The peppers that were replaced and may still have keys, the newest first; raises Unavailable."""
         return tuple(raw for raw in self._previous(PEPPER) if len(raw) == PEPPER_BYTES)
 
+    def next_peppers(self) -> tuple[bytes, ...]:
+        """The pepper that is to come, where one was prepared; raises Unavailable."""
+        return tuple(self._next(PEPPER))
+
+    def _next(self, name: str) -> list[bytes]:
+        path = self.folder / NEXT / FILES[name]
+        try:
+            return [path.read_bytes()[:MAX_BYTES]] if os.path.lexists(path) else []
+        except OSError as error:
+            raise Unavailable(f"secrets/{NEXT} cannot be read: {error.strerror}", do="let this user read it") from error
+
     def public_keys(self, name: str) -> dict[str, str]:
-        """The public halves, id to PEM, of the signing key of that name and of those that it replaced; raises Invalid, Unavailable."""
-        pems = [trust.public_pem(self.read(name)), *(raw.decode("ascii", "replace") for raw in self._previous(name))]
+        """The public halves, id to PEM, of a signing key, of the next one and of those that it replaced; raises Invalid, Unavailable."""
+        pems = [trust.public_pem(raw) for raw in (self.read(name), *self._next(name))]
+        pems += [raw.decode("ascii", "replace") for raw in self._previous(name)]
         return {trust.kid(pem): pem for pem in pems}
 
     def _previous(self, name: str) -> list[bytes]:
@@ -146,8 +158,16 @@ class Keyring:
         except OSError as error:
             raise Unavailable(f"secrets/{PREVIOUS} cannot be read: {error.strerror}", do="let this user read it") from error
 
-    def rotate(self, name: str) -> tuple[str, str]:
-        """Replaces a secret, keeping of the old one what verification needs; returns the old and the new public id; raises Conflict, Unavailable."""
+    def prepare(self, name: str) -> str:
+        """Makes the secret that is to come, accepted from now on and used by nobody yet; returns its id; raises Conflict, Unavailable."""
+        self._own(name)
+        try:
+            write_new(self.folder / NEXT / FILES[name], fresh(name), 0o600)
+        except OSError as error:
+            raise Unavailable(f"the next {name} cannot be made: {error.strerror}", do=f"let this user write {self.folder}") from error
+        return public_id(name, self._next(name)[0])
+
+    def _own(self, name: str) -> None:
         if self.given(name):
             raise Conflict(
                 f"the {name} comes from the {self.source(name)}",
@@ -155,7 +175,14 @@ class Keyring:
                 do=f"replace it there, and first put the old {'pepper' if name == PEPPER else 'public key'} into secrets/{PREVIOUS}/{name}.<id>",
                 reason="secret",
             )
-        old, new = self.read(name), fresh(name)
+
+    def rotate(self, name: str) -> tuple[str, str]:
+        """Puts the prepared secret, or a new one, in place of the current one, of which it keeps what verification needs.
+
+        Returns the old and the new public id; raises Conflict, Unavailable.
+        """
+        self._own(name)
+        old, new = self.read(name), next(iter(self._next(name)), b"") or fresh(name)
         before, after = public_id(name, old), public_id(name, new)
         kept = old if name == PEPPER else trust.public_pem(old).encode()
         temporary = self.path(name).with_name(f".{FILES[name]}.{os.getpid()}.{secrets.token_hex(4)}.new")
@@ -163,6 +190,7 @@ class Keyring:
             write_new(self.folder / PREVIOUS / f"{name}.{before}", kept, 0o600)  # first: whatever ends here loses nothing
             write_new(temporary, new, 0o600)
             temporary.replace(self.path(name))
+            (self.folder / NEXT / FILES[name]).unlink(missing_ok=True)
             _sync(self.folder)
         except OSError as error:
             raise Unavailable(f"the {name} cannot be replaced: {error.strerror}", do=f"let this user write {self.folder}, free space") from error

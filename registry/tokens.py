@@ -37,21 +37,21 @@ class Claims:
 
 
 class Tokens:
-    """Signs and verifies under one site's pepper, for that site's instance id only."""
+    """Signs under one site's pepper, for that site's instance id only; verifies under `others` too, while a pepper is being replaced."""
 
-    def __init__(self, pepper: bytes, audience: str) -> None:
-        self._key = hmac.new(pepper, PURPOSE, hashlib.sha256).digest()
+    def __init__(self, pepper: bytes, audience: str, others: Iterable[bytes] = ()) -> None:
+        self._keys = [hmac.new(secret, PURPOSE, hashlib.sha256).digest() for secret in (pepper, *others)]
         self._audience = audience
 
-    def _mac(self, text: str) -> str:
-        return _b64(hmac.new(self._key, text.encode("ascii"), hashlib.sha256).digest())
+    def _mac(self, text: str, key: bytes) -> str:
+        return _b64(hmac.new(key, text.encode("ascii"), hashlib.sha256).digest())
 
     def sign(self, claims: Claims) -> str:
         """The token of these claims; raises TooLarge."""
         access = [[a.kind, a.name, list(a.actions)] for a in claims.access]
         doc = {"aud": self._audience, "exp": claims.exp, "key": claims.key_id, "access": access}
         text = PREFIX + _b64(json.dumps(doc, separators=(",", ":"), ensure_ascii=True).encode("ascii"))
-        token = f"{text}.{self._mac(text)}"
+        token = f"{text}.{self._mac(text, self._keys[0])}"
         if len(token) > MAX_TOKEN:
             raise TooLarge(f"the token would have {len(token)} characters", expected=f"at most {MAX_TOKEN}", do="ask for fewer scopes at once")
         return token
@@ -62,7 +62,7 @@ class Tokens:
         if len(token) > MAX_TOKEN or not token.isascii() or not token.startswith(PREFIX):
             raise wrong
         text, _, mac = token.rpartition(".")
-        if not hmac.compare_digest(self._mac(text), mac):
+        if not any([hmac.compare_digest(self._mac(text, key), mac) for key in self._keys]):
             raise wrong
         claims = self._claims(text[len(PREFIX) :])
         if claims is None:

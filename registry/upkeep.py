@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from artifact.errors import Conflict, Invalid, NotFound, Unavailable
 from artifact.grant import Subject, date, model_of, visible
-from artifact.manifest import check_name, check_ref
+from artifact.manifest import check_name, check_ref, is_digest
 from artifact.store import Call
 from registry import holdings, upstream
 from registry.collector import Collector
@@ -91,7 +91,7 @@ class Upkeep:
             if named:
                 raise Conflict(f"a profile in {named[0]} names {digest}", do="delete that first; an admin may use --force", reason="in_use")
 
-        if repo is not None:
+        if repo is not None and is_digest(digest):
             with self._library.catalog.reading() as conn:
                 check(conn, repo)  # the documents are read before the transaction begins
         return check

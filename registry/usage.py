@@ -19,16 +19,16 @@ _K = t.api_key.c
 _USED = update(t.api_key).where(_K.key_id == bindparam("key"), _K.last_used < bindparam("at")).values(last_used=bindparam("at"))
 _RENEWED = (
     update(t.api_key)
-    .where(_K.key_id == bindparam("key"), _K.pepper_id != bindparam("pepper"))
+    .where(_K.key_id == bindparam("key"), _K.pepper_id.not_in(bindparam("kept", expanding=True)))
     .values(hmac=bindparam("digest"), pepper_id=bindparam("pepper"))
 )
 
 
 class Usage:
-    """The notes of one process; `pepper_id` is the current pepper's public name."""
+    """The notes of one process; `pepper_id` is the current pepper's public name, `coming` are those of peppers that are to follow it."""
 
-    def __init__(self, engine: Engine, pepper_id: str) -> None:
-        self._engine, self._pepper_id = engine, pepper_id
+    def __init__(self, engine: Engine, pepper_id: str, coming: tuple[str, ...] = ()) -> None:
+        self._engine, self._pepper_id, self._kept = engine, pepper_id, [pepper_id, *coming]
         self._seen: dict[str, float] = {}
         self._used: dict[str, float] = {}
         self._renewed: dict[str, bytes] = {}
@@ -56,8 +56,8 @@ class Usage:
         if used:
             with t.writing(self._engine) as conn:
                 conn.execute(_USED, [{"key": key, "at": at} for key, at in sorted(used.items())])
-                if renewed:
-                    conn.execute(_RENEWED, [{"key": k, "digest": d, "pepper": self._pepper_id} for k, d in sorted(renewed.items())])
+                for key, digest in sorted(renewed.items()):
+                    conn.execute(_RENEWED, {"key": key, "digest": digest, "pepper": self._pepper_id, "kept": self._kept})
         with self._lock:
             self._used = {key: at for key, at in self._used.items() if used.get(key) != at}
             self._renewed = {key: digest for key, digest in self._renewed.items() if key not in renewed}

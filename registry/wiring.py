@@ -148,7 +148,7 @@ def open_site(settings: Settings, *, background: bool = True) -> Site:
     claim(engine, home.instance, home.peppers())
     catalog, entitlements, audit = (
         Catalog(engine),
-        Entitlements(engine, home.pepper(), home.peppers()[1:], settings.key_prefix),
+        Entitlements(engine, home.pepper(), home.peppers()[1:], home.keys.next_peppers(), settings.key_prefix),
         Audit(engine, home.instance),
     )
     blobs = open_blobs(settings.blobs_url, settings.data)

@@ -19,8 +19,8 @@ EXAMPLES = """examples:
   airlock site rotate lease --data /srv/airlock"""
 
 TOLD = {
-    "lease": " Give runtimes the new site-trust.json before (airlock site trust): it has both keys.",
-    "release": " Give runtimes the new site-trust.json before (airlock site trust): it has both keys.",
+    "lease": " Runtimes need the new site-trust.json at once (airlock site trust), if --prepare did not come first.",
+    "release": " Runtimes need the new site-trust.json at once (airlock site trust), if --prepare did not come first.",
     "entitlement": " Documents of the old root count until it is taken from secrets/previous.",
 }
 
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
     show = words.add_parser("secrets", help="list the secrets by their public ids, never a value", epilog=EXAMPLES.splitlines()[3])
     turn = words.add_parser("rotate", help="replace a secret; the old one stays for verification", epilog=EXAMPLES.splitlines()[4])
     turn.add_argument("name", choices=ROTATED, help="which; docs/operations.md, Secrets, says when the old one may go")
+    turn.add_argument("--prepare", action="store_true", help="only make the next one: it is accepted from now on, and used from the next rotate on")
     data_default = os.environ.get("AIRLOCK_DATA")
     for word in (init, give, show, turn):
         word.add_argument("--data", type=Path, default=data_default, required=not data_default, help="the data directory (env AIRLOCK_DATA)")
@@ -108,7 +109,12 @@ def _texts(value: object) -> list[str]:
 
 
 def _rotate(given: argparse.Namespace) -> int:
-    before, after = Home.open(Path(given.data)).keys.rotate(given.name)
+    keys = Home.open(Path(given.data)).keys
+    if given.prepare:
+        made = keys.prepare(given.name)
+        print(json.dumps({"name": given.name, "next": made}) if given.json else f"{given.name}: {made} is the next one, and accepted from now on")
+        return 0
+    before, after = keys.rotate(given.name)
     if given.json:
         print(json.dumps({"name": given.name, "before": before, "after": after}))
         return 0
