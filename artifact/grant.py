@@ -406,8 +406,8 @@ def _fitting(
     grants: list[Grant], principal: Principal, subject: Subject, action: str, governed: bool, profile: tuple[str, str] | None
 ) -> list[Grant] | Decision:
     """Those of the grants whose environment and profiles fit what is asked for and what the entitlement holds."""
-    name, document = model_of(subject.name), principal.entitlement
-    if governed and document is not None:
+    name, document = model_of(subject.name), principal.entitlement if governed else None
+    if document is not None:
         held = [g for g in grants if (g.environment or PRODUCTION) in document.environments]
         if not held:
             return refused("environment", name=name, org=principal.org, environment=grants[0].environment or PRODUCTION)
@@ -416,7 +416,7 @@ def _fitting(
         rank = min(_rank(principal.tier), _rank(document.tier)) if document else _rank(principal.tier)
         enough = [g for g in grants if _tier_enough(rank, subject.requires_tier, g.environment)]
         if not enough:
-            return _tier_missing(name, subject.requires_tier, rank, principal)
+            return _tier_missing(name, subject.requires_tier, rank, principal, document)
         grants = enough
     if action == "run" and profile is not None:
         named = [g for g in grants if not g.profiles or any(_segment(p, text) for p in g.profiles for text in profile)]
@@ -424,9 +424,9 @@ def _fitting(
     return grants
 
 
-def _tier_missing(name: str, tier: str, rank: int, principal: Principal) -> Decision:
+def _tier_missing(name: str, tier: str, rank: int, principal: Principal, document: Entitlement | None) -> Decision:
     """The no to a key whose tier was enough for some grant, but not for those it has, or was cut by the entitlement."""
-    document, has, ask = principal.entitlement, f"this key has {principal.tier}", "a key of tier enterprise"
+    has, ask = f"this key has {principal.tier}", "a key of tier enterprise"
     if document is not None and _rank(document.tier) < _rank(principal.tier):
         has, ask = f"the entitlement of {principal.org} gives {document.tier or 'none'}", "an entitlement of tier enterprise"
     if tier == "developer" and rank:

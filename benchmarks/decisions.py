@@ -6,6 +6,7 @@ The database holds 20,000 keys with a grant each, so that an index that is not u
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import secrets
@@ -154,7 +155,7 @@ def main() -> None:
         for what, ask, allow in (("pull", pull, True), ("run with its profile and GPUs", run, True), ("refused pull", refuse, False)):
             if ask(who).allow is not allow:
                 raise RuntimeError(ask(who).words)
-            cpu, wall = min(cost(lambda ask=ask, who=who: ask(who), count) for _ in range(args.rounds))
+            cpu, wall = min(cost(functools.partial(ask, who), count) for _ in range(args.rounds))
             report.row(f"{what}, {grants} grants and a document", cpu, wall, "")
             if what == "pull":
                 report.at_most(f"warm decision of a pull, {grants} grants, CPU without its statement, us", cpu, BAR_US)

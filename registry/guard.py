@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 from artifact.errors import Denied, Invalid, NotFound, Unauthenticated
-from artifact.grant import PROFILES, Access, Decision, Subject, authenticate, best, date, decide, decide_open, insufficient, refused, scoped, visible
+from artifact.grant import PROFILES, Access, Decision, Subject, authenticate, best, date, decide, decide_open, insufficient, scoped, visible
 from artifact.manifest import PROFILES_TYPE, check_digest, check_name, check_ref, parse_manifest
 from artifact.profile import Profile
 from artifact.profile import parse as parse_profiles
@@ -96,31 +96,24 @@ class Guard(Registry, Files):
                 repo = self._library.catalog.repository(check_name(access.name)) if access.kind == "repository" else None
                 named.append(replace(access, name=repo.name) if repo else access)  # an alias opens what it stands for now
                 found[named[-1].name] = repo
-        under: dict[str, set[str]] = {"grant": set(), "entitlement": set()}
-
-        def may(access: Access, action: str) -> bool:
-            decision = self._may(call, access, action, found)
-            for kind, value in decision.ids.items() if decision.allow else ():
-                under[kind].add(value)
-            return decision.allow
-
-        given = granted(named, may)
+        under: set[tuple[str, str]] = set()
+        given = granted(named, lambda access, action: self._may(call, access, action, found, under))
         token, life = self._admission.sign(call, given)
         if call.principal.key_id:
-            ids = {kind: ",".join(sorted(values))[:400] for kind, values in under.items() if values}
-            allowed = replace(call, decision=Decision(True, "ok", ids=ids))
-            self._audit.read(allowed, ",".join(map(str, given))[:400], "token", 0, "token")
+            ids = {kind: ",".join(sorted(value for of, value in under if of == kind))[:400] for kind, _ in sorted(under)}
+            self._audit.read(replace(call, decision=Decision(True, "ok", ids=ids)), ",".join(map(str, given))[:400], "token", 0, "token")
         return token, given, life
 
-    def _may(self, call: Call, access: Access, action: str, found: Mapping[str, Repo | None]) -> Decision:
-        if access.kind == "registry" and access.name == "catalog" and action == "*":
-            return authenticate(call.principal, call.now)
-        if access.kind == "registry" or access.name not in found or (action == "delete" and found[access.name] is None):
-            return refused("not_visible")
-        repo = found[access.name]
-        if action == "push":
-            return self._push_decision(call, access.name, repo)
-        return self._decide(call, self._subject(call, access.name, repo), action)
+    def _may(self, call: Call, access: Access, action: str, found: Mapping[str, Repo | None], under: set[tuple[str, str]]) -> bool:
+        """Whether an action of a scope is given, and under what."""
+        name, repo = access.name, found.get(access.name)
+        if access.kind == "registry":
+            return name == "catalog" and action == "*" and authenticate(call.principal, call.now).allow
+        if name not in found or (action == "delete" and repo is None):
+            return False
+        decision = self._push_decision(call, name, repo) if action == "push" else self._decide(call, self._subject(call, name, repo), action)
+        under |= set(decision.ids.items()) if decision.allow else set()
+        return decision.allow
 
     def attach(self, collector: Collector) -> None:
         """Gives this guard the administrator's verbs over what is held (registry/upkeep.py)."""

@@ -233,7 +233,7 @@ class Issuance(Desk):
             if ordinary:
                 rows = people.grants(conn, after, limit, key=people.key_of(conn, call.principal.key_id).id)
             else:
-                rows = people.grants(conn, after, limit, org_id=people.org_of(conn, org).id if org else None)
+                rows = people.grants(conn, after, limit, org_id=people.org_of(conn, org, held=False).id if org else None)
         return {"items": [people.grant_facts(row) for row in rows], "after": rows[-1].id if len(rows) == limit else 0}
 
     def _grant(self, conn: Connection, held: Office, grant_id: str) -> Row[Any]:

@@ -234,6 +234,7 @@ def _people() -> dict[str, dict[str, Any]]:
         },
         f"{root}/orgs/{{name}}": {"get": _operation("people", "One organisation", org, params=(_path("name", _NAME),))},
         f"{root}/orgs/close": {"post": _operation("people", "Closes an organisation", org, body=_only("name", name=_ORG))},
+        f"{root}/orgs/open": {"post": _operation("people", "Opens a closed organisation again", org, body=_only("name", name=_ORG))},
         f"{root}/teams": {
             "get": _operation("people", "The teams of an organisation", teams, params=of),
             "post": _operation("people", "Makes a team", told, body=team),
@@ -246,6 +247,7 @@ def _people() -> dict[str, dict[str, Any]]:
             "post": _operation("people", "Makes a member, a person or a robot", roled, body=person),
         },
         f"{root}/members/role": {"post": _operation("people", "Gives a member another role", roled, body=change)},
+        f"{root}/members/enable": {"post": _operation("people", "Enables a disabled member again", gone, body=team)},
         f"{root}/members/disable": {"post": _operation("people", "Disables a member", gone, body=team)},
     }
 

@@ -77,9 +77,10 @@ def check_grant(grant: Grant, at: float) -> Grant:
 # ---- organisations
 
 
-def org_of(conn: Connection, name: str) -> Row[Any]:
+def org_of(conn: Connection, name: str, *, held: bool = True) -> Row[Any]:
     """An organisation's row, held to the end of a transaction that changes it; raises NotFound."""
-    found = conn.execute(select(t.org).where(t.org.c.name == name).with_for_update(key_share=True)).first()
+    statement = select(t.org).where(t.org.c.name == name)
+    found = conn.execute(statement.with_for_update(key_share=True) if held else statement).first()
     if found is None:
         raise NotFound(f"there is no organisation {name[:100]!r}", do="airlock org list", reason="org")
     return found
@@ -108,6 +109,25 @@ def _end(conn: Connection, table: Table, row_id: int, column: str, what: str, at
     ended = table.c[column]
     if not conn.execute(update(table).where(table.c.id == row_id, ended == 0).values({column: at})).rowcount:
         raise Conflict(f"{what} was ended before", do="read it again", reason="ended")
+
+
+def _again(conn: Connection, table: Table, row_id: int, column: str, what: str) -> None:
+    """Takes the end of something back; raises Conflict where it has none."""
+    ended = table.c[column]
+    if not conn.execute(update(table).where(table.c.id == row_id, ended != 0).values({column: 0.0})).rowcount:
+        raise Conflict(f"{what} was not ended", do="read it again", reason="not_ended")
+
+
+def open_again(conn: Connection, org: Row[Any]) -> None:
+    """Opens a closed organisation: its keys are accepted again; raises Conflict."""
+    _again(conn, t.org, org.id, "closed_at", org.name)
+
+
+def enable_member(conn: Connection, org: Row[Any], name: str) -> Row[Any]:
+    """Enables a disabled member, whose keys are accepted again, and returns it; raises NotFound, Conflict."""
+    found = _named(conn, t.member, org, name, "member")
+    _again(conn, t.member, found.id, "disabled_at", name)
+    return found
 
 
 def close_org(conn: Connection, org: Row[Any], at: float) -> None:

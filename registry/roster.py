@@ -60,6 +60,19 @@ class Roster(Desk):
 
         return self._change(call, name, work)
 
+    def open_org(self, call: Call, body: Body) -> Facts:
+        """Opens the closed organisation `name` again: its keys are accepted as before; raises Denied, NotFound, Conflict `not_ended`."""
+        self._site(call)
+        only(body, "name")
+        name = text(body, "name")
+
+        def work(conn: Connection) -> Facts:
+            people.open_again(conn, people.org_of(conn, name))
+            self._audit.change(conn, call, "org_open", name)
+            return people.orgs(conn, "", 1, name)[0]
+
+        return self._change(call, name, work)
+
     def orgs(self, call: Call, after: str = "", limit: int = 100) -> Facts:
         """The organisations, for the site's administrator; its own for who may look at that; raises Denied."""
         held = self._gate(call)
@@ -83,7 +96,7 @@ class Roster(Desk):
         org = org or call.principal.org
         self._reader(call, org)
         with reading(self._engine) as conn:
-            return page(people.teams(conn, people.org_of(conn, org).id, after, limit), limit)
+            return page(people.teams(conn, people.org_of(conn, org, held=False).id, after, limit), limit)
 
     def _team(self, call: Call, body: Body, event: str, change: Callable[[Connection, Row[object], str], None]) -> Facts:
         only(body, "org", "name")
@@ -141,7 +154,7 @@ class Roster(Desk):
         org = org or call.principal.org
         self._reader(call, org)
         with reading(self._engine) as conn:
-            return page(people.members(conn, people.org_of(conn, org).id, after, limit), limit)
+            return page(people.members(conn, people.org_of(conn, org, held=False).id, after, limit), limit)
 
     def create_member(self, call: Call, body: Body) -> Facts:
         """Makes the member `name` of `org`, a person or a robot (`kind`), with a `role`; raises Denied, Invalid, NotFound, Conflict `exists`."""
@@ -184,5 +197,19 @@ class Roster(Desk):
             people.disable_member(conn, people.org_of(conn, org), name, call.now)
             self._audit.change(conn, call, "member_disable", f"{org}/{name}", owner=org)
             return {"org": org, "name": name, "disabled": people.moment(call.now)}
+
+        return self._change(call, org, work)
+
+    def enable(self, call: Call, body: Body) -> Facts:
+        """Enables the disabled member `name` of `org` again; raises Denied where it may more than the caller, NotFound, Conflict `not_ended`."""
+        only(body, "org", "name")
+        org, name = text(body, "org", call.principal.org), text(body, "name")
+        held = self._admin(call, org)
+
+        def work(conn: Connection) -> Facts:
+            member = people.enable_member(conn, people.open_org(conn, org), name)
+            self._bounded(held, call.now, people.rights_of(conn, member_id=member.id))
+            self._audit.change(conn, call, "member_enable", f"{org}/{name}", owner=org)
+            return {"org": org, "name": name, "disabled": ""}
 
         return self._change(call, org, work)

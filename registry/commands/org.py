@@ -7,12 +7,13 @@ import argparse
 from registry.commands.reach import Ask, arguments, everything, given, reached, table, tell
 from registry.roster import KINDS, ROLES
 
-# Word, or group and word: help, example, and the options as (name, required, help).
+# Word of a group: what it does, and an example.
 _VERBS: dict[str, tuple[str, str]] = {
     "create": ("make an organisation", "airlock org create acme --display 'Acme Inc.' --data /srv/airlock"),
     "list": ("list organisations", "airlock org list --data /srv/airlock --json"),
     "show": ("show one organisation", "airlock org show acme --registry https://registry.example.com"),
     "close": ("close an organisation: no key of it is accepted any more", "airlock org close acme --data /srv/airlock"),
+    "open": ("open a closed organisation again", "airlock org open acme --data /srv/airlock"),
 }
 _TEAM: dict[str, tuple[str, str]] = {
     "create": ("make a team", "airlock org team create research --org acme"),
@@ -26,6 +27,7 @@ _MEMBER: dict[str, tuple[str, str]] = {
     "list": ("list members", "airlock org member list --org acme"),
     "role": ("give a member another role", "airlock org member role ann@acme.example auditor --org acme"),
     "disable": ("disable a member: no key of it is accepted any more", "airlock org member disable ann@acme.example --org acme"),
+    "enable": ("enable a disabled member again", "airlock org member enable ann@acme.example --org acme"),
 }
 
 
@@ -78,7 +80,9 @@ def _org(ask: Ask, args: argparse.Namespace) -> int:
     if args.verb == "show":
         found = ask("GET", f"orgs/{args.name}")
     else:
-        found = ask("POST", "orgs" if args.verb == "create" else "orgs/close", given(args, "name", *(["display"] if args.verb == "create" else [])))
+        found = ask(
+            "POST", "orgs" if args.verb == "create" else f"orgs/{args.verb}", given(args, "name", *(["display"] if args.verb == "create" else []))
+        )
     return tell(args, found, table([found], *columns))
 
 

@@ -220,6 +220,24 @@ def test_nothing_twice_and_nothing_in_what_was_ended(root: Acts, lead: Acts) -> 
     assert root.roster.org(root.call, "acme")["closed"]
 
 
+def test_what_was_closed_or_disabled_by_mistake_comes_back(root: Acts, lead: Acts) -> None:
+    root("close_org", name="acme")
+    refused(Unauthenticated, "org_closed", lambda: lead.call)
+    root("open_org", name="acme")
+    refused(Conflict, "not_ended", lambda: root("open_org", name="acme"))
+    lead("create_member", name="bob")
+    lead("disable", name="bob")
+    assert lead("enable", name="bob")["disabled"] == ""
+    lead("disable", name="bob")
+    with root.site.catalog.writing() as conn:  # what it was given before it was disabled
+        conn.execute(update(t.member).where(t.member.c.name == "bob").values(disabled_at=0.0))
+    root("create_grant", org="acme", member="bob", models=["hf/**"])
+    lead("disable", name="bob")
+    refused(Denied, "action_missing", lambda: lead("enable", name="bob"))
+    assert [m["disabled"] != "" for m in lead.list("members", "acme")] == [False, True]
+    root("enable", org="acme", name="bob")
+
+
 def test_two_administrators_at_once(root: Acts) -> None:
     """Every verb is run by eight threads at once: one is first, the others are told so, and nothing breaks."""
     outcomes: list[object] = []

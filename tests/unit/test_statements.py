@@ -111,7 +111,7 @@ def test_a_manifest(costs: Costs, layers: int) -> None:
     costs.bound(17, 201, "PUT", place + SIG, raw, content_type=m.MANIFEST)
     costs.bound(17, 409, "PUT", place + SIG, again, content_type=m.MANIFEST)
     costs.bound(7, 202, "DELETE", place + "1")
-    # Besides the removal: is it a manifest, and do profiles name it (both before the transaction and in it), does an index of an immutable repository?
+    # Besides the removal: is it a manifest, do profiles name it (both before the transaction and in it), or an index of an immutable repository?
     costs.bound(12 + 5, 202, "DELETE", place + m.digest_of(again))
     costs.bound(8 + 2, 202, "DELETE", f"/v2/{R}/blobs/{m.digest_of(more[0])}")
 
