@@ -21,6 +21,7 @@ from artifact.store import Call, Content, Descriptor, File, Files, Page, Registr
 from artifact.trust import sign_jws
 from registry.admission import Admission, Policy
 from registry.audit import Audit
+from registry.bodies import text
 from registry.catalog import Located, Repo
 from registry.collector import Collector
 from registry.delegation import Office, office
@@ -105,7 +106,6 @@ class Guard(Registry, Files):
         return token, given, life
 
     def _may(self, call: Call, access: Access, action: str, found: Mapping[str, Repo | None], under: set[tuple[str, str]]) -> bool:
-        """Whether an action of a scope is given, and under what."""
         name, repo = access.name, found.get(access.name)
         if access.kind == "registry":
             return name == "catalog" and action == "*" and authenticate(call.principal, call.now).allow
@@ -396,21 +396,23 @@ class Guard(Registry, Files):
 
     def lease(self, call: Call, body: dict[str, object]) -> dict[str, object]:
         """A signed lease for one model, profile and set of GPUs (docs/format.md section 8); raises Invalid, NotFound, Denied."""
-        name, ref = check_name(_text(body, "model")), check_ref(_text(body, "ref"))
-        digest, profile_id, host = check_digest(_text(body, "profile_digest")), _text(body, "profile_id"), _text(body, "host")
+        name, ref = check_name(text(body, "model")), check_ref(text(body, "ref"))
+        digest, profile_id, host = check_digest(text(body, "profile_digest")), text(body, "profile_id"), text(body, "host")
         gpus, nonce = lease_gpus(body.get("gpu_uuids")), lease_nonce(body)
         catalog = self._library.catalog
-        call = self._allow(call, name, catalog.repository(name), "run")
+        repo = catalog.repository(name)
+        self._allow(call, name, repo, "run")  # what it may not run at all it is told nothing about
         profile = self._profile(name, digest, profile_id)
+        named = (profile.id, profile.description)
+        call = self._allow(call, name, repo, "run", profile=named)
         model = catalog.locate(profile.model.name, profile.model.digest)
         if profile.model.name != name:
-            self._allow(call, profile.model.name, model.repo if model else None, "run")
+            self._allow(call, profile.model.name, model.repo if model else None, "run", profile=named)
         if model is None or not model.digest:
             raise NotFound(f"profile {profile_id[:80]} names {profile.model.name}@{profile.model.digest}, which is not here", reason="model")
         iat = int(call.now)
-        exp = iat + self._lease_life_s
-        ends = (call.principal.expires, call.decision.until if call.decision else 0.0)
-        exp = min([exp, *(int(end) for end in ends if end)])  # a lease never outlives the key and the grant it was given for
+        ends = [int(call.decision.until)] if call.decision and call.decision.until else []
+        exp = min([iat + self._lease_life_s, *ends])  # a lease never outlives the key, the grant and the entitlement it was given under
         wish = LeaseWish(name, model.digest, digest, profile_id, host, gpus)
         claims: dict[str, object] = {
             "iss": self._home.instance,
@@ -452,10 +454,3 @@ class Guard(Registry, Files):
             if profile.id == profile_id:
                 return profile
         raise NotFound(f"the profile manifest has no profile {profile_id[:80]!r}", do="airlock runtime list-model-profiles", reason="profile")
-
-
-def _text(body: dict[str, object], key: str) -> str:
-    value = body.get(key)
-    if not isinstance(value, str) or not 0 < len(value) <= 255 or any(ord(ch) < 32 or 0xD800 <= ord(ch) <= 0xDFFF for ch in value):
-        raise Invalid(f"{key} is missing or not text", expected="1 to 255 characters", reason="body")
-    return value

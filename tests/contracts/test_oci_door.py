@@ -458,7 +458,7 @@ def test_a_grant_in_grace_warns_in_the_header(door: Door) -> None:
     with behind(door) as site, site.catalog.writing() as conn:
         grant = Grant(("acme/graced",), ("pull",), expires=now - 60, grace_s=3600)
         org = ensure_org(conn, "acme", now)
-        door.keys["graced"] = site.entitlements.add_key(conn, org, tier="enterprise", grant=grant, expires=0, at=now)[1]
+        door.keys["graced"] = site.entitlements.add_key(conn, org, tier="enterprise", grant=grant, expires=0, at=now - 120)[1]
     for path in ("manifests/1", f"blobs/{sha(b'graced')}"):
         found = door.ask("GET", f"/v2/acme/graced/{path}", who="graced")
         assert found.status == 200 and re.fullmatch(r'299 - "the grant on acme/graced expired on [^"]+"', found.headers["warning"])

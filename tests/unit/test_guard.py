@@ -441,6 +441,22 @@ def test_a_lease_ends_with_its_key(site: Site, pushed: Pushed) -> None:
     assert claims["exp"] == now + 100
 
 
+def test_a_lease_is_for_a_granted_profile(site: Site, pushed: Pushed) -> None:
+    key = make_key(site, "acme")
+    for patterns, allowed in (("[]", True), ('["vllm-*"]', True), (json.dumps([pushed.profile_id[:8] + "*"]), True), ('["trtllm-*","x"]', False)):
+        with site.catalog.writing() as conn:
+            conn.execute(t.key_grant.update().where(t.key_grant.c.org_id.is_not(None)).values(profiles=patterns))
+        call = call_of(site, key)
+        if allowed:
+            assert site.guard.lease(call, lease_body(pushed))["lease"]
+            continue
+        with pytest.raises(Denied) as caught:
+            site.guard.lease(call, lease_body(pushed))
+        assert caught.value.reason == "profile_not_granted" and audit(site, "C")[-1]["reason"] == "profile_not_granted"
+    row = next(row for row in audit(site, "A") if row["event"] == "lease")
+    assert row["grant"] == call.principal.grants[0].id
+
+
 REFUSED_LEASES: list[tuple[dict[str, object], type[Exception]]] = [
     ({"model": None}, Invalid),
     ({"model": "../x"}, Invalid),
