@@ -48,13 +48,15 @@ class Range:
         self.size = size
         self._nodes = [nodes[i : i + HASH] for i in range(0, len(nodes), HASH)]
 
-    def append(self, leaf: bytes) -> None:
-        """Adds one leaf hash."""
-        found, left = leaf, self.size
+    def append(self, leaf: bytes) -> list[bytes]:
+        """Adds one leaf hash; returns the roots of the whole subtrees that end with it, by height."""
+        ended, left = [leaf], self.size
         while left & 1:
-            found, left = node_hash(self._nodes.pop(), found), left >> 1
-        self._nodes.append(found)
+            ended.append(node_hash(self._nodes.pop(), ended[-1]))
+            left >>= 1
+        self._nodes.append(ended[-1])
         self.size += 1
+        return ended
 
     def root(self) -> bytes:
         """The root over all leaves; that of none is the hash of nothing."""

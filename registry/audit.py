@@ -13,17 +13,18 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from sqlalchemy import Connection, Engine, insert, select, text, update
+from sqlalchemy import Connection, Engine, delete, insert, select, text, update
 
 from artifact.errors import Unavailable
 from artifact.store import Call
 from registry import tables as t
+from registry.database import retried
+from registry.sequencer import Sequencer
 
 VERSION = 1
 FIRST_EVERY_S = 900.0
 DENIALS_PER_MINUTE = 10
 FLUSH_S = 5.0
-PAGE, PAGES = 1000, 20  # how far one request looks for rows of its organisation
 MAX_TRACKED = 100_000
 NETWORKS_PER_MINUTE = 100  # first denials of new networks that get rows of their own; the rest share one counter
 BATCH = 500
@@ -137,9 +138,10 @@ def network_of(address: str) -> str:
 class Audit:
     """Writes rows and counters; `flush` runs every 5 s on a thread of its own, so a crash loses counts, never a fact."""
 
-    def __init__(self, engine: Engine, instance: str) -> None:
+    def __init__(self, engine: Engine, instance: str, log: Sequencer | None = None) -> None:
         self._engine = engine
         self._instance = instance
+        self._log = log
         self._group = _Group(engine)
         self._counters: dict[str, _Counter] = {}
         self._new_networks: deque[float] = deque()
@@ -159,7 +161,7 @@ class Audit:
         self._insert(conn, "A", call.now, self.body(call, event, ref, "granted", more=more))
 
     def read(self, call: Call, name: str, digest: str, size: int, action: str = "pull") -> None:
-        """Class B: the first of (key, repository, digest or `blob`, action, grant) in 15 minutes is stored before this returns; raises Unavailable."""
+        """Class B: the first of (key, repository, digest or `blob`, action, grant) in 15 minutes is stored before this ends; raises Unavailable."""
         under = call.decision.ids.values() if call.decision else ()  # what is read under another grant is another fact
         key = SEP.join((call.principal.key_id, name, digest, action, *under))
         self._record("B", key, call.now, FIRST_EVERY_S, 1, self.body(call, action, f"{name}@{digest}", "granted", more={"bytes": size}))
@@ -234,20 +236,18 @@ class Audit:
         conn.execute(insert(t.audit_pending).values({"class": kind, "ts": at, "body": json.dumps(row, sort_keys=True)}))
 
     def rows(self, org: str, after: int, limit: int) -> tuple[list[dict[str, object]], int]:
-        """Rows of one organisation's keys behind the id `after`, oldest first, and the id to go on from; 0 where there are no more."""
-        table, out = t.audit_pending, []
+        """Rows of one organisation's keys behind the cursor `after`, in the log's order, and the cursor to go on from; 0 where there are no more.
+
+        What waits is put into the log first; `id` is one more than the row's index there.
+        """
+        if self._log is not None:
+            self._log.settle()
+        leaf = t.audit_leaf
         with t.reading(self._engine) as conn:
-            for _ in range(PAGES):
-                found = conn.execute(select(table).where(table.c.id > after).order_by(table.c.id).limit(PAGE)).mappings().all()
-                for row in found:
-                    after, body = row["id"], json.loads(row["body"])
-                    if body.get("org") == org:
-                        out.append({"id": row["id"], "class": row["class"], **body})
-                    if len(out) == limit:
-                        return out, after
-                if len(found) < PAGE:
-                    return out, 0
-        return out, after
+            wanted = select(leaf).where(leaf.c.org == org, leaf.c.idx >= after).order_by(leaf.c.idx).limit(limit + 1)
+            found = conn.execute(wanted).mappings().all()
+        out = [{"id": row["idx"] + 1, "class": row["class"], **json.loads(row["body"] or "{}")} for row in found[:limit]]
+        return out, int(found[limit - 1]["idx"]) + 1 if len(found) > limit else 0
 
     def flush(self) -> int:
         """Stores what the counters gained since the last flush and returns how many did; raises Unavailable (the counts are kept)."""
@@ -268,6 +268,24 @@ class Audit:
                 del self._counters[key]
         return len(dirty)
 
+    def retire(self, now: float) -> int:
+        """Turns counters whose window is over into rows, with `n` of all that they counted, `first` and `last`; returns how many."""
+
+        def work(conn: Connection) -> int:
+            c = t.audit_count
+            found = conn.execute(select(c).where(c.c.since < now - 2 * FIRST_EVERY_S).order_by(c.c.id).limit(BATCH)).mappings().all()
+            rows = []
+            for row in found:
+                if conn.execute(delete(c).where(c.c.id == row["id"], c.c.n == row["n"])).rowcount:
+                    counted = {"counted": True, "n": row["n"], "first": round(row["since"], 3), "last": round(row["last"], 3)}
+                    body = json.dumps(json.loads(row["body"]) | counted, sort_keys=True)
+                    rows.append({"class": row["class"], "ts": row["last"], "body": body})
+            if rows:
+                conn.execute(insert(t.audit_pending), rows)
+            return len(rows)
+
+        return retried(self._engine, work)
+
     def start(self, on_error: Callable[[Exception], None]) -> None:
         """Flushes every 5 s until close()."""
         self._thread = threading.Thread(target=self._run, args=(on_error,), name="audit-flush", daemon=True)
@@ -277,6 +295,7 @@ class Audit:
         while not self._stop.wait(FLUSH_S):
             try:
                 self.flush()
+                self.retire(time.time())
             except Exception as error:  # noqa: BLE001 - the top of a thread: the counts stay and the next round tries again
                 on_error(error)
 

@@ -28,6 +28,7 @@ from registry.guard import Guard
 from registry.home import Home
 from registry.library import Library
 from registry.schema import claim, move
+from registry.sequencer import Sequencer
 from registry.settings import Settings
 
 LOG = logging.getLogger("airlock.registry")
@@ -43,6 +44,7 @@ class Site:
     catalog: Catalog
     entitlements: Entitlements
     audit: Audit
+    log: Sequencer
     blobs: BlobStore
     library: Library
     guard: Guard
@@ -63,6 +65,7 @@ class Site:
             self.collector.close()
             self.entitlements.usage.close()
             self.audit.close()
+            self.log.close()
         finally:
             self.engine.dispose()
 
@@ -149,7 +152,7 @@ def open_site(settings: Settings, *, background: bool = True) -> Site:
     catalog, entitlements, audit = (
         Catalog(engine),
         Entitlements(engine, home.pepper(), home.peppers()[1:], home.keys.next_peppers(), settings.key_prefix),
-        Audit(engine, home.instance),
+        Audit(engine, home.instance, log := Sequencer(engine, home.path, home.audit_name, home.audit_key)),
     )
     blobs = open_blobs(settings.blobs_url, settings.data)
     library = Library(catalog, blobs, audit, settings.upload_ttl_s, settings.blob_lease_s)
@@ -161,4 +164,4 @@ def open_site(settings: Settings, *, background: bool = True) -> Site:
         blobs.probe()
         entitlements.usage.start(lambda error: LOG.error("the use of keys could not be stored: %s", type(error).__name__))
         audit.start(lambda error: LOG.error("audit counters could not be stored: %s", type(error).__name__))
-    return Site(settings, home, engine, catalog, entitlements, audit, blobs, library, guard, collector, _inode(home))
+    return Site(settings, home, engine, catalog, entitlements, audit, log, blobs, library, guard, collector, _inode(home))

@@ -199,6 +199,7 @@ def _serve(settings: Settings, as_json: bool) -> int:
         sock.crowd = crowd
         port = sock.getsockname()[1]
         site = stack.enter_context(open_site(settings))
+        site.log.start(lambda error: LOG.error("the audit log: %s", error if isinstance(error, AirlockError) else type(error).__name__))
         stack.callback(site.collector.start(settings.gc_every_s, lambda error: LOG.error("the collection failed: %s", error)))
         metrics, tracing = Metrics(), telemetry.start(os.environ)
         if tracing is not None:

@@ -60,7 +60,9 @@ def fetch(url: str, method: str = "GET", **headers: str) -> Answer:
 def outcomes(data: Path) -> set[str]:
     """What the audit log of a stopped registry says became of its pulls."""
     with sqlite3.connect(data / "registry.db") as connection:
-        rows = connection.execute("SELECT body FROM audit_pending UNION ALL SELECT body FROM audit_count").fetchall()
+        rows = connection.execute(
+            "SELECT body FROM audit_pending UNION ALL SELECT body FROM audit_leaf UNION ALL SELECT body FROM audit_count"
+        ).fetchall()
     return {body["result"] for body in (json.loads(row[0]) for row in rows) if body["event"] == "pull"} & {"granted", "served"}
 
 

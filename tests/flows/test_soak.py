@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import select, text, union_all
 
 from artifact.errors import Conflict
 from registry import tables as t
@@ -194,7 +194,8 @@ def play(data: Path, env: dict[str, str], count: int, seconds: float, kill_every
         settings = Settings.load(data, environ=env)
         with open_site(settings, background=False) as site:
             with site.catalog.reading() as conn:
-                runs = conn.execute(select(t.audit_pending.c.body).where(t.audit_pending.c.body.like('%"event": "gc"%'))).scalars().all()
+                both = union_all(select(t.audit_pending.c.body), select(t.audit_leaf.c.body)).subquery()
+                runs = conn.execute(select(both.c.body).where(both.c.body.like('%"event": "gc"%'))).scalars().all()
             collected = sum(int(json.loads(body)["blobs"]) for body in runs)
             stop(servers[0].process)
             now = time.time()

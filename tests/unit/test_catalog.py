@@ -56,7 +56,9 @@ def image(site: Site, call: Call, repo: str, *layers: bytes, subject: Descriptor
 
 def test_migrations_make_the_tables_of_the_code(site: Site) -> None:
     with site.engine.connect() as conn:
-        assert compare_metadata(MigrationContext.configure(conn, opts={"compare_type": True}), t.metadata) == []
+        found = compare_metadata(MigrationContext.configure(conn, opts={"compare_type": True}), t.metadata)
+    # The one column that only PostgreSQL has: by it the audit log knows which rows are settled.
+    assert [change for change in found if change[0] != "remove_column" or change[3].name != "xid"] == []
 
 
 @SQLITE_ONLY

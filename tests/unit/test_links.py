@@ -573,7 +573,7 @@ def test_a_decision_in_grace_says_so_with_the_content(site: Site, call: Call) ->
     with site.catalog.writing() as conn:
         org = c.ensure_org(conn, "acme", now)
         grant = Grant(("acme/**",), ("pull",), expires=now - 100, grace_s=1000)
-        key = site.entitlements.add_key(conn, org, tier="developer", grant=grant, expires=0, at=now)[1]
+        key = site.entitlements.add_key(conn, org, tier="developer", grant=grant, expires=0, at=now - 200)[1]
     assert "grace ends" in site.guard.read(call_of(site, key), R, digest).warning
     assert site.guard.read(call, R, digest).warning == ""
 
