@@ -30,7 +30,7 @@ JWT = "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJwbGFudGVkIn0.c2lnbmF0dXJlc2lnbmF0dXJl"
 
 @pytest.mark.server
 def test_no_default_secret_lets_anybody_in(tmp_path: Path) -> None:
-    """A20: a fresh site has no key but the one-time one that was printed; the guesses of every manual get the same refusal; no two sites share one."""
+    """A20: a fresh site has no key but the printed one-time one; the guesses of every manual get the same refusal; no two sites share one"""
     for name in ("one", "two"):
         airlock("site", "init", "--data", str(tmp_path / name))
     secrets = [{p.name: p.read_bytes() for p in (tmp_path / name / "secrets").iterdir()} for name in ("one", "two")]
