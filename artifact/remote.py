@@ -102,7 +102,7 @@ class RemoteRegistry(Transport, Registry):
                 raise Unavailable(f"the answer ended after {got} of {hi - lo} bytes", do="try again", reason="short_body")
             response.release_conn()
         except (HTTPError, OSError) as error:
-            raise Unavailable(f"the connection broke ({type(error).__name__})", do="try again: it resumes", reason="connection") from None
+            raise self.broken("the connection broke", self.base_url, error) from None
         finally:
             response.close()  # a connection whose answer was read to its end is back in the pool already
 

@@ -33,6 +33,7 @@ from artifact.errors import (
     Unavailable,
     Unsupported,
 )
+from artifact.faults import unreachable
 from artifact.manifest import parse_json
 
 CHUNK = 512 * 1024
@@ -151,7 +152,8 @@ class Transport:
                     preload_content=False,
                 )
             except (HTTPError, OSError) as error:
-                raise self._broken(method, url, error) from None  # the cause may quote a signed URL
+                doing = "{} {}://{}:{}{}".format(method, *origin(url), urlsplit(url).path)
+                raise self.broken(doing, url, error) from None  # the cause may quote a signed URL
             target = response.headers.get("Location", "")
             if response.status not in (301, 302, 303, 307, 308) or not target or not follow or method not in ("GET", "HEAD"):
                 return response
@@ -165,12 +167,15 @@ class Transport:
             url = there
         raise Unsupported(f"more than {_MAX_REDIRECTS} redirects", expected="at most 5", reason="redirect")
 
-    def _broken(self, method: str, url: str, error: Exception) -> Unavailable:
-        where = "{}://{}:{}".format(*origin(url))
-        kind = type(error).__name__
-        reason = clean(error).split(": ")[-1] if isinstance(error, OSError) or "certificate" in str(error).lower() else kind
-        what = f"{method} {where}{urlsplit(url).path}: no answer ({reason})"
-        return Unavailable(what, expected="a reachable registry", do="check the URL, the network and the CA file", reason="connection")
+    def broken(self, doing: str, url: str, error: Exception) -> Unavailable:
+        """What a connection that failed or broke off stands for (artifact.faults)."""
+        _, host, port = there = origin(url)
+        found = unreachable(error, doing, host, port, self.timeout_s)
+        if there != self.origin:
+            found.do = (
+                f"the registry sends us on to {host}:{port}: make that reachable and trusted from here, or set AIRLOCK_STREAM_TO at the registry"
+            )
+        return found
 
     def _authorization(self, scope: str, bearer: bool) -> dict[str, str]:
         with self._lock:
@@ -229,7 +234,7 @@ class Transport:
                 parts.append(part)
         except (HTTPError, OSError) as error:
             response.close()
-            raise Unavailable(f"the answer broke off ({type(error).__name__})", do="try again", reason="connection") from None
+            raise self.broken("the answer broke off", self.base_url, error) from None
         response.release_conn()
         return b"".join(parts)
 
