@@ -86,7 +86,9 @@ def _released(source: RemoteRegistry | None, settings: Settings, trust: SiteTrus
             raise
         try:
             source.read_manifest(settings.model, settings.ref)
-        except NotFound:
+        except NotFound as missing:
+            if missing.reason == "manifest":  # the registry says this only of a name that the key sees
+                raise _no_version(source, settings) from error
             raise entitlement.invisible(settings.name_ref) from error
         raise NotFound(
             f"{settings.name_ref} has no profile manifest, so nothing says how to run it",
@@ -94,6 +96,19 @@ def _released(source: RemoteRegistry | None, settings: Settings, trust: SiteTrus
             do="push it with `airlock model push … --profiles FILE`, then promote it",
             reason="no_profiles",
         ) from error
+
+
+def _no_version(source: RemoteRegistry, settings: Settings) -> NotFound:
+    from artifact.remote import NOBODY_CALL
+
+    page = source.refs(NOBODY_CALL, settings.model, limit=20)
+    there = ", ".join(map(str, page.items)) + (", …" if page.after else "")
+    return NotFound(
+        f"{settings.model} has no version {settings.ref}",
+        expected=f"one of: {there or 'none yet'}",
+        do=f"say --model {settings.model}:VERSION; without one, latest is meant",
+        reason="version",
+    )
 
 
 def _announce(choice: Choice) -> Profile:

@@ -60,7 +60,11 @@ class Site:
         elif "/manifests/" in request.path and self.state == "ok":
             repo, ref = request.path.removeprefix("/v2/").split("/manifests/")
             found = self.manifests.get((repo, ref))
-            self._send(request, 200, found[1], found[0]) if found else self._json(request, 404, {"errors": [{"code": "MANIFEST_UNKNOWN"}]})
+            unknown = {"errors": [{"code": "MANIFEST_UNKNOWN", "message": "no such manifest", "detail": {"reason": "manifest"}}]}
+            self._send(request, 200, found[1], found[0]) if found else self._json(request, 404, unknown)
+        elif request.path.split("?")[0].endswith("/tags/list") and self.state == "ok":
+            repo = request.path.removeprefix("/v2/").split("/tags/list")[0]
+            self._json(request, 200, {"name": repo, "tags": sorted(ref for name, ref in self.manifests if name == repo and ":" not in ref)})
         elif "/blobs/" in request.path and self.state == "ok":
             self._blob(request, self.blobs.get(request.path.split("/blobs/")[1]))
         else:

@@ -263,6 +263,13 @@ def test_a_refused_key_ends_before_anything_is_fetched(node: Node, state: str, k
     assert KEY not in refused.stderr and not blobs_asked(node) and not (node.cache / "blobs").exists()
 
 
+def test_a_version_that_is_not_there_is_told_with_those_that_are(node: Node) -> None:
+    command = [sys.executable, "-m", "runtime", "serve", "--model", "acme/tiny"]
+    refused = subprocess.run(command, env=node.env, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 3 and "cause: acme/tiny has no version latest\nexpected: one of: 1\n" in refused.stderr, refused.stderr
+    assert SEED_LINE not in refused.stderr and not blobs_asked(node)
+
+
 def test_an_unpromoted_model_starts_nothing(node: Node) -> None:
     node.site.manifests = {k: v for k, v in node.site.manifests.items() if not k[1].endswith(".sig")}
     refused = node.run("serve")
