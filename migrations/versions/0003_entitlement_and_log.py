@@ -292,8 +292,19 @@ def _log() -> None:
     )
 
 
+def _end_keys() -> None:
+    """Revokes the keys that only this version refuses: the earlier one would let them in again."""
+    for owner, key, at in (("member", "member_id", "disabled_at"), ("org", "org_id", "closed_at")):
+        ended = f"SELECT o.{at} FROM {owner} o WHERE o.id = api_key.{key} AND o.{at} > 0"  # noqa: S608
+        op.execute(f"UPDATE api_key SET revoked_at = ({ended}) WHERE revoked_at = 0 AND EXISTS ({ended})")  # noqa: S608
+    listed = "SELECT r.at FROM revocation r WHERE r.kind = 'key_id' AND r.value = api_key.key_id"
+    op.execute(f"UPDATE api_key SET revoked_at = ({listed}) WHERE revoked_at = 0 AND EXISTS ({listed})")  # noqa: S608
+
+
 def downgrade() -> None:
-    """Takes them away: documents, people, grants that are no single key's, records of the upstream and the sequenced log go."""
+    """Takes them away: documents, people, grants that are no single key's or have bounds that the earlier version does not know, records of the
+    upstream and the sequenced log go; keys that the earlier version would let in again are revoked first."""
+    _end_keys()
     # What was sequenced goes back to where it waited, so that no recorded event is lost with the log's tables.
     op.execute('INSERT INTO audit_pending ("class", ts, body) SELECT "class", ts, body FROM audit_leaf WHERE body IS NOT NULL ORDER BY idx')
     if op.get_bind().dialect.name == "postgresql":
@@ -315,7 +326,8 @@ def downgrade() -> None:
     )
     op.execute(
         "INSERT INTO key_grant (id, api_key_id, models, actions, not_before, expires, grace_s) "
-        "SELECT id, api_key_id, models, actions, not_before, expires, grace_s FROM key_grant_after WHERE api_key_id IS NOT NULL AND revoked_at = 0"
+        "SELECT id, api_key_id, models, actions, not_before, expires, grace_s FROM key_grant_after "
+        "WHERE api_key_id IS NOT NULL AND revoked_at = 0 AND gpus = 0 AND profiles = '[]'"
     )
     op.drop_table("key_grant_after")
     _next_id("key_grant")

@@ -333,6 +333,52 @@ def test_rows_survive_up_down_and_up_again(empty: Settings) -> None:
     open_site(empty, background=False).close()
 
 
+def fill_0003(conn: Connection) -> None:
+    """Rows that only the third version has: people, bounds of grants, a document, a revocation list, leases, a log of two leaves."""
+    for statement in (
+        "INSERT INTO org (id, name, created, closed_at) VALUES (8, 'gone', 1, 40)",
+        "INSERT INTO member (id, org_id, name, created, disabled_at) VALUES (1, 7, 'left', 1, 30), (2, 7, 'stays', 1, 0)",
+        "INSERT INTO team (id, org_id, name, created) VALUES (1, 7, 'research', 1)",
+        "INSERT INTO team_member (team_id, member_id) VALUES (1, 2)",
+        "INSERT INTO api_key (id, key_id, hmac, org_id, tier, created, member_id) VALUES (21, 'key-left', 'h1', 7, 'developer', 1, 1), "
+        "(22, 'key-stays', 'h2', 7, 'developer', 1, 2), (23, 'key-gone', 'h3', 8, 'developer', 1, NULL), "
+        "(24, 'key-listed', 'h4', 7, 'developer', 1, NULL)",
+        "INSERT INTO key_grant (id, api_key_id, team_id, models, actions, grant_id, org_id, gpus, profiles, revoked_at) VALUES "
+        "(31, 22, NULL, '[\"a/*\"]', '[\"pull\"]', 'g-own', 7, 0, '[]', 0), (32, 22, NULL, '[\"b/*\"]', '[\"run\"]', 'g-gpus', 7, 2, '[]', 0), "
+        "(33, 22, NULL, '[\"c/*\"]', '[\"run\"]', 'g-profile', 7, 0, '[\"p\"]', 0), "
+        "(34, 22, NULL, '[\"d/*\"]', '[\"pull\"]', 'g-ended', 7, 0, '[]', 9), "
+        "(35, NULL, 1, '[\"e/*\"]', '[\"pull\"]', 'g-team', 7, 0, '[]', 0)",
+        "INSERT INTO revocation (kind, value, issuer, serial, at) VALUES ('key_id', 'key-listed', 'i', 1, 50)",
+        "INSERT INTO entitlement (id, org_id, jti, issuer, kid, serial, tier, models, actions, iat, not_before, expires, token, at) "
+        "VALUES (1, 7, 'j', 'i', 'k', 1, 'enterprise', '[]', '[]', 1, 1, 9e9, 't', 1)",
+        "UPDATE org SET entitlement_id = 1 WHERE id = 7",
+        "INSERT INTO audit_leaf (idx, leaf_hash, body, class, ts) VALUES (0, 'h', '{\"event\":\"first\"}', 'A', 3), "
+        "(1, 'h', '{\"event\":\"second\"}', 'B', 4)",
+    ):
+        conn.execute(text(statement.replace(":", "\\:")))
+
+
+def test_no_right_grows_and_no_event_is_lost_on_the_way_down(empty: Settings) -> None:
+    migrate(empty, "0001")
+    engine = d.open_engine(empty.database_url)
+    fill_0001(engine)
+    migrate(empty)
+    with d.writing(engine) as conn:
+        fill_0003(conn)
+    keys = "SELECT key_id, revoked_at FROM api_key WHERE key_id <> 'key-a' ORDER BY key_id"
+    grants = "SELECT models FROM key_grant WHERE id > 30 ORDER BY id"
+    for revision in ("0002", "head", "0001", "head"):
+        migrate(empty, revision)
+        with d.reading(engine) as conn:
+            assert [tuple(row) for row in conn.execute(text(keys))] == [("key-gone", 40), ("key-left", 30), ("key-listed", 50), ("key-stays", 0)]
+            assert list(conn.execute(text(grants)).scalars()) == ['["a/*"]']
+            bodies = list(conn.execute(text("SELECT body FROM audit_pending ORDER BY id")).scalars())
+            assert bodies == ["{}", '{"event":"first"}', '{"event":"second"}']
+            assert [tuple(row) for row in conn.execute(text(ROWS))] == [("acme", "Acme", "acme/x", "sha256:m", 5000000000, "1", 9.0)]
+    engine.dispose()
+    open_site(empty, background=False).close()
+
+
 def test_the_command(empty: Settings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIRLOCK_DATABASE", empty.database)
     where = ["--data", str(empty.data), "--json"]
