@@ -19,44 +19,45 @@ from artifact.manifest import parse_json
 
 SCHEMA = 1
 MAX_LINE = 4 * 1024 * 1024
-MAX_CHECKPOINTS = 200_000
 Entry = tuple[bytes, str | None]  # the leaf hash, and the body unless it was sealed into an earlier export
+_ALTERED = "keep this file and the kept checkpoint: the log, the export or the checkpoint was altered"
 
 
 @dataclass(frozen=True)
 class Head:
-    """What an export begins with: the log, the range of entries, what came before them, the checkpoints over them."""
+    """What an export begins with: the log, the range of entries [first, size), and the compact range over those before them."""
 
     name: str
     first: int
     size: int
     before: bytes = b""
-    checkpoints: tuple[str, ...] = ()
 
 
 @dataclass
 class Finding:
-    """What a verification found out: the entries and the newest checkpoint that vouches for them."""
+    """What a verification found out: the entries, and the root that the newest checkpoint vouches for."""
 
     name: str
     first: int
     size: int
-    root: str
-    checkpoints: int
+    root: str = ""
+    checkpoints: int = 0
     sealed: int = 0
     since: int = 0
-    leases: dict[str, int] = field(default_factory=dict)
+    leases: dict[str, int] = field(default_factory=dict)  # the last lease serial of each organisation
 
     def as_json(self) -> dict[str, object]:
         """The finding as a JSON object."""
         return dict(vars(self))
 
 
-def _b64(raw: bytes) -> str:
+def encode(raw: bytes) -> str:
+    """Bytes as an export's lines and a proof hold them: standard base64."""
     return base64.b64encode(raw).decode()
 
 
-def _raw(value: object, what: str) -> bytes:
+def decode(value: object, what: str) -> bytes:
+    """The bytes again; raises Invalid."""
     try:
         return base64.b64decode(str(value), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -69,22 +70,29 @@ def _broken(what: str) -> Invalid:
     )
 
 
-def lines(head: Head, entries: Iterable[Entry]) -> Iterator[bytes]:
-    """The lines of an export: the head, its checkpoints, its entries, and a last line that tells that nothing is missing."""
-    top = {"schema": SCHEMA, "log": head.name, "first": head.first, "size": head.size, "before": _b64(head.before)}
+def _false(what: str, expected: str, index: int, reason: str = "evidence") -> Mismatch:
+    return Mismatch(what, expected=expected, do=_ALTERED, reason=reason, index=index)
+
+
+def lines(head: Head, items: Iterable[Entry | str]) -> Iterator[bytes]:
+    """The lines of an export: the head, each entry, behind it a checkpoint that was signed over it, and a last line: nothing is missing."""
     seen = hashlib.sha256()
-    for line in _lines(top, head.checkpoints, head.first, entries):
+    for line in _lines(head, items):
         seen.update(line)
         yield line
     yield _line({"end": head.size, "sha256": seen.hexdigest()})
 
 
-def _lines(top: Mapping[str, object], checkpoints: Sequence[str], first: int, entries: Iterable[Entry]) -> Iterator[bytes]:
-    yield _line(top)
-    for note in checkpoints:
-        yield _line({"checkpoint": note})
-    for i, (leaf, body) in enumerate(entries, first):
-        yield _line({"i": i, "hash": _b64(leaf)} | ({"body": body} if body is not None else {}))
+def _lines(head: Head, items: Iterable[Entry | str]) -> Iterator[bytes]:
+    yield _line({"schema": SCHEMA, "log": head.name, "first": head.first, "size": head.size, "before": encode(head.before)})
+    index = head.first
+    for item in items:
+        if isinstance(item, str):
+            yield _line({"checkpoint": item})
+            continue
+        leaf, body = item
+        yield _line({"i": index, "hash": encode(leaf)} | ({"body": body} if body is not None else {}))
+        index += 1
 
 
 def _line(doc: Mapping[str, object]) -> bytes:
@@ -92,35 +100,36 @@ def _line(doc: Mapping[str, object]) -> bytes:
 
 
 def verify(source: Iterable[bytes], vkey: str, since: str = "") -> Finding:
-    """What an export holds, only if all of it is whole; raises Invalid, Mismatch naming the first entry that is not.
+    """What an export holds, only if all of it is whole; raises Invalid, Mismatch with the `index` of the first entry that nothing vouches for.
 
-    1 the head; 2 every checkpoint is signed by the pinned key; 3 a kept older checkpoint too, and it is not larger; 4 each entry stands at its
-    number and its body has its hash; 5 the root over them is that of each checkpoint on the way; 6 the newest covers all; 7 nothing is missing;
-    8 the serials of each organisation's leases have no gap.
+    1 the head is of the pinned key's log; 2 a kept older checkpoint is signed by the key, and not larger; 3 each entry stands at its number and its
+    body has its hash; 4 every checkpoint, the kept one too, has the root of the entries before it; 5 the newest covers all; 6 nothing is missing;
+    7 the serials of each organisation's leases have no gap. Memory does not grow with the log.
     """
     feed = _Feed(source)
-    head = _head(feed)
-    wanted = _wanted(head, vkey, since)
-    log = tlog.Range(head.first, head.before)
-    found = Finding(head.name, head.first, head.size, "", len(head.checkpoints), since=tlog.open_checkpoint(since, vkey).size if since else 0)
+    head = _head(feed.next())
+    _demand_log(head, vkey)
+    kept = _kept(head, vkey, since)
+    log, found = tlog.Range(head.first, head.before), Finding(head.name, head.first, head.size, since=kept.size if kept else 0)
     vouched = head.first
-    while log.size < head.size:
-        at = log.size
-        found.sealed += _entry(feed.next(), at, log, found)
-        if log.size in wanted:
-            if log.root() != wanted[log.size]:
-                raise Mismatch(
-                    f"entries {vouched} to {at} are not those that were signed", expected="the root of the checkpoint", do=_ALTERED, reason="evidence"
-                )
-            vouched = log.size
-    if vouched != head.size:
-        raise Mismatch(f"no checkpoint covers entries {vouched} to {head.size - 1}", expected="a signed end", do=_ALTERED, reason="evidence")
-    feed.end(head.size)
+    while True:
+        if kept is not None and kept.size == log.size:
+            if log.root() != kept.root:
+                raise _false(f"entries {vouched} to {log.size - 1} are not those of the kept checkpoint", "one history", vouched, "fork")
+            kept = None
+        doc = feed.next()
+        if "checkpoint" in doc:
+            _checkpoint(doc, vkey, log, vouched)
+            found.checkpoints, vouched = found.checkpoints + 1, log.size
+        elif log.size < head.size:
+            found.sealed += _entry(doc, log.size, log, found)
+        else:
+            break
+    feed.end(doc, head.size)
+    if vouched != head.size or not found.checkpoints:
+        raise _false(f"no checkpoint covers the entries from {vouched}", "a signed end", vouched)
     found.root = log.root().hex()
     return found
-
-
-_ALTERED = "keep this file: the log, the export or the checkpoint was altered"
 
 
 class _Feed:
@@ -129,30 +138,21 @@ class _Feed:
     def __init__(self, source: Iterable[bytes]) -> None:
         self._source = iter(source)
         self._seen = hashlib.sha256()
-        self._held: dict[str, object] | None = None
-        self.read = 0
+        self._read = 0
 
     def next(self) -> dict[str, object]:
         """The next line as an object; raises Invalid at the end."""
-        if self._held is not None:
-            found, self._held = self._held, None
-            return found
         raw = next(self._source, b"")
         if not raw.endswith(b"\n"):
-            raise _broken(f"it ends within or after line {self.read}")
-        self.read += 1
-        doc = parse_json(raw, f"line {self.read} of the evidence", MAX_LINE)
+            raise _broken(f"it ends within or after line {self._read}" if self._read or raw else "it is empty")
+        self._read += 1
+        doc = parse_json(raw, f"line {self._read} of the evidence", MAX_LINE)
         if "end" not in doc:
             self._seen.update(raw)
         return doc
 
-    def back(self, doc: dict[str, object]) -> None:
-        """Puts the line that was read last back."""
-        self._held = doc
-
-    def end(self, size: int) -> None:
-        """Returns only where the last line follows and nothing behind it."""
-        doc = self.next()
+    def end(self, doc: Mapping[str, object], size: int) -> None:
+        """Returns only where this is the last line, and nothing stands behind it."""
         if doc.get("end") != size or doc.get("sha256") != self._seen.hexdigest() or next(self._source, b""):
             raise _broken("its last line does not fit what stands before it")
 
@@ -164,70 +164,69 @@ def _number(doc: Mapping[str, object], name: str) -> int:
     return value
 
 
-def _head(feed: _Feed) -> Head:
-    top = feed.next()
+def _head(top: Mapping[str, object]) -> Head:
     if top.get("schema") != SCHEMA or not isinstance(top.get("log"), str):
         raise _broken("its first line is another format")
-    notes: list[str] = []
-    while True:
-        doc = feed.next()
-        note = doc.get("checkpoint")
-        if not isinstance(note, str):
-            feed.back(doc)
-            break
-        notes.append(note)
-        if len(notes) > MAX_CHECKPOINTS:
-            raise _broken(f"it holds more than {MAX_CHECKPOINTS} checkpoints")
-    return Head(str(top["log"]), _number(top, "first"), _number(top, "size"), _raw(top.get("before"), "the head"), tuple(notes))
+    head = Head(str(top["log"]), _number(top, "first"), _number(top, "size"), decode(top.get("before"), "the head"))
+    if head.first > head.size:
+        raise _broken("it begins behind its end")
+    return head
 
 
-def _wanted(head: Head, vkey: str, since: str) -> dict[int, bytes]:
-    """The roots that must be met on the way, by size; raises Mismatch for a kept checkpoint that is larger than the log."""
-    wanted: dict[int, bytes] = {}
-    for note in (*head.checkpoints, *([since] if since else [])):
-        found = tlog.open_checkpoint(note, vkey)
-        if found.size > head.size:
-            what = f"the log had {found.size} entries when a checkpoint was signed, and has {head.size} now"
-            raise Mismatch(what, expected="a log that only grows", do=_ALTERED, reason="size_regression")
-        if wanted.setdefault(found.size, found.root) != found.root:
-            raise Mismatch(f"two checkpoints over {found.size} entries contradict each other", expected="one history", do=_ALTERED, reason="fork")
-    start = tlog.Range(head.first, head.before)
-    if wanted.pop(head.first, start.root()) != start.root() and head.first:
-        raise Mismatch(
-            f"entries 0 to {head.first - 1} are not those that were signed", expected="the root of the checkpoint", do=_ALTERED, reason="evidence"
-        )
-    return {size: root for size, root in wanted.items() if size > head.first}
+def _demand_log(head: Head, vkey: str) -> None:
+    name = tlog.name_of(vkey)
+    if head.name != name:
+        do = "take the key of that log from its administrator, and ask why it was begun again" if head.name.startswith(f"{name}/") else "name its key"
+        raise Mismatch(f"this is the log {head.name[:200]}", expected=f"{name}, whose key is pinned", do=do, reason="log")
+
+
+def _kept(head: Head, vkey: str, since: str) -> tlog.Checkpoint | None:
+    """The checkpoint that the auditor kept; raises Mismatch where the log is smaller than it, Invalid where this export begins behind it."""
+    if not since:
+        return None
+    kept = tlog.open_checkpoint(since, vkey)
+    if kept.size > head.size:
+        what = f"the log had {kept.size} entries when the kept checkpoint was signed, and has {head.size} now"
+        raise _false(what, "a log that only grows", head.size, "size_regression")
+    if kept.size < head.first:
+        what = f"this export begins at entry {head.first}, behind the {kept.size} of the kept checkpoint"
+        raise Invalid(what, expected="an export from there on", do="verify the earlier file with it, then this one", reason="evidence")
+    return kept
+
+
+def _checkpoint(doc: Mapping[str, object], vkey: str, log: tlog.Range, vouched: int) -> None:
+    signed = tlog.open_checkpoint(str(doc["checkpoint"]), vkey)
+    if signed.size != log.size:
+        raise _false(f"a checkpoint over {signed.size} entries stands behind entry {log.size - 1}", "one over these", vouched)
+    if signed.root != log.root():
+        raise _false(f"entries {vouched} to {log.size - 1} are not those that were signed", "the root of the checkpoint", vouched)
 
 
 def _entry(doc: Mapping[str, object], at: int, log: tlog.Range, found: Finding) -> int:
     """Takes one entry; 1 where its body was sealed elsewhere."""
     if doc.get("i") != at:
-        raise Mismatch(f"entry {at} is missing or stands elsewhere", expected=f"entry {at}", do=_ALTERED, reason="evidence")
-    leaf, body = _raw(doc.get("hash"), f"the hash of entry {at}"), doc.get("body")
-    if body is not None and (not isinstance(body, str) or tlog.leaf_hash(body.encode("utf-8", "surrogatepass")) != leaf):
-        raise Mismatch(
-            f"entry {at} was altered: its text does not have its hash", expected="the text as it was recorded", do=_ALTERED, reason="evidence"
-        )
+        raise _false(f"entry {at} is missing or stands elsewhere", f"entry {at}", at)
+    leaf, body = decode(doc.get("hash"), f"the hash of entry {at}"), doc.get("body")
+    if len(leaf) != tlog.HASH:
+        raise _broken(f"the hash of entry {at} is none")
+    if body is not None and (not isinstance(body, str) or tlog.leaf_hash(body.encode()) != leaf):
+        raise _false(f"entry {at} was altered: its text does not have its hash", "the text as it was recorded", at)
     log.append(leaf)
     if body is None:
         found.leases.clear()  # what was sealed may hold leases: counting begins behind it
         return 1
-    _lease(str(body), at, found)
+    if '"lease"' in body:
+        _lease(parse_json(body.encode(), f"entry {at}", MAX_LINE), at, found)
     return 0
 
 
-def _lease(body: str, at: int, found: Finding) -> None:
-    if '"lease"' not in body:
-        return
-    doc = parse_json(body.encode("utf-8", "surrogatepass"), f"entry {at}", MAX_LINE)
+def _lease(doc: Mapping[str, object], at: int, found: Finding) -> None:
     serial, org = doc.get("serial"), str(doc.get("org"))
     if doc.get("event") != "lease" or type(serial) is not int:
         return
     before = found.leases.get(org)
     if before is not None and serial != before + 1:
-        raise Mismatch(
-            f"entry {at} is lease {serial} of {org}, after lease {before}", expected=f"lease {before + 1}", do=_ALTERED, reason="lease_serial"
-        )
+        raise _false(f"entry {at} is lease {serial} of {org[:100]}, after lease {before}", f"lease {before + 1}", at, "lease_serial")
     found.leases[org] = serial
 
 
@@ -237,7 +236,7 @@ def _lease(body: str, at: int, found: Finding) -> None:
 def proof_of(entry: Entry, index: int, proof: Sequence[bytes], checkpoint: str) -> bytes:
     """The file that proves one entry under a checkpoint."""
     leaf, body = entry
-    doc = {"schema": SCHEMA, "i": index, "hash": _b64(leaf), "proof": [_b64(node) for node in proof], "checkpoint": checkpoint}
+    doc = {"schema": SCHEMA, "i": index, "hash": encode(leaf), "proof": [encode(node) for node in proof], "checkpoint": checkpoint}
     return json.dumps(doc | ({"body": body} if body is not None else {}), sort_keys=True, indent=1).encode() + b"\n"
 
 
@@ -247,12 +246,12 @@ def verify_proof(raw: bytes, vkey: str) -> dict[str, object]:
     nodes, note, body = doc.get("proof"), doc.get("checkpoint"), doc.get("body")
     if doc.get("schema") != SCHEMA or not isinstance(nodes, list) or not isinstance(note, str) or len(nodes) > 64:
         raise _broken("it is no proof")
-    leaf = _raw(doc.get("hash"), "the hash")
-    if body is not None and (not isinstance(body, str) or tlog.leaf_hash(body.encode("utf-8", "surrogatepass")) != leaf):
-        raise Mismatch("the entry was altered: its text does not have its hash", expected="the text as it was recorded", reason="evidence")
+    leaf = decode(doc.get("hash"), "the hash")
+    if body is not None and (not isinstance(body, str) or tlog.leaf_hash(body.encode()) != leaf):
+        raise _false("the entry was altered: its text does not have its hash", "the text as it was recorded", _number(doc, "i"))
     checkpoint = tlog.open_checkpoint(note, vkey)
     index = _number(doc, "i")
-    tlog.verify_inclusion(leaf, index, checkpoint.size, [_raw(node, "the proof") for node in nodes], checkpoint.root)
+    tlog.verify_inclusion(leaf, index, checkpoint.size, [decode(node, "the proof") for node in nodes], checkpoint.root)
     try:
         shown: object = parse_json(str(body).encode(), "the entry", MAX_LINE) if body is not None else None
     except AirlockError:

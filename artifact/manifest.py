@@ -96,6 +96,16 @@ def check_name(text: str) -> str:
     return text
 
 
+def check_pattern(pattern: str) -> str:
+    """A grant pattern itself: a repository name in which * is a part of a segment, and ** as the last one any rest; raises Invalid."""
+    segments = pattern.split("/")
+    plain = "/".join("x" if s == "**" and i == len(segments) - 1 else s.replace("*", "x") for i, s in enumerate(segments))
+    if "**" in "/".join(segments[:-1]) or ("**" in segments[-1] and segments[-1] != "**"):
+        raise Invalid(f"the pattern {pattern[:100]!r} has ** where it means nothing", expected="** as the last segment only", reason="pattern")
+    check_name(plain)
+    return pattern
+
+
 def hub_name(repo_id: str) -> str:
     """The canonical name `hf/<id>` of a Hub id: lower case, what the grammar refuses escaped (docs/format.md section 2); raises Invalid."""
     if not _HUB_ID.match(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
@@ -177,7 +187,7 @@ def parse_json(raw: bytes, what: str, limit: int = MAX_MANIFEST_BYTES) -> dict[s
     if len(raw) > limit:
         raise TooLarge(f"{what} has {len(raw)} bytes", expected=f"at most {limit}")
     depth = deepest = 0
-    for byte in raw:
+    for byte in raw if raw.count(b"[") + raw.count(b"{") > 512 else b"":
         if byte in b"[{":
             depth += 1
             deepest = max(deepest, depth)
