@@ -22,6 +22,7 @@ GOVERNED = ("pull", "run")  # what an entitlement is about: the rest is the site
 PRODUCTION = "production"
 SOON_S = 60 * 86400  # from when on a yes warns of its end
 MAX_DATE = 253402300799.0  # the last second of the year 9999
+READER = "group"  # a token of an NGC client: it reads whatever its key may read, and lists it
 SCOPED |= {"stat": ("pull", "push", "list"), "list": ("pull", "push", "list")}
 
 
@@ -226,7 +227,7 @@ def scoped(principal: Principal, kind: str, name: str, action: str) -> bool:
     if principal.access is None:
         return True
     wanted = SCOPED.get(action, ())
-    return any(a.kind == kind and a.name == name and any(w in a.actions for w in wanted) for a in principal.access)
+    return any((a.kind == READER or (a.kind, a.name) == (kind, name)) and any(w in a.actions for w in wanted) for a in principal.access)
 
 
 def insufficient(name: str, action: str) -> Decision:
@@ -450,6 +451,12 @@ def _yes(grant: Grant, document: Entitlement | None, principal: Principal, name:
     end, _, what = min(ends)
     if end <= now:
         return Decision(True, "grace", until=until, warning=f"{what} expired on {date(end)}; grace ends on {date(until)}", ids=ids)
+    return Decision(True, "ok", until=until, warning=soon(what, end, now), ids=ids)
+
+
+def soon(what: str, end: float, now: float) -> str:
+    """The warning of what ends within 60 days; empty for what does not (0: never), or has."""
+    if not 0 < end - now <= SOON_S:
+        return ""
     days = int((end - now) // 86400)
-    soon = f"{what} ends on {date(end)}, in {f'{days} days' if days else 'less than a day'}" if end - now <= SOON_S else ""
-    return Decision(True, "ok", until=until, warning=soon, ids=ids)
+    return f"{what} ends on {date(end)}, in {f'{days} days' if days else 'less than a day'}"

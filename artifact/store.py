@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 from artifact.grant import Decision, Principal
 
@@ -23,6 +24,13 @@ class Call:
     request_id: str = ""
     now: float = 0.0
     redirect: bool = False  # whether this caller may be sent to the store's own URL
+    warnings: set[str] = field(default_factory=set, compare=False)  # what its decisions say beside their yes; all copies of a call share it
+
+    def under(self, decision: Decision) -> Self:
+        """This call, allowed by a decision."""
+        if decision.warning:
+            self.warnings.add(decision.warning)
+        return replace(self, decision=decision)
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,6 @@ class Content:
     url: str | None = None
     chunks: Iterator[bytes] | None = None
     data: bytes | None = None
-    warning: str = ""  # what the decision has to say beside its yes
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from urllib.parse import parse_qsl, unquote
 
 from artifact.errors import AirlockError, Invalid, RangeInvalid, TooLarge, Unavailable
 from artifact.store import Call, Content, Page, Upload
+from registry.heads import heads
 from registry.intake import take
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Exchange:
         self.body_done = self.body_done or self.headers.get("content-length") == "0"
         self.started = False
         self._caller: Call | None = None
+        self.warnings: set[str] = set()
         self._sent = 0
 
     @property
@@ -151,7 +153,9 @@ class Exchange:
             if call.redirect and self.guard.beside_store(self.headers.get("host", "")):
                 call = dataclasses.replace(call, redirect=False)
             self._caller = call
-            return verb(call)
+            found = verb(call)
+            self.warnings |= call.warnings
+            return found
 
         return await self._run(self.pools.sql, work)
 
@@ -284,7 +288,7 @@ class Exchange:
     async def answer(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
         """A small answer; the rest of an unread request is read away, within a bound, so that the client sees the answer."""
         close = not self.body_done and not await self._discard()
-        out = [(k.lower().encode("latin-1"), _header(v)) for k, v in headers.items()]
+        out = heads(status, headers, self.warnings)
         if status not in (204, 304) and not any(k == b"content-length" for k, _ in out):
             out.append((b"content-length", str(len(body)).encode()))
         if close or status == 413:
@@ -373,8 +377,7 @@ class Exchange:
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:
         self.started = True
-        pairs = [(k.lower().encode("latin-1"), _header(v)) for k, v in headers.items()]
-        await self._send({"type": "http.response.start", "status": status, "headers": pairs})
+        await self._send({"type": "http.response.start", "status": status, "headers": heads(status, headers, self.warnings)})
 
     async def _file(self, status: int, headers: Mapping[str, str], content: Content) -> None:
         file = await self.io(lambda: _open(content))
@@ -415,13 +418,6 @@ class Exchange:
     async def _leave(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-
-
-def _header(value: str) -> bytes:
-    """A header value from any text: what HTTP cannot carry becomes a question mark."""
-    if value.isascii() and value.isprintable():
-        return value.encode("ascii")
-    return "".join(c if 32 <= ord(c) < 127 else "?" for c in value).encode("ascii")
 
 
 def _writes(upload: Upload, batch: list[bytes]) -> Callable[[], None]:

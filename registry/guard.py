@@ -5,7 +5,6 @@ A verb is written out here or it does not exist. Refusals say what decisions sec
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -13,21 +12,20 @@ from typing import NoReturn
 
 from artifact.errors import Denied, Invalid, NotFound, Unauthenticated
 from artifact.grant import PROFILES, Access, Decision, Subject, authenticate, best, date, decide, decide_open, insufficient, scoped, visible
-from artifact.manifest import PROFILES_TYPE, check_digest, check_name, check_ref, parse_manifest
-from artifact.profile import Profile
-from artifact.profile import parse as parse_profiles
+from artifact.manifest import check_name, check_ref
 from artifact.reasons import DEAD
 from artifact.store import Call, Content, Descriptor, File, Files, Page, Registry, Revision, Upload
-from artifact.trust import sign_jws
 from registry.admission import Admission, Policy
 from registry.audit import Audit
-from registry.bodies import text
 from registry.catalog import Located, Repo
 from registry.collector import Collector
 from registry.delegation import Office, office
-from registry.entitlements import Entitlements, LeaseWish, lease_gpus, lease_nonce
+from registry.documents import Documents
+from registry.entitlements import Entitlements
+from registry.floor import Floor
 from registry.home import Home
 from registry.issuance import Issuance
+from registry.leasing import Leasing
 from registry.library import MAX_PAGE, Library, as_revision, damaged
 from registry.lookup import Ask, Lookup, Sought
 from registry.roster import Roster
@@ -35,8 +33,6 @@ from registry.rows import owner_of
 from registry.tokens import granted
 from registry.upkeep import Upkeep
 
-MAX_PROFILES_BYTES = 4 * 1024 * 1024
-SKEW_S = 60
 EVERYTHING = "every.name/of/this/site"  # a name that a grant on `**` covers; no organisation is called like its first segment
 
 
@@ -49,6 +45,7 @@ class Guard(Registry, Files):
         entitlements: Entitlements,
         audit: Audit,
         home: Home,
+        floor: Floor,
         lease_life_s: int = 86400,
         lease_grace_s: int = 3 * 86400,
         policy: Policy | None = None,
@@ -56,12 +53,11 @@ class Guard(Registry, Files):
         self._library = library
         self._entitlements = entitlements
         self._audit = audit
-        self._home = home
         self._open = policy is not None and policy.anonymous
-        self._lease_life_s, self._lease_grace_s = lease_life_s, lease_grace_s
         desk = (library.catalog.engine, entitlements, audit, self._office, self._refuse)
-        self.roster, self.issuance = Roster(*desk), Issuance(*desk)
-        self._admission = Admission(entitlements, Lookup(library.catalog.engine), audit, home, policy or Policy())
+        self.roster, self.issuance, self.documents = Roster(*desk), Issuance(*desk), Documents(*desk, home=home, floor=floor)
+        self.leasing = Leasing(*desk, library=library, home=home, life_s=lease_life_s, grace_s=lease_grace_s)
+        self._admission = Admission(entitlements, Lookup(library.catalog.engine), audit, home, policy or Policy(), floor)
 
     def caller(self, key_text: str | None, request_id: str, now: float, address: str = "", ask: Ask = ()) -> Call:
         """The call of a presented key or token, and what it asks for, by one statement; raises Unauthenticated, Throttled (registry/admission.py)."""
@@ -131,7 +127,7 @@ class Guard(Registry, Files):
             decision = replace(decision, words=words, remedy="ask for a key with --models '**' --actions admin")
         if not decision.allow:
             self._refuse(call, "admin", "", decision)
-        return replace(call, decision=decision)
+        return call.under(decision)
 
     def ping(self, call: Call) -> None:
         """Returns where the caller presented something that is valid here, be it nobody's token; raises Unauthenticated."""
@@ -164,7 +160,7 @@ class Guard(Registry, Files):
         subject = repo.subject if repo else Subject(name, org="\0", visibility="private")
         decision = best([self._decide(call, subject, action, profile) for action in actions])
         if decision.allow:
-            return replace(call, decision=decision)
+            return call.under(decision)
         self._refuse(call, actions[0], name, decision)
 
     @contextmanager
@@ -209,7 +205,7 @@ class Guard(Registry, Files):
         decision = self._push_decision(call, name, self._library.catalog.repository(check_name(name)))
         if not decision.allow:
             self._refuse(call, "push", name, decision)
-        return replace(call, decision=decision)
+        return call.under(decision)
 
     def demand_push(self, call: Call, repo: str) -> None:
         """Returns where this caller may push or create; raises NotFound, Denied, Unauthenticated."""
@@ -244,8 +240,6 @@ class Guard(Registry, Files):
         found = self._find(call, repo, digest)
         allowed = self._allow(call, repo, found.repo if found else None, "pull")
         content = self._library.content(repo, digest, found, lo, hi, redirect=call.redirect)
-        if allowed.decision is not None and allowed.decision.warning:
-            content = replace(content, warning=allowed.decision.warning)
         self._audit.read(allowed, repo, digest if found and found.manifest_id else "blob", content.total)
         return content
 
@@ -359,7 +353,7 @@ class Guard(Registry, Files):
             decision = replace(decision, words=f"what is recorded about {who.org} is its auditor's", remedy="ask for a key with action auditor")
         if not decision.allow:
             self._refuse(call, "audit", "", decision)
-        self._audit.read(replace(call, decision=decision), who.org, "audit", 0, "audit")
+        self._audit.read(call.under(decision), who.org, "audit", 0, "audit")
         items, onward = self._audit.rows(who.org, after, max(1, min(limit, MAX_PAGE)))
         return {"items": items, "after": onward}
 
@@ -394,63 +388,11 @@ class Guard(Registry, Files):
             return []
         return self._library.catalog.details(repo.id)
 
-    def lease(self, call: Call, body: dict[str, object]) -> dict[str, object]:
-        """A signed lease for one model, profile and set of GPUs (docs/format.md section 8); raises Invalid, NotFound, Denied."""
-        name, ref = check_name(text(body, "model")), check_ref(text(body, "ref"))
-        digest, profile_id, host = check_digest(text(body, "profile_digest")), text(body, "profile_id"), text(body, "host")
-        gpus, nonce = lease_gpus(body.get("gpu_uuids")), lease_nonce(body)
-        catalog = self._library.catalog
-        repo = catalog.repository(name)
-        self._allow(call, name, repo, "run")  # what it may not run at all it is told nothing about
-        profile = self._profile(name, digest, profile_id)
-        named = (profile.id, profile.description)
-        call = self._allow(call, name, repo, "run", profile=named)
-        model = catalog.locate(profile.model.name, profile.model.digest)
-        if profile.model.name != name:
-            self._allow(call, profile.model.name, model.repo if model else None, "run", profile=named)
-        if model is None or not model.digest:
-            raise NotFound(f"profile {profile_id[:80]} names {profile.model.name}@{profile.model.digest}, which is not here", reason="model")
-        iat = int(call.now)
-        ends = [int(call.decision.until)] if call.decision and call.decision.until else []
-        exp = min([iat + self._lease_life_s, *ends])  # a lease never outlives the key, the grant and the entitlement it was given under
-        wish = LeaseWish(name, model.digest, digest, profile_id, host, gpus)
-        claims: dict[str, object] = {
-            "iss": self._home.instance,
-            "sub": f"org:{call.principal.org}",
-            "aud": host,
-            "jti": secrets.token_hex(16),
-            "iat": iat,
-            "nbf": iat - SKEW_S,
-            "exp": exp,
-            "renew_after": iat + (exp - iat) * 15 // 100,
-            "grace_s": self._lease_grace_s,
-            "model": {"name": name, "ref": ref, "digest": model.digest},
-            "profile_digest": digest,
-            "profile_id": profile_id,
-            "gpu_uuids": list(gpus),
-            "key_id": call.principal.key_id,
-            "revocation_serial": 0,
-        } | nonce
-        with catalog.writing() as conn:
-            claims["lease_serial"] = self._entitlements.add_lease(conn, call.principal, wish, jti=str(claims["jti"]), iat=iat, exp=exp)
-            self._audit.change(
-                conn, call, "lease", f"{name}@{model.digest}", jti=claims["jti"], serial=claims["lease_serial"], profile=profile_id, gpus=len(gpus)
-            )
-            token = sign_jws(self._home.lease_key(), "lease+jwt", claims)
-        return {"lease": token, "now": call.now}
+    def lease(self, call: Call, body: Mapping[str, object]) -> dict[str, object]:
+        """A signed lease for one model, profile and set of GPUs (registry/leasing.py); raises Invalid, NotFound, Denied."""
+        return self.leasing.lease(call, body, lambda call, name, repo, profile: self._allow(call, name, repo, "run", profile=profile))
 
-    def _profile(self, name: str, digest: str, profile_id: str) -> Profile:
-        """The profile of that id in the profile manifest `digest` of `<name>/profiles`; raises NotFound `profile`, Invalid."""
-        home = name + PROFILES
-        found = self._library.catalog.find(home, digest)
-        unknown = NotFound(f"{home} has no profile manifest {digest}", do="ask again with the manifest that the ref names now", reason="profile")
-        if found is None or found.raw is None or found.artifact_type != PROFILES_TYPE:
-            raise unknown
-        layers = [d for d in parse_manifest(found.raw, found.media_type).layers if d.media_type == PROFILES_TYPE]
-        blob = self._library.catalog.find(home, layers[0].digest) if len(layers) == 1 and layers[0].size <= MAX_PROFILES_BYTES else None
-        if blob is None or not blob.location:
-            raise unknown
-        for profile in parse_profiles(self._library.small(blob)).profiles:
-            if profile.id == profile_id:
-                return profile
-        raise NotFound(f"the profile manifest has no profile {profile_id[:80]!r}", do="airlock runtime list-model-profiles", reason="profile")
+    def standing(self, call: Call) -> dict[str, object]:
+        """What the presented key has now and what of it ends soon (registry/documents.py); raises Unauthenticated."""
+        self._demand_alive(call)
+        return self.documents.standing(call)

@@ -29,6 +29,7 @@ from registry import tables as t
 from registry.audit import Audit
 from registry.blobs.file import location_of
 from registry.database import alone
+from registry.floor import Floor
 from registry.home import Home
 from registry.library import Library
 from registry.uploads import OCTETS, SURPLUS_S, pieces_of
@@ -52,6 +53,10 @@ class Site(Protocol):
     @property
     def audit(self) -> Audit:
         """The log of changes."""
+
+    @property
+    def floor(self) -> Floor:
+        """The lowest time that it can be."""
 
     @property
     def library(self) -> Library:
@@ -95,6 +100,7 @@ def _import(site: Site, directory: Path, state: Path, now: float, progress: Call
         if catalog.kind_of(manifest) == "model":
             site.library.fill_facts(manifest)
     index.commit()
+    site.floor.raise_to(index.created)  # signed by the sender
     done.parent.mkdir(mode=0o700, exist_ok=True)
     medium.replace_file(done, index.digest.encode() + b"\n")
     with suppress(OSError):  # a medium that is write-protected brings no receipt home

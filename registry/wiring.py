@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from registry.audit import Audit
 from registry.catalog import Catalog
 from registry.collector import Collector
 from registry.database import is_postgresql, open_engine, reading
+from registry.documents import Documents
 from registry.entitlements import Entitlements
+from registry.floor import Floor
 from registry.guard import Guard
 from registry.home import Home
 from registry.library import Library
@@ -45,6 +48,8 @@ class Site:
     entitlements: Entitlements
     audit: Audit
     log: Sequencer
+    floor: Floor
+    documents: Documents
     blobs: BlobStore
     library: Library
     guard: Guard
@@ -65,6 +70,7 @@ class Site:
             self.collector.close()
             self.entitlements.usage.close()
             self.audit.close()
+            self.floor.close(time.time())
             self.log.close()
         finally:
             self.engine.dispose()
@@ -154,14 +160,17 @@ def open_site(settings: Settings, *, background: bool = True) -> Site:
         Entitlements(engine, home.pepper(), home.peppers()[1:], home.keys.next_peppers(), settings.key_prefix),
         Audit(engine, home.instance, log := Sequencer(engine, home.path, home.audit_name, home.audit_key)),
     )
+    floor = Floor.load(engine, audit, home.created)
+    documents = Documents(engine, entitlements, audit, home=home, floor=floor)
+    documents.activate(floor.now(time.time()))
     blobs = open_blobs(settings.blobs_url, settings.data)
     library = Library(catalog, blobs, audit, settings.upload_ttl_s, settings.blob_lease_s)
     policy = Policy(settings.anonymous, settings.token_life_s, settings.redirect, settings.stream_to, settings.entitlements == "required")
-    guard = Guard(library, entitlements, audit, home, settings.lease_life_s, settings.lease_grace_s, policy)
+    guard = Guard(library, entitlements, audit, home, floor, settings.lease_life_s, settings.lease_grace_s, policy)
     collector = Collector(library, settings.garbage_delay_s, every_s=settings.gc_every_s)
     guard.attach(collector)
     if background:
         blobs.probe()
         entitlements.usage.start(lambda error: LOG.error("the use of keys could not be stored: %s", type(error).__name__))
         audit.start(lambda error: LOG.error("audit counters could not be stored: %s", type(error).__name__))
-    return Site(settings, home, engine, catalog, entitlements, audit, log, blobs, library, guard, collector, _inode(home))
+    return Site(settings, home, engine, catalog, entitlements, audit, log, floor, documents, blobs, library, guard, collector, _inode(home))

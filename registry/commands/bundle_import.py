@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
         report = import_bundle(
             site,
             given.directory,
-            time.time(),
+            site.floor.now(time.time()),
             lambda n: bars[0].add(n),
             lambda total: bars.append(Progress(total, "import", sys.stderr)),
         )

@@ -129,7 +129,7 @@ def _required(data: str, body: dict[str, Any]) -> dict[str, object]:
     from registry.wiring import open_site
 
     with open_site(Settings.load(data), background=False) as site:
-        call, name = local_call(time.time()), model_of(body["name"])
+        call, name = local_call(site.floor.now(time.time())), model_of(body["name"])
         return site.catalog.change(lambda conn: upstream.require(conn, site.audit, call, name, body.get("tier"), body.get("product")))
 
 

@@ -64,6 +64,8 @@ def main(argv: list[str]) -> int:
     with open_site(Settings.load(args.data), background=False) as site:
         work = site.collector.dry_run if args.dry_run else site.collector.run
         report = work(time.time(), progress=_progress, clock_is_right=args.clock_is_right)
+        if args.clock_is_right and not args.dry_run:
+            site.floor.raise_to(time.time())
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     print(json.dumps(report.as_json()) if args.json else "\n".join(_lines(report)))

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     wanted = parse_reference(given.model)
     site = open_site(Settings.load(given.data))
     try:
-        report = promote(site, wanted, time.time())
+        report = promote(site, wanted, site.floor.now(time.time()))
     finally:
         site.close()
     if given.json:

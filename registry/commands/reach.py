@@ -76,7 +76,7 @@ def _path(path: str, query: Mapping[str, object]) -> str:
 def _local(site: Site, method: str, path: str, body: Mapping[str, object] | None, query: Mapping[str, object]) -> dict[str, Any]:
     desk = (site.engine, site.entitlements, site.audit)
     parts = cast(Guard, _Parts(Roster(*desk), Issuance(*desk)))
-    call, given = local_call(time.time()), _Given({name: str(value) for name, value in query.items() if value})
+    call, given = local_call(site.floor.now(time.time())), _Given({name: str(value) for name, value in query.items() if value})
     if method == "POST":
         return POSTS[path](parts, call, body or {})
     word, slash, rest = path.partition("/")

@@ -163,7 +163,7 @@ def _first_key(site: Site) -> dict[str, object]:
         if site.entitlements.any_key():
             return {}
         raise Unavailable("this site has no key yet, and its first one cannot be shown", expected="a standard output", do="airlock key create")
-    return Issuance(site.engine, site.entitlements, site.audit).first_key(local_call(time.time()))
+    return Issuance(site.engine, site.entitlements, site.audit).first_key(local_call(site.floor.now(time.time())))
 
 
 def _tell(

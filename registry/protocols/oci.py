@@ -209,7 +209,7 @@ class OciDoor:
         async def again(lo: int, hi: int) -> Content:
             return await x.call(lambda call: x.guard.read(call, repo, digest, lo, hi), ask=ask)
 
-        await x.content(content, headers | _warning(content), again)
+        await x.content(content, headers, again)
         await x.served(repo, digest)
 
     async def _manifest(self, x: Exchange, repo: str, ref: str) -> None:
@@ -230,7 +230,7 @@ class OciDoor:
         async def again(_lo: int, _hi: int) -> Content:
             raise errors.Unsupported("manifests are served whole")
 
-        await x.content(content, headers | _warning(content), again)
+        await x.content(content, headers, again)
 
     @staticmethod
     def _check_ref(ref: str) -> None:
@@ -382,12 +382,6 @@ def _condition(x: Exchange) -> str | None:
     if given is None:
         return None if none is None else ""
     return check_digest(given.strip().strip('"'))
-
-
-def _warning(content: Content) -> dict[str, str]:
-    """The decision's warning in the header's one allowed form (distribution-spec, warnings)."""
-    text = content.warning.replace("\\", "\\\\").replace('"', '\\"')
-    return {"warning": f'299 - "{text}"'} if text else {}
 
 
 def _next(path: str, count: int, shown: list[str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from registry.tokens import parse_scopes
 from registry.wiring import Site
 from tests.site import BACKENDS, call_of, make_key, push_model, running_site
 
-NOW = 1_000_000.0
+NOW = 2_000_000_000.0  # ahead of any floor
 
 
 @pytest.fixture(params=BACKENDS)
@@ -32,7 +32,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
 
 
 def admission(site: Site, **policy: object) -> Admission:
-    return Admission(site.entitlements, Lookup(site.engine), site.audit, site.home, replace(Policy(), **policy))  # type: ignore[arg-type]
+    return Admission(site.entitlements, Lookup(site.engine), site.audit, site.home, replace(Policy(), **policy), site.floor)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
