@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from artifact.errors import Invalid
@@ -11,6 +11,9 @@ from artifact.manifest import PROFILES_TYPE, canonical_json, check_digest, check
 
 SCHEMA = 1
 ENGINES = ("tensorrt_llm", "vllm", "sglang")
+AUTHORED = ("tags", "options", "id", "image")
+OPTIONS = ("task", "max_model_len", "dtype")
+TASKS = ("generate", "embed")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 
 
@@ -58,11 +61,15 @@ def build(model: str, digest: str, wanted: list[dict[str, object]], weights_byte
     for i, item in enumerate(wanted):
         if not isinstance(item, Mapping):
             raise Invalid(f"profile {i} is not a mapping", expected="keys tags, options, id, image")
+        _known(item, AUTHORED, f"profile {i}")
         tags = _texts(item.get("tags"), f"tags of profile {i}")
         if tags.get("llm_engine") not in ENGINES:
             raise Invalid(f"profile {i} names engine {tags.get('llm_engine')!r}", expected="llm_engine: " + ", ".join(ENGINES))
         body: dict[str, object] = {"tags": tags, "model": {"name": check_name(model), "digest": check_digest(digest)}, "weights_bytes": weights_bytes}
         options = _options(item.get("options"), i)
+        _known(options, OPTIONS, f"options of profile {i}")
+        if options.get("task", "generate") not in TASKS:
+            raise Invalid(f"option task of profile {i} is {options['task'][:40]!r}", expected=" or ".join(TASKS))
         if options:
             body["options"] = options
         if item.get("image") is not None:
@@ -73,6 +80,13 @@ def build(model: str, digest: str, wanted: list[dict[str, object]], weights_byte
     raw = canonical_json({"schema": SCHEMA, "model": model, "profiles": out})
     parse(raw)
     return raw
+
+
+def _known(entry: Iterable[object], known: tuple[str, ...], where: str) -> None:
+    """A misspelt word in an author's file is refused: passed over, it would run the model in another way than was meant."""
+    unknown = sorted(str(k)[:40] for k in entry if k not in known)
+    if unknown:
+        raise Invalid(f"{where} has unknown keys: {', '.join(unknown)[:200]}", expected="known keys: " + ", ".join(known))
 
 
 def parse(raw: bytes) -> ProfileSet:

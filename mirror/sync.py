@@ -16,6 +16,7 @@ from artifact.disk import Disk
 from artifact.errors import AirlockError, Invalid, NotFound, Unauthenticated
 from artifact.manifest import (
     EMPTY_BYTES,
+    EMPTY_DIGEST,
     FACTS_TYPE,
     MANIFEST,
     PROFILES_TYPE,
@@ -146,7 +147,7 @@ def _key(item: Item, environ: Mapping[str, str]) -> str:
 def _job(item: Item, home: MirrorHome, records: Records, now: float, environ: Mapping[str, str]) -> _HubJob | _OciJob:
     """What an item needs, pinned and entitled, with metadata alone."""
     if item.profiles:
-        _wanted_profiles(item)  # a mistake in it shows before bytes move
+        profile.build(item.name, EMPTY_DIGEST, _wanted_profiles(item), 0)  # a mistake in it shows before bytes move
     key = _key(item, environ)
     granted = right(item, key, records, now)  # before the upstream is asked for anything
     return _HubJob(granted, key, home.disk) if item.kind == "hf" else _OciJob(granted, key, home.disk)

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from artifact.errors import Invalid, NotFound
-from artifact.profile import Profile
+from artifact.profile import TASKS, Profile
 from runtime.engines import Launch
 from runtime.settings import GPU_SHARE, Gpu, Settings
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 ALLOWED_DTYPES = ("auto", "bfloat16", "float16", "float32", "half", "float")
-TASKS = ("generate", "embed")
 SOCKET_LIMIT = 107  # sun_path of Linux without its final zero byte
 
 

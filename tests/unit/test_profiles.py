@@ -222,6 +222,21 @@ def test_ids_and_options_that_a_command_line_could_misread_are_refused(wanted: d
             parse(canonical_json({"schema": 1, "model": "acme/tiny", "profiles": [entry]}))
 
 
+@pytest.mark.parametrize(
+    ("wanted", "word"),
+    [
+        ({"option": {"task": "embed"}}, "option"),
+        ({"options": {"max_model_length": 512}}, "max_model_length"),
+        ({"options": {"task": "embedd"}}, "generate or embed"),
+        ({7: "x"}, "7"),
+    ],
+)
+def test_a_misspelt_word_of_an_author_is_refused_naming_what_is_known(wanted: dict[object, object], word: str) -> None:
+    with pytest.raises(Invalid) as refused:
+        build("acme/tiny", DIGEST, [{"tags": TAGS, **wanted}], 1)  # type: ignore[dict-item]
+    assert word in str(refused.value)
+
+
 def test_ids_and_options_that_are_accepted() -> None:
     found = parse(build("acme/tiny", DIGEST, [{"id": 7, "tags": TAGS, "options": {"max_model_len": 512, "task": "embed"}}], 1)).profiles[0]
     assert (found.id, found.options) == ("7", {"max_model_len": "512", "task": "embed"})
