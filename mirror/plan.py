@@ -7,13 +7,12 @@ asks its own keys for product and tier. It must accept nothing it does not know:
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import yaml
-
+from artifact.card import load_yaml as load_yaml
 from artifact.errors import Invalid, NotFound, TooLarge
 from artifact.manifest import check_digest, check_name, check_ref, hub_name, is_commit, is_digest, is_tag
 from artifact.upstream import TEXTS, check_product, check_tier
@@ -60,42 +59,6 @@ class Plan:
     """All items of a plan file, in its order."""
 
     items: tuple[Item, ...]
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases, duplicate keys or implicit dates: what a person reads is what is meant."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases are not accepted", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
-        node: yaml.Node | None = super().compose_node(parent, index)
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key is None or key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {str(key)[:60]!r} is repeated or is not a word", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:merge")]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def load_yaml(text: str, what: str) -> object:
-    """One YAML document from untrusted text by the safe loader; raises Invalid naming the line."""
-    try:
-        # _Loader is a SafeLoader: it constructs nothing but plain values.
-        return yaml.load(text, Loader=_Loader)  # noqa: S506
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise Invalid(
-            f"{what} is not accepted as YAML: {' '.join(str(error).split())[:300]}", expected="plain YAML without aliases", reason="plan"
-        ) from error
 
 
 def read_limited(path: Path, what: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,18 +21,18 @@ from huggingface_hub import HfApi, RepoFile, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 
 from artifact import copy
+from artifact.card import README, facts_of
 from artifact.disk import Disk
 from artifact.errors import Denied, Invalid, Mismatch, NotFound, TooLarge, Unavailable
-from artifact.manifest import COMMIT, EMPTY_BYTES, FACTS_TYPE, MAX_FILES, SOURCE, build_model, canonical_json, check_path, is_commit, is_digest
+from artifact.manifest import COMMIT, EMPTY_BYTES, FACTS_TYPE, MAX_FILES, SOURCE, build_model, check_path, is_commit, is_digest
 from artifact.store import Descriptor, File
-from mirror.plan import Item, load_yaml
+from mirror.plan import Item
 from mirror.web import Fetcher, origin, refusal
 
 _T = TypeVar("_T")
 MAX_METADATA = 64 * 1024 * 1024
 MAX_NODES = 200_000
 MAX_PLAIN = 64 * 1024 * 1024  # the Hub stores nothing above 10 MiB outside LFS
-MAX_CARD = 64 * 1024
 METADATA_SECONDS = 120.0
 
 
@@ -280,42 +279,8 @@ def build(snapshot: Snapshot, files: tuple[File, ...], disk: Disk) -> bytes:
 
 def disk_facts(snapshot: Snapshot, files: tuple[File, ...], disk: Disk) -> bytes:
     """The facts layer: source, and licence, card and tags as the card of this very commit states them."""
-    readme = next((f for f in files if f.path == "README.md" and f.size <= MAX_PLAIN), None)
-    card = _card(disk.read(readme.digest, MAX_PLAIN)) if readme else {}
-    facts: dict[str, object] = {"schema": 1, "source": f"hf://{snapshot.repo_id}"}
-    if card:
-        facts["card"] = card
-    if isinstance(card.get("license"), str):
-        facts["license"] = card["license"]
-    tags = card.get("tags")
-    if isinstance(tags, list):
-        facts["tags"] = [t for t in tags if isinstance(t, str)]
-    return canonical_json(facts)
-
-
-def _card(readme: bytes) -> dict[str, object]:
-    """The YAML head of a model card as plain JSON values; a head that cannot be read is an absent one."""
-    text = readme[:MAX_CARD].decode("utf-8", "replace").replace("\r\n", "\n")
-    if not text.startswith("---\n") or "\n---" not in text[3:]:
-        return {}
-    try:
-        head = load_yaml(text[4 : text.index("\n---", 3) + 1], "the model card")
-        plain = _plain_value(head)
-    except (Invalid, RecursionError):
-        return {}
-    return plain if isinstance(plain, dict) else {}
-
-
-def _plain_value(value: object) -> object:
-    if isinstance(value, dict):
-        return {str(k): _plain_value(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain_value(v) for v in value]
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    return str(value)
+    readme = next((f for f in files if f.path == README and f.size <= MAX_PLAIN), None)
+    return facts_of(f"hf://{snapshot.repo_id}", disk.read(readme.digest, MAX_PLAIN) if readme else b"")
 
 
 def _remote_file(path: str, node: RepoFile) -> RemoteFile:
