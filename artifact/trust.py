@@ -10,7 +10,7 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -33,6 +33,7 @@ from artifact.manifest import (
     parse_manifest,
 )
 from artifact.store import Descriptor
+from artifact.upstream import LATEST
 
 SIGNATURE = "dev.cosignproject.cosign/signature"
 SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json"
@@ -354,6 +355,13 @@ def verify_jws(token: str, typ: str, keys: Mapping[str, str], now: float, audien
 
     Raises Invalid (not such a document), Mismatch (signature), Denied with reason expired, not_yet_valid or audience (RFC 8725).
     """
+    claims = signed_claims(token, typ, keys)
+    _check_claims(claims, now, audience)
+    return claims
+
+
+def signed_claims(token: str, typ: str, keys: Mapping[str, str], understood: Collection[str] = ()) -> dict[str, object]:
+    """The same whatever the time and whomever it was made for: what names a claim beyond `understood` in must_understand is refused."""
     if len(token) > MAX_DOCUMENT_BYTES:
         raise Invalid("the signed document is too large", expected=f"at most {MAX_DOCUMENT_BYTES} bytes", reason="document")
     try:
@@ -373,15 +381,7 @@ def verify_jws(token: str, typ: str, keys: Mapping[str, str], now: float, audien
         raise Mismatch(
             "the document names a key that is not pinned", expected="one of: " + (", ".join(sorted(keys)) or "none pinned"), reason="signature"
         )
-    checks = {
-        "verify_exp": False,
-        "verify_nbf": False,
-        "verify_iat": False,
-        "verify_aud": False,
-        "verify_iss": False,
-        "verify_sub": False,
-        "verify_jti": False,
-    }
+    checks = {f"verify_{name}": False for name in ("exp", "nbf", "iat", "aud", "iss", "sub", "jti")}
     try:
         claims = jwt.decode(token, _public(pem), algorithms=["ES256"], options={**checks, "require": list(REQUIRED_CLAIMS)})  # type: ignore[arg-type]
     except jwt.MissingRequiredClaimError as error:
@@ -390,7 +390,12 @@ def verify_jws(token: str, typ: str, keys: Mapping[str, str], now: float, audien
         raise Mismatch("the document's signature does not verify", expected="an unaltered document", reason="signature") from error
     except jwt.InvalidTokenError as error:
         raise Invalid("the text is no signed document", expected=f"a compact JWS of type {typ}", reason="document") from error
-    _check_claims(claims, now, audience)
+    demanded = claims.get("must_understand") or []
+    if not isinstance(demanded, list) or not all(isinstance(name, str) and name in understood for name in demanded):
+        known = ", ".join(sorted(understood)) or "nothing"
+        raise Invalid(
+            "the document demands rules that this version does not know", expected=f"{known} in must_understand", do="update Airlock", reason="claims"
+        )
     return claims
 
 
@@ -398,15 +403,11 @@ def _check_claims(claims: Mapping[str, object], now: float, audience: str) -> No
     times: dict[str, float] = {}
     for name in ("iat", "nbf", "exp"):
         value = claims[name]
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < LATEST:
             raise Invalid(f"the claim {name} is no time", expected="seconds since 1970", reason="claims")
         times[name] = float(value)
     if not all(isinstance(claims[n], str) and claims[n] for n in ("iss", "sub", "jti")):
         raise Invalid("the claims iss, sub or jti are not text", expected="non-empty text", reason="claims")
-    if claims.get("must_understand"):
-        raise Invalid(
-            "the document demands rules that this version does not know", expected="no must_understand", do="update Airlock", reason="claims"
-        )
     if now >= times["exp"]:
         raise Denied(f"the document expired at {_date(times['exp'])}", expected="one that is valid now", reason="expired")
     if now < times["nbf"]:

@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import secrets
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from string import hexdigits
 from typing import Any
 
-from sqlalchemy import Connection, Engine, delete, func, insert, select, update
+from sqlalchemy import Connection, Engine, func, insert, select, update
 
 from artifact.errors import Conflict, Invalid, NotFound
 from artifact.grant import TIERS, Grant, Principal
 from registry import tables as t
-from registry.database import alone
 from registry.holders import caller, principal_of
 from registry.keyring import pepper_id
 from registry.people import add_grant, check_grant, rights_of
@@ -31,37 +27,6 @@ ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _LETTERS = frozenset(ALPHABET)  # a set: no character of a guess takes longer than another
 BODY, CHECK = 43, 6
 MAX_KEY = 200
-MAX_GPUS = 64
-MAX_NONCE = 64
-
-
-@dataclass(frozen=True)
-class LeaseWish:
-    """What a lease is asked for, already checked: the model, the profile and where it is to run."""
-
-    model: str
-    model_digest: str
-    profile_digest: str
-    profile_id: str
-    host: str
-    gpus: tuple[str, ...]
-
-
-def lease_nonce(body: dict[str, object]) -> dict[str, object]:
-    """The claim by which a runtime tells that a lease was signed for its request; absent for a runtime that sends none; raises Invalid."""
-    if "nonce" not in body:
-        return {}
-    value = body["nonce"]
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_NONCE or not set(value) <= set(hexdigits):
-        raise Invalid("nonce is no hexadecimal text", expected=f"1 to {MAX_NONCE} characters of 0-9 and a-f", reason="body")
-    return {"nonce": value}
-
-
-def lease_gpus(value: object) -> tuple[str, ...]:
-    """The GPUs that a lease is asked for, each once; raises Invalid."""
-    if not isinstance(value, list) or len(value) > MAX_GPUS or not all(isinstance(v, str) and 0 < len(v) <= 100 and v.isprintable() for v in value):
-        raise Invalid("gpu_uuids is not a list of GPU ids", expected=f"at most {MAX_GPUS} texts, none on a CPU node", reason="body")
-    return tuple(dict.fromkeys(value))
 
 
 def _base62(value: int, width: int) -> str:
@@ -234,39 +199,3 @@ class Entitlements:
         if conn.execute(select(t.api_key.c.id).where(t.api_key.c.key_id == key_id)).first() is None:
             raise NotFound(f"there is no key {key_id[:80]!r}", do="airlock key list")
         return conn.execute(update(t.api_key).where(t.api_key.c.key_id == key_id, t.api_key.c.revoked_at == 0).values(revoked_at=at)).rowcount == 1
-
-    def add_lease(self, conn: Connection, who: Principal, wish: LeaseWish, *, jti: str, iat: float, exp: float) -> int:
-        """A lease's row under the organisation's next serial, replacing what the same (host, GPU) held; returns the serial."""
-        conn.execute(update(t.org).where(t.org.c.name == who.org).values(lease_serial=t.org.c.lease_serial + 1))
-        org_id, serial = conn.execute(select(t.org.c.id, t.org.c.lease_serial).where(t.org.c.name == who.org)).one()
-        values = {
-            "jti": jti,
-            "org_id": org_id,
-            "serial": serial,
-            "key_id": who.key_id,
-            "model": wish.model,
-            "model_digest": wish.model_digest,
-            "profile_digest": wish.profile_digest,
-            "profile_id": wish.profile_id,
-            "host": wish.host,
-            "gpus": json.dumps(wish.gpus),
-            "iat": iat,
-            "exp": exp,
-        }
-        conn.execute(insert(t.lease).values(values))
-        if wish.gpus:
-            alone(conn, "lease", wish.host)
-            g = t.lease_gpu
-            taken = (g.c.host == wish.host, g.c.gpu_uuid.in_(wish.gpus))
-            conn.execute(update(t.lease).where(t.lease.c.jti.in_(select(g.c.jti).where(*taken))).values(replaced_by=jti))
-            conn.execute(delete(g).where(*taken))
-            conn.execute(insert(g), [{"host": wish.host, "gpu_uuid": gpu, "jti": jti} for gpu in wish.gpus])
-        return int(serial)
-
-    def gpus_in_use(self, org: str, now: float) -> int:
-        """Distinct (host, GPU) pairs over the organisation's unexpired leases; leases without a GPU count 0."""
-        g, lease = t.lease_gpu, t.lease
-        source = g.join(lease, lease.c.jti == g.c.jti).join(t.org, t.org.c.id == lease.c.org_id)
-        found = select(g.c.host, g.c.gpu_uuid).select_from(source).where(t.org.c.name == org, lease.c.exp > now).distinct()
-        with t.reading(self._engine) as conn:
-            return len(conn.execute(found).all())

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row, update
 from artifact.errors import Conflict, Invalid, NotFound
 from artifact.grant import TIERS, Grant
 from artifact.store import Call
-from registry import people
+from registry import leases, people
 from registry import tables as t
 from registry.bodies import Body, life, moment, only, text, texts, whole, word
 from registry.database import alone, reading
@@ -158,7 +158,7 @@ class Issuance(Desk):
             self._mine(conn, call, held, key_id)
             new = self._entitlements.revoke(conn, key_id, call.now)
             if new:
-                self._audit.change(conn, call, "key_revoke", key_id)
+                self._audit.change(conn, call, "key_revoke", key_id, leases=leases.revoke_under(conn, call.now, key_ids=[key_id]))
             return {"key_id": key_id, "state": "revoked" if new else "was revoked before"}
 
         return self._change(call, call.principal.org, work)
@@ -252,7 +252,8 @@ class Issuance(Desk):
             row = self._grant(conn, held, grant_id)
             new = people.revoke_grant(conn, row, call.now)
             if new:
-                self._audit.change(conn, call, "grant_revoke", grant_id, owner=row.org)
+                ended = leases.revoke_under(conn, call.now, grant_ids=[grant_id])
+                self._audit.change(conn, call, "grant_revoke", grant_id, owner=row.org, leases=ended)
             return {"grant_id": grant_id, "state": "revoked" if new else "was revoked before"}
 
         return self._change(call, call.principal.org, work)

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Row, Select, Table, and_, delete, func, inser
 
 from artifact.errors import Conflict, Invalid, NotFound
 from artifact.grant import ACTIONS, Grant, date
-from artifact.manifest import check_name
+from artifact.manifest import check_name, check_pattern
 from registry import tables as t
 from registry.rows import ignore_duplicates
 
@@ -48,16 +48,6 @@ def check_person(name: str) -> str:
     for part in name.split("@"):
         check_name(part)
     return name
-
-
-def check_pattern(pattern: str) -> str:
-    """A grant pattern itself: a repository name in which * is a part of a segment, and ** as the last one any rest; raises Invalid."""
-    segments: Sequence[str] = pattern.split("/")
-    plain = "/".join("x" if s == "**" and i == len(segments) - 1 else s.replace("*", "x") for i, s in enumerate(segments))
-    if "**" in "/".join(segments[:-1]) or ("**" in segments[-1] and segments[-1] != "**"):
-        raise Invalid(f"the pattern {pattern[:100]!r} has ** where it means nothing", expected="** as the last segment only", reason="pattern")
-    check_name(plain)
-    return pattern
 
 
 def check_grant(grant: Grant, at: float) -> Grant:

@@ -37,6 +37,9 @@ _ADMIN_WORDS = frozenset(
     [
         "whoami",
         "leases",
+        "standing",
+        "verified",
+        "revocations",
         "catalog",
         "openapi.json",
         "search",

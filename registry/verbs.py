@@ -40,7 +40,13 @@ def limit(q: Query) -> int:
 
 # POST: a JSON object in, a JSON object out, by the whole path below /airlock/v1/.
 POSTS: dict[str, Callable[[Guard, Call, Body], Answer]] = {
-    "leases": lambda g, call, body: {**g.lease(call, dict(body)), "now": int(call.now)},
+    "leases": lambda g, call, body: {**g.lease(call, body), "now": int(call.now)},
+    "leases/return": lambda g, call, body: g.leasing.give_back(call, body),
+    "leases/revoke": lambda g, call, body: g.leasing.revoke(call, body),
+    "verified": lambda g, call, body: g.leasing.verified(call, body),
+    "entitlements": lambda g, call, body: g.documents.take(call, body),
+    "entitlements/issue": lambda g, call, body: g.documents.issue(call, body),
+    "entitlements/revoke": lambda g, call, body: g.documents.revoke(call, body),
     "remove": lambda g, call, body: g.upkeep.remove(call, body),
     "rollback": lambda g, call, body: g.upkeep.roll_back(call, body),
     "immutable": lambda g, call, body: g.upkeep.set_immutable(call, body),
@@ -69,8 +75,16 @@ POSTS: dict[str, Callable[[Guard, Call, Body], Answer]] = {
 # GET of exactly this path.
 GETS: dict[str, Callable[[Guard, Call, Query], Answer]] = {
     "whoami": lambda g, call, q: g.whoami(call),
+    "standing": lambda g, call, q: g.standing(call),
+    "leases": lambda g, call, q: g.leasing.leases(call, q.cursor("org"), q.cursor("after"), limit(q), every=q.param("every") == "1"),
+    "entitlements": lambda g, call, q: g.documents.entitlements(call, q.cursor("org"), q.number("after", 0, MOST), limit(q)),
+    "revocations": lambda g, call, q: g.documents.revocations(call),
     "catalog": lambda g, call, q: g.catalog_list(call, q.cursor("after"), limit(q)),
     "search": lambda g, call, q: g.upkeep.search(call, q.param("q"), q.cursor("after"), limit(q)),
+    "audit/checkpoint": lambda g, call, q: g.auditor.checkpoint(call, q.number("first", 0, MOST)),
+    "audit/entries": lambda g, call, q: g.auditor.entries(call, q.number("after", 0, MOST), q.number("size", 0, MOST), limit(q)),
+    "audit/proof": lambda g, call, q: g.auditor.proof(call, q.cursor("index"), q.cursor("request_id"), q.cursor("jti")),
+    "audit/report": lambda g, call, q: g.auditor.report(call, q.cursor("from"), q.cursor("to"), q.cursor("org")),
     "audit": lambda g, call, q: g.recorded(call, q.number("after", 0, MOST), limit(q)),
     "upstream": lambda g, call, q: g.upkeep.upstreams(call, q.cursor("name"), q.number("after", 0, MOST), limit(q)),
     "retention": lambda g, call, q: g.upkeep.rules(call),
@@ -87,5 +101,6 @@ NAMED: dict[str, Callable[[Guard, Call, Query, str], Answer]] = {
     "history": lambda g, call, q, name: g.upkeep.history(call, check_name(name), q.param("tag"), q.number("before", 0, MOST), limit(q)),
     "quota": lambda g, call, q, name: g.upkeep.quota(call, name),
     "orgs": lambda g, call, q, name: g.roster.org(call, check_name(name)),
+    "entitlements": lambda g, call, q, name: g.documents.entitlement(call, check_name(name)),
     "keys": lambda g, call, q, name: g.issuance.key(call, check_name(name)),
 }

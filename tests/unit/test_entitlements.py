@@ -1,4 +1,4 @@
-"""Keys, their checksum and HMAC, the key commands, and leases in SQL."""
+"""Keys, their checksum and HMAC, and the key commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,10 +18,10 @@ from sqlalchemy import event, select
 
 from artifact.cli import run
 from artifact.errors import Conflict, Invalid, NotFound
-from artifact.grant import Grant, Principal
+from artifact.grant import Grant
 from registry import tables as t
 from registry.commands.key import main, seconds
-from registry.entitlements import ALPHABET, LeaseWish, checksum, new_key, well_formed
+from registry.entitlements import ALPHABET, checksum, new_key, well_formed
 from registry.people import check_org
 from registry.wiring import Site, open_site
 from tests.site import BACKENDS, SQLITE_ONLY, make_key, running_site
@@ -211,44 +210,3 @@ def test_changes_of_keys_are_on_record(site: Site) -> None:
         bodies = list(conn.execute(select(t.audit_pending.c.body)).scalars())
     assert [json.loads(b)["event"] for b in bodies] == ["key_create", "key_revoke"]
     assert all(facts["key"] not in b for b in bodies)
-
-
-def wish(host: str, *gpus: str) -> LeaseWish:
-    return LeaseWish("acme/tiny", "sha256:m", "sha256:p", "p1", host, gpus)
-
-
-def issue(site: Site, who: Principal, wanted: LeaseWish, iat: float, jti: str) -> int:
-    with site.catalog.writing() as conn:
-        return site.entitlements.add_lease(conn, who, wanted, jti=jti, iat=iat, exp=iat + 100)
-
-
-def test_a_lease_replaces_what_the_same_gpu_of_the_same_host_held(site: Site) -> None:
-    who = site.entitlements.principal(make_key(site, "acme"))
-    assert who is not None
-    serials = [issue(site, who, wish("h1", "GPU-1"), 0, f"j{i}") for i in range(5)]
-    assert serials == [1, 2, 3, 4, 5] and site.entitlements.gpus_in_use("acme", 50) == 1
-    issue(site, who, wish("h2", "GPU-1"), 0, "k1")  # the same text on another host is another GPU
-    issue(site, who, wish("h1", "GPU-1", "GPU-2"), 0, "k2")
-    issue(site, who, wish("h3"), 0, "k3")  # a CPU node counts 0
-    assert site.entitlements.gpus_in_use("acme", 50) == 3
-    assert site.entitlements.gpus_in_use("acme", 100) == 0 and site.entitlements.gpus_in_use("beta", 50) == 0
-    with site.catalog.reading() as conn:
-        assert conn.execute(select(t.lease.c.replaced_by).where(t.lease.c.jti == "j4")).scalar_one() == "k2"
-
-
-def test_serials_are_contiguous_under_parallel_requests(site: Site) -> None:
-    who = {org: site.entitlements.principal(make_key(site, org)) for org in ("acme", "beta")}
-    got: dict[str, list[int]] = {"acme": [], "beta": []}
-
-    def many(org: str, n: int) -> None:
-        principal = who[org]
-        assert principal is not None
-        for i in range(5):
-            got[org].append(issue(site, principal, wish(f"h{n}", f"GPU-{i}"), 0, f"{org}-{n}-{i}"))
-
-    threads = [threading.Thread(target=many, args=(org, n)) for org in got for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(got["acme"]) == sorted(got["beta"]) == list(range(1, 21))
