@@ -104,11 +104,16 @@ class FileBlobs(BlobStore):
                         yield location, path.stat().st_size
 
     def probe(self) -> dict[str, object]:
-        """That the directory can be written, and the room in it; raises Unavailable."""
+        """That bytes can be staged and published, and the room for them; raises Unavailable."""
         try:
-            with tempfile.TemporaryFile(dir=self._partial) as file:
-                file.write(b"probe")
-                file.flush()
+            fd, name = tempfile.mkstemp(dir=self._partial, prefix="probe-")
+            try:
+                os.write(fd, b"probe")
+                Path(name).rename(self._blobs / ".probe")
+            finally:
+                os.close(fd)
+                for left in (Path(name), self._blobs / ".probe"):
+                    left.unlink(missing_ok=True)
         except OSError as error:
             raise _unavailable(error, "write", self._partial) from error
         return {"backend": "file", "free_bytes": free_bytes(self._partial)}
@@ -294,4 +299,9 @@ def _sync_folder(path: Path) -> None:
 def _unavailable(error: OSError, verb: str, folder: Path) -> Unavailable:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Unavailable(f"the disk of the data directory is full: {free_bytes(folder)} bytes free", do="free space and retry", reason="disk_full")
+    if error.errno == errno.EXDEV:
+        words = "blobs/ and partial/ lie on different file systems"
+        return Unavailable(
+            words, expected="one, since objects appear by rename", do="mount the disk as the data directory itself, or link both to it"
+        )
     return Unavailable(f"the store cannot {verb}: {error.strerror}", do="look at the data directory's disk and permissions")
