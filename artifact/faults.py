@@ -6,7 +6,6 @@ nobody. It must never quote a URL's query or a text of the library that might ho
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import ssl
@@ -50,7 +49,7 @@ def unreachable(error: Exception, doing: str, host: str, port: int, timeout_s: f
             do=f"see whether the registry is overloaded, and whether the network or a firewall swallows what goes to {at}",
             reason="timeout",
         )
-    told = next((os.strerror(e.errno) for e in causes if isinstance(e, OSError) and e.errno in errno.errorcode), "")
+    told = next((os.strerror(e.errno) for e in causes if isinstance(e, OSError) and e.errno), "")
     return Unavailable(
         f"{doing}: no answer ({told or type(error).__name__})",
         expected=f"a registry that answers on {at}",

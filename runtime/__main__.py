@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from artifact.errors import AirlockError, Conflict, Invalid, NotFound, Unavailable
+from artifact.grant import date
 from artifact.profile import Profile
 from runtime.settings import Facts, Settings, from_environment
 
 if TYPE_CHECKING:
     from artifact.remote import RemoteRegistry
     from artifact.trust import SiteTrust
+    from runtime import entitlement
     from runtime.profiles import Selection
     from runtime.weights import ModelDir, Released
 
@@ -36,13 +38,19 @@ EXAMPLE = "example: NGC_API_KEY=nvapi-… AIRLOCK_REGISTRY=http://registry:5000 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the first half of a start found out: where from, under which keys, which profile and why."""
+    """What the first half of a start found out: where from, what keeps the registry from answering, under which keys, which profile and why."""
 
-    remote: RemoteRegistry | None
+    client: RemoteRegistry
+    trouble: Unavailable | None
     trust: SiteTrust
     facts: Facts
     released: Released
     selection: Selection
+
+    @property
+    def remote(self) -> RemoteRegistry | None:
+        """The registry where it answers."""
+        return None if self.trouble else self.client
 
 
 def choose(settings: Settings, pin: str) -> Choice:
@@ -54,16 +62,15 @@ def choose(settings: Settings, pin: str) -> Choice:
     trouble = entitlement.check_key(remote)
     trust = entitlement.read_trust(settings)
     if trouble:
-        log.warning("the registry does not answer (%s); this start uses what the cache holds", trouble.what)
+        entitlement.tell(trouble)
     weights.check_cache(settings.cache)
-    source = None if trouble else remote
-    released = _released(source, settings, trust)
+    released = _released(remote, trouble, settings, trust)
     facts = gpus.detect(settings.gpu_deadline_s, settings.visible_cuda, settings.visible_nvidia)
     for line in _system(facts):
         log.info(line)
     log.info("Running NIM %s LoRA.", "with" if settings.lora else "without")
     wanted = profiles.Wanted(pin, settings.lora, settings.relax_memory, frozenset({"vllm"}))
-    return Choice(source, trust, facts, released, profiles.select(released.profiles.profiles, facts, wanted))
+    return Choice(remote, trouble, trust, facts, released, profiles.select(released.profiles.profiles, facts, wanted))
 
 
 def _remote(settings: Settings) -> RemoteRegistry:
@@ -73,16 +80,21 @@ def _remote(settings: Settings) -> RemoteRegistry:
         raise Invalid(
             "AIRLOCK_REGISTRY is not set", expected="the URL of this site's registry, such as http://registry:5000", do="set AIRLOCK_REGISTRY"
         )
-    return RemoteRegistry(settings.registry, settings.key, ca_file=str(settings.ca_file) if settings.ca_file else None)
+    ca_file = str(settings.ca_file) if settings.ca_file else None
+    return RemoteRegistry(settings.registry, settings.key, ca_file=ca_file, timeout_s=settings.timeout_s)
 
 
-def _released(source: RemoteRegistry | None, settings: Settings, trust: SiteTrust) -> Released:
+def _released(source: RemoteRegistry, trouble: Unavailable | None, settings: Settings, trust: SiteTrust) -> Released:
     from runtime import entitlement, weights
 
     try:
-        return weights.released(source, settings.cache, settings.model, settings.ref, trust.release_keys)
+        return weights.released(None if trouble else source, settings.cache, settings.model, settings.ref, trust.release_keys)
+    except Unavailable as error:
+        if trouble and error.reason == "unavailable":  # nothing is cached: what keeps the registry from answering is the cause
+            raise entitlement.also(trouble, error) from error
+        raise
     except NotFound as error:
-        if source is None:
+        if trouble:
             raise
         try:
             source.read_manifest(settings.model, settings.ref)
@@ -152,10 +164,21 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     profile = _announce(choice)
     installation = vllm.find(settings)
     from runtime.serve import ServeSettings, run
+    from runtime.watch import Watch
 
-    claims = _lease(choice, profile, settings)
+    claims, fresh = _lease(choice, profile, settings)
     log.info("Lease %s until %s", claims.get("jti"), entitlement.until(claims))
     made = _workspace(choice, profile, settings)
+    watch = Watch(
+        choice.client,
+        _wanted(choice, profile, settings),
+        choice.trust,
+        settings.cache / "leases",
+        claims,
+        every_s=settings.watch_s,
+        fresh=fresh,
+        receipt={"digest": made.digest, "bytes": made.bytes, "files": made.files},
+    )
     folder = Path(tempfile.mkdtemp(prefix="airlock-"))
     try:
         # What the engine compiles and remembers is kept in the cache; where that is read-only it is made again at each start.
@@ -181,27 +204,69 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
             simulated=choice.facts.simulated,
             ready_s=settings.start_deadline_s,
         )
-        return run(front, plan)
+        watch.start()
+        return run(front, plan, watch)
     finally:
+        watch.stop()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _lease(choice: Choice, profile: Profile, settings: Settings) -> dict[str, object]:
+def _wanted(choice: Choice, profile: Profile, settings: Settings) -> entitlement.Choice:
     from runtime import entitlement
 
-    wanted = entitlement.Choice(
-        settings.model,
-        settings.ref,
-        choice.released.digest,
-        profile.id,
-        tuple(g.uuid for g in choice.selection.gpus),
-        settings.instance,
-        profile.model.digest,
-    )
+    uuids = tuple(g.uuid for g in choice.selection.gpus)
+    return entitlement.Choice(settings.model, settings.ref, choice.released.digest, profile.id, uuids, settings.instance, profile.model.digest)
+
+
+def _lease(choice: Choice, profile: Profile, settings: Settings) -> tuple[dict[str, object], bool]:
+    """A lease and whether the registry gave it just now; one from the cache where the registry does not answer, at the start or at this step."""
+    from runtime import entitlement
+
+    wanted, folder, trouble = _wanted(choice, profile, settings), settings.cache / "leases", choice.trouble
+    if trouble is None:
+        try:
+            return entitlement.obtain_lease(choice.client, wanted, choice.trust, folder), True
+        except Unavailable as error:
+            entitlement.tell(error)
+            trouble = error
+    return entitlement.fall_back(trouble, wanted, choice.trust, folder), False
+
+
+def return_lease(settings: Settings, args: argparse.Namespace) -> int:
+    """`return-lease`: the registry counts its GPUs as free, and no start here uses it again; with the registry away the latter alone."""
+    from runtime import entitlement, leases
+
+    entitlement.require_key(settings)
     folder = settings.cache / "leases"
-    if choice.remote is None:
-        return entitlement.stored_lease(wanted, choice.trust, folder)
-    return entitlement.obtain_lease(choice.remote, wanted, choice.trust, folder)
+    found = [k for k in leases.kept(folder, settings.model, settings.ref, settings.instance) if not k.told]
+    if not found:
+        raise NotFound(
+            f"{folder} holds no lease of {settings.name_ref} on {settings.instance} that is not returned",
+            expected="a lease that a start on this node got",
+            do="check --model with its version, NIM_CACHE_PATH and AIRLOCK_INSTANCE",
+            reason="lease_absent",
+        )
+    remote, trouble = _remote(settings), None
+    for kept in found:
+        at = kept.returned_at or time.time()
+        if not leases.mark(kept, returned_at=at, revoked_at=kept.revoked_at):
+            what = f"{kept.path} cannot be marked as returned: a later start would use it"
+            raise Unavailable(what, expected="a cache that we may write", do=f"remove the file, or make {folder} writable", reason="cache")
+        told = "the registry counts its GPUs as free"
+        try:
+            remote.api("POST", "/airlock/v1/leases/return", {"jti": kept.jti})
+        except NotFound:
+            told = "the registry does not know it"
+        except AirlockError as error:
+            trouble, told = error, f"the registry counts its GPUs until {leases.until(kept)}"
+        if trouble is None:
+            leases.mark(kept, returned_at=at, revoked_at=kept.revoked_at, told=True)
+        item = {"jti": kept.jti, "model": kept.name_ref, "returned_at": date(at), "registry": told}
+        sys.stdout.write(json.dumps(item) + "\n" if args.json else f"lease {kept.jti} of {kept.name_ref} is returned here; {told}\n")
+        if trouble is not None:
+            trouble.do = f"{trouble.do}; then say this again, so that the registry knows too"
+            raise trouble
+    return 0
 
 
 def check_port(host: str, port: int) -> None:
@@ -304,6 +369,7 @@ def _parser() -> argparse.ArgumentParser:
         ("serve", "check, choose, fetch, start the engine and serve the OpenAI API"),
         ("download-to-cache", "fetch and verify the weights only"),
         ("list-model-profiles", "show which profiles fit this node, and why others do not"),
+        ("return-lease", "give back the lease of a model that no longer runs here"),
     ):
         sub = words.add_parser(name, help=text, description=text, epilog=f"example: airlock runtime {name} --model acme/tiny:1")
         sub.add_argument("--model", required=True, metavar="NAME[:VERSION]")
@@ -321,13 +387,14 @@ COMMANDS: dict[str, Callable[[Settings, argparse.Namespace], int]] = {
     "serve": serve,
     "download-to-cache": download,
     "list-model-profiles": list_profiles,
+    "return-lease": return_lease,
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `airlock runtime`; returns the documented exit status."""
     args = _parser().parse_args(argv)
-    port = getattr(args, "port", 0)
+    port, settings = getattr(args, "port", 0), None
     try:
         if not 0 <= port <= 65535:
             raise Invalid(f"--port {port}", expected="a port from 1 to 65535")
@@ -337,6 +404,10 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         return COMMANDS[args.command](settings, args)
     except AirlockError as error:
+        if settings is not None and args.command == "serve":
+            from runtime import entitlement
+
+            entitlement.refuse_kept(settings.cache / "leases", settings.model, settings.ref, settings.instance, error.reason)
         return _failed(error, args.json)
     except OSError as error:
         what = f"{error.strerror or error}: {error.filename or 'a file of the cache'}"

@@ -7,24 +7,21 @@ let a registry that refuses look like one that is down: only the latter falls ba
 
 from __future__ import annotations
 
-import base64
-import errno
-import json
 import logging
-import os
 import secrets
-import stat
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from artifact.errors import AirlockError, Denied, Invalid, Mismatch, NotFound, TooLarge, Unauthenticated, Unavailable
-from artifact.grant import date
-from artifact.manifest import canonical_json, digest_of, parse_json
+from artifact.grant import date, decide_lease
+from artifact.manifest import canonical_json, digest_of
+from artifact.reasons import DEAD, REASONS
 from artifact.trust import SiteTrust, verify_jws
+from runtime import leases
+from runtime.leases import MAX_LEASE, MAX_TIME
 from runtime.settings import EXIT_CODES, Settings
 
 SEED_LINE = "NGC authentication failed: invalid API key or no entitlement for this NIM"
@@ -34,15 +31,14 @@ PERMISSION_LINE = (
     "Permission error: The requested operation requires permissions that the user does not have. "
     "This may be due to the user not being a member of the organization that owns the repo."
 )
-KEY_REASONS = frozenset({"key_absent", "key_invalid", "key_expired", "key_revoked"})
-RIGHT_REASONS = frozenset(
-    {"not_visible", "no_grant", "action_missing", "grant_not_yet", "tier_missing", "grant_expired", "lease", "lease_absent", "lease_expired"}
-)
+RIGHT_REASONS = frozenset(REASONS) | {"lease"}
+# A no that takes back what was given: of these the leases in the cache are marked, and start nothing any more.
+WITHDRAWN = frozenset(REASONS) - {
+    *("key_absent", "key_invalid", "key_expired", "grant_expired", "grant_not_yet", "entitlement_expired", "entitlement_not_yet"),
+    *("gpus_exceeded", "lease_absent", "lease_expired", "lease_returned"),
+}
 log = logging.getLogger("airlock")
 LEASE_TYPE = "lease+jwt"
-MAX_LEASE = 64 * 1024
-MAX_TIME = 1e11  # seconds since 1970: what is beyond is nonsense, and too large for a date
-MAX_WALL_STEP = 30 * 86400  # a wall clock further ahead of signed time than this raises no floor: one bad NTP minute must not expire everything
 
 
 class Api(Protocol):
@@ -105,12 +101,13 @@ def check_key(remote: Api) -> Unavailable | None:
     except Unavailable as error:
         return error
     except Unauthenticated as error:
-        raise _known(error) from error
+        raise known(error) from error
     return None
 
 
-def _known(error: Unauthenticated) -> Unauthenticated:
-    if error.reason in ("key_expired", "key_revoked"):
+def known(error: Unauthenticated) -> Unauthenticated:
+    """The refusal of a key that was sent, which is never an absent one."""
+    if error.reason in DEAD - {"key_absent", "key_invalid"}:
         return error
     # The registry tells nobody whether an unknown key exists: what it calls absent was sent by us, so here it is invalid.
     return Unauthenticated(
@@ -134,7 +131,7 @@ def invisible(name_ref: str) -> NotFound:
 def report(error: AirlockError) -> tuple[list[str], int]:
     """The lines that a failed start prints and its exit status: for a refused key or right the lines a NIM prints, then cause and fix."""
     lines: list[str] = []
-    if error.reason in KEY_REASONS | RIGHT_REASONS or isinstance(error, Unauthenticated | Denied):
+    if error.reason in RIGHT_REASONS or isinstance(error, Unauthenticated | Denied):
         lines.append(SEED_LINE)
         if error.reason == "key_absent":
             lines.append(NO_KEY_LINE)
@@ -158,7 +155,7 @@ def obtain_lease(remote: Api, choice: Choice, trust: SiteTrust, folder: Path) ->
             raise
         raise invisible(f"{choice.model}:{choice.ref}") from error
     except Unauthenticated as error:
-        raise _known(error) from error
+        raise known(error) from error
     token, told = answer.get("lease"), answer.get("now")
     if not isinstance(token, str) or len(token) > MAX_LEASE:
         raise Invalid(
@@ -172,7 +169,7 @@ def obtain_lease(remote: Api, choice: Choice, trust: SiteTrust, folder: Path) ->
     # Judged by the registry's clock: a container whose own clock is off must not refuse what was signed a moment ago. That clock is told unsigned,
     # so it counts only upward from the floor; the nonce proves that the lease was signed after it was asked for.
     try:
-        claims = _verified(token, choice, trust, max(float(told), _lowest(folder, _stored_token(folder, choice))))
+        claims = _verified(token, choice, trust, max(float(told), leases.lowest(folder, _stored_token(folder, choice))))
     except Denied as error:
         do = error.do or f"compare the clocks of the registry and of this node; what this node holds for the lowest time is {folder / 'clock'}"
         raise Denied(f"the registry's lease is refused: {error.what}", expected=error.expected, do=do, reason="lease") from error
@@ -183,39 +180,67 @@ def obtain_lease(remote: Api, choice: Choice, trust: SiteTrust, folder: Path) ->
             do="update Airlock on the registry; where it is up to date, something on the path to it replays old answers",
             reason="lease",
         )
-    _raise_floor(folder, _number(claims, "iat"), 0.0)  # a wall clock ahead of time signed just now is wrong
-    _store(_file(folder, choice), json.dumps({"lease": token}).encode())
+    leases.raise_floor(folder, leases.number(claims, "iat"), 0.0)  # a wall clock ahead of time signed just now is wrong
+    leases.keep(lease_file(folder, choice), token)
     return claims
 
 
 def stored_lease(choice: Choice, trust: SiteTrust, folder: Path) -> dict[str, object]:
-    """The lease in the cache for exactly this choice, still valid by a clock that never runs back; raises Denied naming what is wrong with it."""
+    """The lease in the cache for exactly this choice, by a clock that never runs back: until its end, and with a warning within its grace.
+
+    Raises Denied saying what is wrong with it: `lease_absent`, `lease_expired`, `lease_returned`, `lease_revoked`, or `lease`.
+    """
     do = "start once while the registry answers: it renews the lease"
-    path = _file(folder, choice)
+    path = lease_file(folder, choice)
     try:
-        raw = _read(path, MAX_LEASE + 1)
+        found = leases.read(path)
+        now = max(time.time(), leases.lowest(folder, found.token))
+        # Whether it is over says decide_lease, which knows grace and marks; the rest is judged as of the last moment before.
+        claims = _verified(found.token, choice, trust, min(now, found.lease.expires - 1))
     except FileNotFoundError as error:
-        what = (
-            f"the registry does not answer, and the cache holds no lease for {choice.model}:{choice.ref} with this profile, these GPUs and this host"
-        )
+        what = f"the cache holds no lease for {choice.model}:{choice.ref} with this profile, these GPUs and this host"
         raise Denied(what, expected=f"a lease in {folder}", do=do, reason="lease_absent") from error
     except OSError as error:
         what = f"the stored lease {path} cannot be read: {error.strerror}"
         raise Denied(what, expected="a regular file of ours", do=f"remove it; {do}", reason="lease") from error
-    try:
-        token = parse_json(raw, "the stored lease", MAX_LEASE).get("lease")
-        if not isinstance(token, str):
-            raise Invalid("the stored lease holds no text `lease`", expected="the file as it was written")
-        claims = _verified(token, choice, trust, max(time.time(), _lowest(folder, token)))
     except Denied as error:
-        reason = "lease_expired" if error.reason == "expired" else "lease"
-        raise Denied(
-            f"the stored lease is refused: {error.what}", expected=error.expected or "a lease that is valid now", do=do, reason=reason
-        ) from error
+        raise Denied(f"the stored lease is refused: {error.what}", expected=error.expected, do=do, reason="lease") from error
     except (Invalid, Mismatch, TooLarge) as error:
         raise Denied(f"the stored lease is refused: {error.what}", expected="the lease as the registry signed it", do=do, reason="lease") from error
-    _raise_floor(folder, _number(claims, "iat"), time.time())
+    decision = decide_lease(found.lease, now)
+    if not decision.allow:
+        grace = f", and its grace of {found.lease.grace_s} s too" if decision.reason == "lease_expired" and found.lease.grace_s else ""
+        what = f"the stored lease is refused: {decision.words}{grace}"
+        raise Denied(what, expected="a lease that is valid now", do=decision.remedy, reason=decision.reason)
+    if decision.warning:
+        log.warning("%s; this start is allowed, no later one is", decision.warning)
+    leases.raise_floor(folder, leases.number(claims, "iat"), time.time())
     return claims
+
+
+def fall_back(trouble: Unavailable, choice: Choice, trust: SiteTrust, folder: Path) -> dict[str, object]:
+    """The stored lease, for a start whose registry does not answer; where there is none, raises what keeps it from answering; Denied else."""
+    try:
+        return stored_lease(choice, trust, folder)
+    except Denied as error:
+        if error.reason != "lease_absent":
+            raise
+        raise also(trouble, error) from error
+
+
+def also(trouble: Unavailable, error: AirlockError) -> Unavailable:
+    """The trouble with the registry as the cause of what the cache does not have."""
+    return Unavailable(f"{trouble.what}; and {error.what}", expected=trouble.expected, do=trouble.do, reason=trouble.reason)
+
+
+def tell(trouble: Unavailable) -> None:
+    """Logs which fault keeps the registry from answering: one of TLS as an error, since it may be somebody in between."""
+    if trouble.reason == "tls":
+        log.error(
+            "TLS: the registry is not trusted (%s); only what the cache holds, and a valid stored lease, are used. %s", trouble.what, trouble.do
+        )
+    else:
+        log.warning("the registry does not answer: %s (%s); this start uses what the cache holds", trouble.reason, trouble.what)
 
 
 def _verified(token: str, choice: Choice, trust: SiteTrust, now: float) -> dict[str, object]:
@@ -244,89 +269,30 @@ def _verified(token: str, choice: Choice, trust: SiteTrust, now: float) -> dict[
     return claims
 
 
-def _number(claims: Mapping[str, object], name: str) -> float:
-    value = claims.get(name)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
-
-
 def until(claims: Mapping[str, object]) -> str:
     """When a lease ends, for a log line."""
-    return date(_number(claims, "exp"))
+    return date(leases.number(claims, "exp"))
 
 
-def floor(folder: Path) -> float:
-    """The lowest time it can be, from the cache; 0 without one."""
-    try:
-        value = float(_read(folder / "clock", 100))
-    except (OSError, ValueError):
-        return 0.0
-    return value if 0 <= value < MAX_TIME else 0.0
-
-
-def _lowest(folder: Path, token: str) -> float:
-    """The floor; where the clock file is gone or damaged, the time at which the stored lease was signed, with a warning."""
-    value = floor(folder)
-    if value or not (token or os.path.lexists(folder / "clock")):
-        return value
-    value = _signed_at(token)
-    log.warning("%s is gone or damaged: the lowest time is now that of the stored lease (%s)", folder / "clock", date(value) if value else "none")
-    return value
-
-
-def _signed_at(token: str) -> float:
-    """The claim iat of a lease that is not verified yet: it can only make a check stricter, or be refused with its lease."""
-    try:
-        value = parse_json(base64.urlsafe_b64decode(token.split(".")[1] + "=="), "the stored lease", MAX_LEASE).get("iat")
-    except (IndexError, ValueError, Invalid, TooLarge):
-        return 0.0
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MAX_TIME else 0.0
+def lease_file(folder: Path, choice: Choice) -> Path:
+    """Where the lease for a choice is kept."""
+    return folder / f"{digest_of(canonical_json(choice.as_json()))[7:39]}.json"
 
 
 def _stored_token(folder: Path, choice: Choice) -> str:
     """The text of the lease in the cache, empty without one."""
     try:
-        token = parse_json(_read(_file(folder, choice), MAX_LEASE + 1), "the stored lease", MAX_LEASE).get("lease")
+        return leases.read(lease_file(folder, choice)).token
     except (OSError, Invalid, TooLarge):
         return ""
-    return token if isinstance(token, str) else ""
 
 
-def _read(path: Path, limit: int) -> bytes:
-    """At most `limit` bytes of a regular file; raises OSError for all else. O_NONBLOCK: a pipe planted there must not hold up the start."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file", str(path))
-        return os.read(fd, limit)
-    finally:
-        os.close(fd)
+def refuse_kept(folder: Path, model: str, ref: str, host: str, reason: str) -> int:
+    """After the registry's no to this model here: no lease of it starts anything, also when the registry is away; how many are marked.
 
-
-def _raise_floor(folder: Path, signed: float, wall: float) -> None:
-    """Signed time always counts; the wall clock only while it is near it, so that winding it back between two starts gains nothing."""
-    before = floor(folder)
-    after = max(before, signed)
-    if 0 <= wall - after <= MAX_WALL_STEP:
-        after = wall
-    if after > before:
-        _store(folder / "clock", f"{after:.0f}".encode())
-
-
-def _file(folder: Path, choice: Choice) -> Path:
-    return folder / f"{digest_of(canonical_json(choice.as_json()))[7:39]}.json"
-
-
-def _store(path: Path, raw: bytes) -> None:
-    """Whole or not at all. A read-only cache stores nothing: the start goes on, the next one needs the registry."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as stream:
-            stream.write(raw)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    An end that was reached needs no mark, since the lease has it too; GPUs in use, or another trouble of the moment, take nothing back.
+    """
+    if reason not in WITHDRAWN:
+        return 0
+    found = [k for k in leases.kept(folder, model, ref, host) if not k.revoked_at]
+    return sum(leases.mark(k, revoked_at=time.time(), returned_at=k.returned_at, told=k.told) for k in found)

@@ -26,6 +26,7 @@ from aiohttp import web
 from artifact.errors import Invalid, Unavailable
 from runtime.engines import Launch
 from runtime.supervisor import Exit, Keeper
+from runtime.watch import Watch
 
 BODY_LIMIT = 32 << 20
 ERROR_LIMIT = 1 << 20  # of an engine's error body that is read to be rewritten
@@ -143,9 +144,10 @@ def renamed(data: bytes, engine_name: str, asked: str) -> bytes:
 class Front:
     """The aiohttp application over one kept engine."""
 
-    def __init__(self, settings: ServeSettings, keeper: Keeper) -> None:
+    def __init__(self, settings: ServeSettings, keeper: Keeper, watch: Watch | None = None) -> None:
         self.settings = settings
         self.keeper = keeper
+        self.watch = watch
         self.draining = False
         self.in_flight = 0
         self.max_model_len: int | None = None
@@ -174,7 +176,14 @@ class Front:
         for path in INFERENCE:
             app.router.add_post(path, self._infer)
         app.cleanup_ctx.append(self._client)
+        app.on_response_prepare.append(self._warn)
         return app
+
+    async def _warn(self, request: web.Request, answer: web.StreamResponse) -> None:
+        """Every answer, also a stream, says what ends soon or is not renewed."""
+        warning = self.watch.warning() if self.watch else ""
+        if warning:
+            answer.headers["x-airlock-warning"] = warning
 
     async def _client(self, app: web.Application) -> AsyncIterator[None]:
         connector = aiohttp.UnixConnector(str(self.keeper.launch.socket), limit=0)
@@ -217,7 +226,9 @@ class Front:
 
     async def _ready(self, request: web.Request) -> web.Response:
         if self.available:
-            return web.json_response({"object": "health.response", "message": "Service is ready.", "status": "ready"})
+            warning = self.watch.warning() if self.watch else ""
+            body = {"object": "health.response", "message": "Service is ready.", "status": "ready"}
+            return web.json_response(body | ({"warning": warning} if warning else {}))
         return web.json_response({"object": "health.response", "message": "Service is not ready.", "status": "not_ready"}, status=503)
 
     @property
@@ -285,6 +296,7 @@ class Front:
         own += ["# TYPE airlock_requests_in_flight gauge", f"airlock_requests_in_flight {self.in_flight}"]
         own += ["# TYPE airlock_engine_ready gauge", f"airlock_engine_ready {int(self.keeper.ready)}"]
         own += ["# TYPE airlock_engine_restarts_total counter", f"airlock_engine_restarts_total {self.keeper.restarts}"]
+        own += self.watch.metrics() if self.watch else []
         return web.Response(text=text + "\n".join(own) + "\n", headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     def scrub(self, text: str) -> str:
@@ -391,9 +403,9 @@ async def _drain(front: Front, runner: web.AppRunner, keeper: Keeper, task: asyn
     await runner.cleanup()
 
 
-async def _serve(settings: ServeSettings, launch: Launch) -> int:
+async def _serve(settings: ServeSettings, launch: Launch, watch: Watch | None) -> int:
     keeper = Keeper(launch, log_file=settings.engine_log, ready_s=settings.ready_s, backoff_s=settings.backoff_s)
-    front = Front(settings, keeper)
+    front = Front(settings, keeper, watch)
     runner = web.AppRunner(front.application(), access_log=None, handler_cancellation=True, shutdown_timeout=2.0)
     await runner.setup()
     stopping = asyncio.Event()
@@ -427,8 +439,11 @@ async def _serve(settings: ServeSettings, launch: Launch) -> int:
     raise Unavailable(f"the engine ended for good ({ended.kind}): {ended.detail}", do=do, reason="engine_failed")
 
 
-def run(settings: ServeSettings, launch: Launch) -> int:
-    """Serves until SIGTERM or SIGINT and returns 0; raises Unavailable with reason port_taken or engine_failed, Invalid for a bad launch."""
+def run(settings: ServeSettings, launch: Launch, watch: Watch | None = None) -> int:
+    """Serves until SIGTERM or SIGINT, with what the watch says in its answers, and returns 0.
+
+    Raises Unavailable with reason port_taken or engine_failed, Invalid for a bad launch.
+    """
     if not settings.model_names:
         raise Invalid("no name to serve the model under", expected="at least one model name")
-    return asyncio.run(_serve(settings, launch))
+    return asyncio.run(_serve(settings, launch, watch))

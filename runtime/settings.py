@@ -27,14 +27,27 @@ EXIT_CODES: Mapping[str, int] = {
     "key_invalid": 21,
     "key_expired": 22,
     "key_revoked": 23,
+    "org_closed": 23,
+    "member_disabled": 23,
+    "entitlement_revoked": 23,
     "not_visible": 24,
     "no_grant": 25,
     "action_missing": 25,
     "grant_not_yet": 25,
+    "entitlement_absent": 25,
+    "entitlement_not_yet": 25,
+    "entitlement_models": 25,
+    "entitlement_actions": 25,
+    "product_missing": 25,
+    "environment": 25,
+    "profile_not_granted": 25,
     "tier_missing": 26,
     "grant_expired": 27,
+    "entitlement_expired": 27,
     "lease": 28,
     "lease_absent": 28,
+    "lease_returned": 28,
+    "lease_revoked": 28,
     "lease_expired": 29,
     "no_profile": 30,
     "profile_unknown": 31,
@@ -46,6 +59,11 @@ EXIT_CODES: Mapping[str, int] = {
     "port_taken": 37,
     "cache": 38,
     "weights": 39,
+    "connection_refused": 40,
+    "dns": 41,
+    "tls": 42,
+    "timeout": 43,
+    "gpus_exceeded": 44,
 }
 
 
@@ -105,6 +123,8 @@ class Settings:
     lora: bool = False
     gpu_deadline_s: float = 30.0
     start_deadline_s: float = 1200.0
+    timeout_s: float = 30.0
+    watch_s: float = 900.0
     workers: int = 4
     instance: str = ""
     log_level: str = "INFO"
@@ -152,6 +172,8 @@ def from_environment(environ: Mapping[str, str], model: str, *, host: str = "", 
         lora=bool(environ.get("NIM_PEFT_SOURCE", "").strip()),
         gpu_deadline_s=float(_whole(environ, ("AIRLOCK_GPU_DEADLINE_S",), 30, 1, 3600)),
         start_deadline_s=float(_whole(environ, ("AIRLOCK_START_DEADLINE_S",), 1200, 1, 86400)),
+        timeout_s=float(_whole(environ, ("AIRLOCK_TIMEOUT_S",), 30, 1, 600)),
+        watch_s=float(_whole(environ, ("AIRLOCK_WATCH_S",), 900, 1, 86400)),
         workers=_whole(environ, ("AIRLOCK_WORKERS",), 4, 1, 64),
         instance=environ.get("AIRLOCK_INSTANCE", "").strip() or socket.gethostname(),
         log_level="INFO" if level == "DEFAULT" else level,

@@ -224,11 +224,11 @@ def test_serve_starts_warm_with_the_registry_down_and_only_with_its_lease(node: 
     assert edited.returncode == 28 and SEED_LINE in edited.stderr and "the stored lease is refused" in edited.stderr
     lease.unlink()
     deleted = node.run("serve")
-    assert deleted.returncode == 28 and "holds no lease" in deleted.stderr
+    assert deleted.returncode == 40 and "refuses the connection" in deleted.stderr and "holds no lease" in deleted.stderr
     lease.write_bytes(raw)
     (node.cache / "leases" / "clock").write_text(str(int(time.time()) + 90_000))
     expired = node.run("serve")
-    assert expired.returncode == 29 and "expired at" in expired.stderr
+    assert expired.returncode == 29 and "the lease expired on" in expired.stderr
 
 
 def test_a_warm_start_verifies_the_cached_release_again(node: Node) -> None:

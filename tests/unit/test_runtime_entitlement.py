@@ -6,6 +6,7 @@ import base64
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,13 @@ import pytest
 
 from artifact import trust
 from artifact.errors import AirlockError, Denied, Invalid, Mismatch, NotFound, Unavailable
+from artifact.faults import FAULTS
+from artifact.reasons import REASONS
 from artifact.remote import RemoteRegistry
-from runtime import entitlement
+from runtime import entitlement, leases
 from runtime.entitlement import AUTH_LINE, NO_KEY_LINE, PERMISSION_LINE, SEED_LINE, Choice, check_key, obtain_lease, require_key, stored_lease
 from runtime.settings import EXIT_CODES, from_environment
+from tests.conftest import ROOT
 from tests.fakes.site import Site
 
 KEY = "nvapi-" + "k" * 49
@@ -167,7 +171,7 @@ def test_a_deleted_edited_or_expired_lease_starts_nothing(site: Site, tmp_path: 
     assert caught.value.reason == "lease_absent"
     long_ago = int(time.time()) - 200_000
     stored(site, tmp_path / "old", iat=long_ago, nbf=long_ago, exp=long_ago + 86400)
-    with pytest.raises(Denied, match="expired at") as caught:
+    with pytest.raises(Denied, match="the lease expired on") as caught:
         stored_lease(CHOICE, TRUST, tmp_path / "old")
     assert EXIT_CODES[caught.value.reason] == 29
 
@@ -233,7 +237,7 @@ def test_a_lost_clock_is_told_and_never_goes_below_the_stored_lease(
     with caplog.at_level(logging.WARNING, "airlock"):
         assert stored_lease(CHOICE, TRUST, tmp_path)["jti"] == "j1"
     assert f"{clock} is gone or damaged" in caplog.text
-    assert entitlement.floor(tmp_path) == signed
+    assert leases.floor(tmp_path) == signed
 
 
 def test_a_first_start_misses_no_clock(site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -257,13 +261,143 @@ def test_a_clock_wound_back_gains_nothing(site: Site, tmp_path: Path, monkeypatc
 def test_the_floor_follows_signed_time_and_a_near_clock_only(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
     stored(site, tmp_path)
-    assert abs(entitlement.floor(tmp_path) - now) < 30
+    assert abs(leases.floor(tmp_path) - now) < 30
     monkeypatch.setattr(time, "time", lambda: now + 90 * 86400)
     stored(site, tmp_path, iat=int(now) + 5, nbf=int(now), exp=int(now) + 86400)
-    assert abs(entitlement.floor(tmp_path) - now) < 30
+    assert abs(leases.floor(tmp_path) - now) < 30
     for nonsense in (b"x", b"nan", b"-1", b"1e300", b"\xff"):
         (tmp_path / "clock").write_bytes(nonsense)
-        assert entitlement.floor(tmp_path) == 0.0
+        assert leases.floor(tmp_path) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("age", "grace", "reason", "status"),
+    [
+        (80_000, 0, "", 0),
+        (90_000, 86400, "", 0),  # 25 h after the start: behind the end, within the grace
+        (86_400 * 2 - 60, 86400, "", 0),
+        (86_400 * 2 + 60, 86400, "lease_expired", 29),
+        (90_000, 0, "lease_expired", 29),
+        (90_000, True, "lease_expired", 29),
+        (90_000, -5, "lease_expired", 29),
+        (90_000, "86400", "lease_expired", 29),
+        (90_000, 10**400, "lease_expired", 29),  # no number within reason is no grace
+        (86_400 * 500, 10**10, "lease_expired", 29),  # and more than a year of it is cut
+    ],
+)
+def test_a_stored_lease_has_a_grace_with_a_warning(
+    site: Site, tmp_path: Path, age: int, grace: object, reason: str, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    then = int(time.time()) - age
+    stored(site, tmp_path, iat=then, nbf=then, exp=then + 86400, grace_s=grace)
+    if not reason:
+        with caplog.at_level(logging.WARNING, "airlock"):
+            assert stored_lease(CHOICE, TRUST, tmp_path)["jti"] == "j1"
+        assert ("grace ends on" in caplog.text) == (age > 86400)
+        return
+    with pytest.raises(Denied, match="the lease expired on") as caught:
+        stored_lease(CHOICE, TRUST, tmp_path)
+    assert (caught.value.reason, EXIT_CODES[caught.value.reason]) == (reason, status)
+
+
+def test_a_clock_wound_back_into_the_grace_gains_nothing(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    then = int(time.time()) - 90_000
+    stored(site, tmp_path, iat=then, nbf=then, exp=then + 86400, grace_s=3600)
+    with pytest.raises(Denied, match="expired"):
+        monkeypatch.setattr(time, "time", lambda: then + 86400 + 3601)
+        stored_lease(CHOICE, TRUST, tmp_path)
+    (tmp_path / "clock").write_text(f"{then + 86400 + 3601}")
+    monkeypatch.setattr(time, "time", lambda: then + 10)
+    with pytest.raises(Denied, match="expired"):
+        stored_lease(CHOICE, TRUST, tmp_path)
+
+
+def test_a_returned_or_refused_lease_starts_nothing_until_a_new_one(site: Site, tmp_path: Path) -> None:
+    stored(site, tmp_path)
+    (kept,) = leases.kept(tmp_path, "acme/tiny", "1", "host-1")
+    assert not leases.kept(tmp_path, "acme/other") and not leases.kept(tmp_path, host="host-2") and kept.jti == "j1"
+    assert leases.mark(kept, returned_at=1_800_000_000)
+    with pytest.raises(Denied, match="returned on 2027-01-15") as caught:
+        stored_lease(CHOICE, TRUST, tmp_path)
+    assert (caught.value.reason, EXIT_CODES[caught.value.reason]) == ("lease_returned", 28)
+    stored(site, tmp_path)
+    assert stored_lease(CHOICE, TRUST, tmp_path)["jti"] == "j1"
+    for reason in ("gpus_exceeded", "grant_expired", "key_invalid", "unavailable", "profile"):
+        assert entitlement.refuse_kept(tmp_path, "acme/tiny", "1", "host-1", reason) == 0
+    assert entitlement.refuse_kept(tmp_path, "acme/tiny", "1", "host-2", "key_revoked") == 0
+    assert entitlement.refuse_kept(tmp_path, "acme/tiny", "1", "host-1", "key_revoked") == 1
+    with pytest.raises(Denied) as caught:
+        stored_lease(CHOICE, TRUST, tmp_path)
+    assert (caught.value.reason, EXIT_CODES[caught.value.reason]) == ("lease_revoked", 28)
+
+
+def test_marks_that_are_damaged_only_make_it_stricter(site: Site, tmp_path: Path) -> None:
+    path = stored(site, tmp_path)
+    doc = json.loads(path.read_bytes())
+    path.write_text(json.dumps(doc | {"returned_at": "x", "revoked_at": -1, "told": 1}))
+    assert stored_lease(CHOICE, TRUST, tmp_path)["jti"] == "j1"
+    path.write_text(json.dumps(doc | {"returned_at": 1}))
+    with pytest.raises(Denied, match="returned"):
+        stored_lease(CHOICE, TRUST, tmp_path)
+    (tmp_path / "0.json").write_bytes(b"\xff")
+    (tmp_path / "1.json").mkdir()
+    assert [k.path for k in leases.kept(tmp_path)] == [path]
+
+
+def test_a_lease_older_than_the_pinned_revocation_serial_starts_nothing(site: Site, tmp_path: Path) -> None:
+    stored(site, tmp_path, revocation_serial=6)
+    newer = trust.SiteTrust("site-1", {}, TRUST.lease_keys, 7)
+    assert stored_lease(CHOICE, TRUST, tmp_path)["jti"] == "j1"
+    with pytest.raises(Denied, match="older than the pinned revocation serial") as caught:
+        stored_lease(CHOICE, newer, tmp_path)
+    assert EXIT_CODES[caught.value.reason] == 28
+    stored(site, tmp_path, revocation_serial=7)
+    assert stored_lease(CHOICE, newer, tmp_path)["jti"] == "j1"
+
+
+@pytest.mark.parametrize("reason", ["connection_refused", "dns", "tls", "timeout", "connection", "unavailable"])
+def test_without_a_stored_lease_the_fault_is_the_cause(tmp_path: Path, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    trouble = Unavailable("GET http://r:1/x: why", expected="e", do="d", reason=reason)
+    with caplog.at_level(logging.WARNING, "airlock"):
+        entitlement.tell(trouble)
+    assert [r.levelno for r in caplog.records] == [logging.ERROR if reason == "tls" else logging.WARNING]
+    assert (reason in caplog.text or (reason == "tls" and "TLS" in caplog.text)) and "GET http://r:1/x: why" in caplog.text
+    with pytest.raises(Unavailable, match="the cache holds no lease") as caught:
+        entitlement.fall_back(trouble, CHOICE, TRUST, tmp_path)
+    lines, status = entitlement.report(caught.value)
+    assert status == EXIT_CODES.get(reason, 9) and SEED_LINE not in lines and lines[-1] == "fix: d"
+
+
+def test_the_clock_of_a_long_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, began, ticked = leases.Clock(tmp_path, 1000.0), time.monotonic(), 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: began + ticked)
+    clock = leases.Clock(tmp_path, 1_900_000_000.0)
+    monkeypatch.setattr(time, "time", lambda: 1_800_000_000.0)  # a wall clock far behind what was signed
+    assert clock.now() == clock.least() == 1_900_000_000.0
+    ticked = 3600.0
+    assert clock.now() == 1_900_003_600.0, "the monotonic clock goes on where the wall clock was set back"
+    clock.save()
+    assert leases.floor(tmp_path) == 1_900_003_600.0
+    monkeypatch.setattr(time, "time", lambda: 1_900_007_200.0)
+    assert clock.now() == 1_900_007_200.0
+    clock.save()
+    assert leases.floor(tmp_path) == 1_900_007_200.0
+    monkeypatch.setattr(time, "time", lambda: 1_900_000_000.0 + 10 * 365 * 86400)
+    clock.save()
+    assert leases.floor(tmp_path) == 1_900_007_200.0, "a wall clock ten years ahead raises no floor"
+    clock.signed(1_900_100_000.0)
+    assert clock.least() == 1_900_100_000.0
+    clock.signed(5.0)
+    assert clock.least() == 1_900_100_000.0
+
+
+def test_every_reason_has_an_exit_code_above_those_of_all_commands() -> None:
+    assert set(REASONS) <= set(EXIT_CODES) and set(FAULTS) <= set(EXIT_CODES)
+    assert min(EXIT_CODES.values()) > 11
+    assert len({EXIT_CODES[r] for r in (*FAULTS, "entitlement_expired", "gpus_exceeded")}) == 6
+    text = (ROOT / "docs" / "operations.md").read_text().split("## Exit codes of airlock runtime", 1)[1].split("\n## ", 1)[0]
+    told = {r: int(m[1]) for m in re.finditer(r"^\| (\d+) \| ((?:`\w+` ?)+)\|", text, re.MULTILINE) for r in re.findall(r"`(\w+)`", m[2])}
+    assert told == dict(EXIT_CODES)
 
 
 def test_every_documented_status_is_told_apart() -> None:
