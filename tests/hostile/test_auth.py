@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import hmac
 import http.client
+import json
 import random
 import socket
 import sqlite3
@@ -14,7 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlencode
 
+import jwt
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -137,6 +142,63 @@ def test_a_token_never_opens_more_than_it_was_asked_for(door: Door, name: str, a
     opened = name == R and (need in asked or (looks and ("pull" in asked or "push" in asked)))
     assert (status in (200, 202, 404)) is opened, (status, opened)
     assert opened or status == 401
+
+
+class Listener:
+    """Counts who connects."""
+
+    def __init__(self) -> None:
+        self.sock = socket.create_server(("127.0.0.1", 0))
+        self.sock.setblocking(False)
+        self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}/keys"
+
+    def came(self) -> bool:
+        try:
+            self.sock.accept()[0].close()
+        except BlockingIOError:
+            return False
+        return True
+
+
+def b64(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+
+
+@pytest.fixture(scope="module")
+def listener() -> Iterator[Listener]:
+    found = Listener()
+    yield found
+    found.sock.close()
+
+
+WORDS = st.sampled_from(["", "JWT", "at+jwt", "lease+jwt", "entitlement+jwt", "revocations+jwt", "jwt"])
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(["none", "None", "HS256", "HS512", "ES256", "RS256", ""]),
+    WORDS,
+    st.sets(st.sampled_from(["jku", "x5u", "jwk", "kid", "crit", "b64"])),
+    st.sampled_from(["lease", "release", "entitlement"]),
+    st.booleans(),
+    st.sampled_from([f"/v2/{R}/manifests/1", "/v2/", "/token", "/airlock/v1/whoami"]),
+)
+def test_no_document_is_a_token(door: Door, listener: Listener, alg: str, typ: str, more: set[str], name: str, ours: bool, path: str) -> None:
+    """A17 with its neighbours: every algorithm and header over keys of this site, what it really signed too, is refused; nobody is asked."""
+    pem = (door.data / "secrets" / f"{name}.pem").read_bytes()
+    public = load_pem_private_key(pem, None).public_key()
+    shown = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    values = {"jku": listener.url, "x5u": listener.url, "jwk": {"kty": "oct", "k": b64(b"x")}, "kid": name, "crit": ["exp"], "b64": False}
+    head = {"alg": alg, "typ": typ, **{k: values[k] for k in more}}
+    access = [{"type": "repository", "name": R, "actions": ["pull", "push", "*"]}]
+    claims = {"iss": "airlock", "aud": "x", "sub": "key", "exp": int(time.time()) + 600, "access": access, "is_admin": True}
+    text = f"{b64(json.dumps(head).encode())}.{b64(json.dumps(claims).encode())}"
+    mac = hmac.new(shown, text.encode(), hashlib.sha512 if alg == "HS512" else hashlib.sha256).digest()
+    held = jwt.encode(claims, pem, "ES256", {"typ": typ, "kid": name}) if ours else f"{text}.{b64(mac) if alg.lower() != 'none' else ''}"
+    for presented in (held, f"alt1.{held}"):
+        status, said = ask(door, "GET", path, f"Bearer {presented}")
+        assert status in (401, 429) and presented.encode() not in said, (status, said)
+    assert not listener.came()
 
 
 def test_garbage_as_a_credential_is_a_refusal(door: Door) -> None:

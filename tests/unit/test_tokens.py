@@ -158,6 +158,16 @@ def test_any_claims_survive(key_id: str, exp: int, access: tuple[Access, ...]) -
 
 
 @settings(max_examples=300, deadline=None)
+@given(st.integers(-(2**40), 2**40), st.floats(-1e12, 1e12))
+def test_a_token_opens_before_its_end_and_never_after(exp: int, now: float) -> None:
+    """A18 with its neighbours: whatever the clock of the reader says."""
+    token = OURS.sign(Claims("key-1", exp, CLAIMS.access))
+    if exp > now:
+        assert OURS.verify(token, now).exp == exp
+    else:
+        assert reason(token, now) == "token_expired"
+
+
 @given(st.one_of(st.text(max_size=200), st.binary(max_size=200).map(lambda raw: PREFIX + raw.decode("latin-1"))))
 def test_no_text_is_a_token(text: str) -> None:
     assert reason(text) == "token_invalid"
