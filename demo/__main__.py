@@ -28,15 +28,20 @@ def folder() -> Path:
     return out / str(max(taken, default=0) + 1)
 
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def interrupted(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends the demo as Ctrl-C does (which a shell may have set to be ignored), so that every process ends with it."""
+    """SIGTERM and a closed terminal end the demo as Ctrl-C does, so that every process ends with it; a second Ctrl-C must not cut that short."""
+    for each in ENDING:
+        signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main() -> int:
     """Plays the acts; 0 only if every assertion held."""
-    signal.signal(signal.SIGTERM, interrupted)
-    signal.signal(signal.SIGINT, interrupted)
+    for each in ENDING:  # a shell may have set them to be ignored
+        signal.signal(each, interrupted)
     begun = time.monotonic()
     with Stage(folder()) as stage:
         w = World(stage)
@@ -46,7 +51,7 @@ def main() -> int:
                 print(f"\n== {title}", flush=True)
                 for scene in scenes:
                     scene(stage, w)
-        except StepFailed as error:
+        except (StepFailed, OSError) as error:  # OSError: a program of the story is not there
             failure = str(error)
         except KeyboardInterrupt:
             failure = "interrupted"
