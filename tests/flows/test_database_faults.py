@@ -1,9 +1,12 @@
-"""A server over SQLite whose disk fills up, whose database another process holds, and beside which a second server is started."""
+"""A server whose database is on a full disk (SQLite, PostgreSQL), whose SQLite another process holds, and beside which a second server is started."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,10 +14,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
-from tests.conftest import airlock
-from tests.contracts.doors import Door, new_site, serving, sha
+from tests.conftest import airlock, missing
+from tests.contracts.doors import EMPTY, MANIFEST, Answer, Door, new_site, serving, sha
+from tests.services import postgres
+from tests.services.postgres import Postgres
 
 pytestmark = pytest.mark.server
 LIMIT = 2_000_000
@@ -55,6 +61,64 @@ def test_a_full_disk_is_told_and_nothing_of_it_is_lost(door: Door) -> None:
     for known, raw in stored.items():
         assert door.ask("GET", f"/v2/acme/full/blobs/{known}").body == raw
     assert "Traceback" not in door.log.read_text() and '"trace"' not in door.log.read_text()
+
+
+SMALL = 'mount -t tmpfs -o size=48m,uid="$2",mode=700 none "$1" && shift 2 && exec "$@"'
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A database in a tablespace of 48 MiB, on a server in a mount namespace of its own."""
+    if os.geteuid() or not shutil.which("unshare"):
+        missing("root and unshare: PostgreSQL gets a small disk of its own")
+    server = Postgres.make()
+    try:
+        server.end()
+        space = server.folder / "space"
+        space.mkdir()
+        owned = postgres._as_owner
+        apart = ["unshare", "-m", "sh", "-c", SMALL, "sh", str(space), str(postgres.NOBODY)]
+        monkeypatch.setattr(postgres, "_as_owner", lambda *argv: [*apart, *owned(*argv)])
+        server.start()
+        server.sql(f"CREATE TABLESPACE small LOCATION '{space}'")
+        server.sql("CREATE DATABASE small TABLESPACE small")
+        yield server.url("small")
+    finally:
+        server.remove()
+
+
+def test_a_full_disk_of_postgresql_is_told_and_nothing_of_it_is_lost(tmp_path: Path, small: str) -> None:
+    keys = new_site(tmp_path / "site", AIRLOCK_DATABASE=small)
+    with serving(tmp_path / "site", keys, AIRLOCK_DATABASE=small) as door, psycopg.connect(small, autocommit=True) as db:
+        config = {"mediaType": EMPTY, "digest": door.blob("acme/full", b"{}"), "size": 2}
+
+        def manifest(n: int) -> bytes:
+            notes = {str(i): hashlib.shake_128(f"{n} {i}".encode()).hexdigest(2000) for i in range(200)}
+            return json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [], "annotations": notes}).encode()
+
+        def push(n: int) -> Answer:
+            return door.ask("PUT", f"/v2/acme/full/manifests/v{n}", manifest(n), Content_Type=MANIFEST)
+
+        assert push(0).status == 201
+        db.execute("CREATE TABLE ballast (x bytea)")
+        with pytest.raises(psycopg.errors.DiskFull):
+            while True:
+                db.execute("INSERT INTO ballast SELECT decode(string_agg(md5(random()::text), ''), 'hex') FROM generate_series(1, 20000)")
+        stored, n, answer = [0], 1, push(1)
+        while answer.status == 201:
+            stored, n = [*stored, n], n + 1
+            answer = push(n)
+        said = answer.json()["errors"][0]
+        assert answer.status == 503 and said["detail"]["reason"] == "disk_full" and "free" in said["message"] and "small" not in said["message"], said
+        for known in stored:
+            found = door.ask("GET", f"/v2/acme/full/manifests/v{known}")  # a first read writes its audit row: refused, never served unrecorded
+            assert (found.status, found.body) == (200, manifest(known)) or found.status == 503
+        db.execute("DROP TABLE ballast")
+        assert push(n).status == 201
+        for known in (*stored, n):
+            assert door.ask("GET", f"/v2/acme/full/manifests/v{known}").body == manifest(known)
+        log = door.log.read_text()
+        assert "Traceback" not in log and '"trace"' not in log
 
 
 def test_a_request_waits_while_another_process_holds_the_database(door: Door) -> None:
