@@ -6,8 +6,10 @@ must never look like a machine without GPUs.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import re
 import select
 import signal
 import time
@@ -23,6 +25,7 @@ HINTS = {
     4: "the container has no access to the device; start it with the NVIDIA container toolkit",
     9: "the NVIDIA library is present but the driver is not loaded; load it (modprobe nvidia) or reboot the host",
     10: "a GPU does not answer; look at dmesg for Xid messages",
+    12: "the NVIDIA library is present but cannot be loaded; install it again, or correct the container toolkit",
     15: "a GPU has fallen off the bus; reset it or reboot the host",
     16: "a GPU requires a reset; run nvidia-smi --gpu-reset or reboot the host",
     18: "driver and library differ in version; reboot, or correct the container toolkit",
@@ -175,11 +178,23 @@ def _query(fd: int) -> dict[str, Any]:
         gpus = [_gpu(ask, i) for i in range(ask("nvmlDeviceGetCount", absent=0))]
     except nvml.NVMLError as error:
         if error.value == LIBRARY_NOT_FOUND and call == "nvmlInit":
-            return {"library": False}
+            words = _unloadable()
+            return {"error": LIBRARY_NOT_FOUND, "words": words, "call": call} if words else {"library": False}
         return {"error": error.value, "words": str(error), "call": call}
     except nvml.NVMLLibraryMismatchError as error:
         return {"error": 18, "words": str(error), "call": call}
     return {"driver": driver, "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}", "gpus": gpus}
+
+
+def _unloadable() -> str:
+    """Why a library that is present does not load, empty when there is none: the binding calls both "not found"."""
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError as error:
+        # glibc and musl name first what they lack: the library itself, or one that it needs.
+        absent = re.match(r"(Error loading shared library )?libnvidia-ml\.so\.1: .*No such file or directory", str(error))
+        return "" if absent else str(error)
+    return "the library says that it is not there"
 
 
 def _gpu(ask: Any, index: int) -> dict[str, Any]:

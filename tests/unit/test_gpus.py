@@ -103,6 +103,21 @@ def test_a_failing_library_is_an_error_and_never_a_cpu_node(node: Node, config: 
     assert told["reason"] == "gpu" and words in told["what"] and advice in told["do"]
 
 
+@pytest.mark.usefixtures("library")  # it needs a compiler too
+@pytest.mark.parametrize("kind", ["damaged", "incomplete", "unreadable"])
+def test_a_library_that_does_not_load_is_no_cpu_node(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "libnvidia-ml.so.1"
+    if kind == "incomplete":  # one that it needs is not there
+        other = tmp_path / "libother.so"
+        subprocess.run(["cc", "-shared", "-o", other, "-x", "c", "/dev/null"], check=True)
+        subprocess.run(["cc", "-shared", "-Wl,--no-as-needed", "-o", file, "-x", "c", "/dev/null", f"-L{tmp_path}", "-lother"], check=True)
+        other.unlink()
+    else:
+        file.mkdir() if kind == "unreadable" else file.write_bytes(b"no library")
+    told = probe({"LD_LIBRARY_PATH": str(tmp_path), "PATH": os.environ["PATH"]})
+    assert told["reason"] == "gpu" and "NVML failed: " in told["what"] and "cannot be loaded" in told["do"]
+
+
 def test_a_hanging_gpu_ends_at_the_deadline_and_is_named(node: Node) -> None:
     began = time.monotonic()
     told = node("gpu\ngpu\ndelay_ms=60000\n", 1)
