@@ -96,14 +96,14 @@ class Floor:
             self._at = wall
 
     def _store(self, conn: Connection, wall: float) -> bool:
-        rows = dict(conn.execute(select(t.clock.c.name, t.clock.c.at)).tuples().all())
+        rows = {row.name: row.at for row in conn.execute(select(t.clock))}
         self._at = max(self._at, rows.get(FLOOR, 0.0))
         self._claim(conn, FLOOR, self._at, self._at)
         host = ROLLBACK + socket.gethostname()
         back = self.doubt(wall) == "clock_rollback"
         begun = back and not rows.get(host) and self._claim(conn, host, self._at, 0.0)
         if begun:
-            self._record(conn, wall, "clock_rollback", wall=round(wall, 3), behind_s=round(self._at - wall, 3), host=socket.gethostname())
+            self._record(conn, wall, "clock_rollback", clock=round(wall, 3), behind_s=round(self._at - wall, 3), host=socket.gethostname())
         elif not back and rows.get(host):
             self._claim(conn, host, 0.0, MAX_DATE)
         if self._at - rows.get(RECORDED, 0.0) >= RECORD_S and self._claim(conn, RECORDED, self._at, self._at - RECORD_S):

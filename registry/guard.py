@@ -8,28 +8,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import NoReturn
 
 from artifact.errors import Denied, Invalid, NotFound, Unauthenticated
 from artifact.grant import PROFILES, Access, Decision, Subject, authenticate, best, date, decide, decide_open, insufficient, scoped, visible
 from artifact.manifest import check_name, check_ref
 from artifact.reasons import DEAD
-from artifact.store import Call, Content, Descriptor, File, Files, Page, Registry, Revision, Upload
+from artifact.store import Call, Change, Content, Descriptor, File, Files, Page, Registry, Revision, Upload
 from registry.admission import Admission, Policy
 from registry.audit import Audit
+from registry.auditor import Auditor
 from registry.catalog import Located, Repo
 from registry.collector import Collector
 from registry.delegation import Office, office
 from registry.documents import Documents
 from registry.entitlements import Entitlements
+from registry.expiring import Expiring
 from registry.floor import Floor
 from registry.home import Home
 from registry.issuance import Issuance
 from registry.leasing import Leasing
+from registry.ledger import Ledger
 from registry.library import MAX_PAGE, Library, as_revision, damaged
 from registry.lookup import Ask, Lookup, Sought
+from registry.ngc_views import NgcViews
+from registry.revisions import Revisions
 from registry.roster import Roster
 from registry.rows import owner_of
+from registry.sequencer import Sequencer
 from registry.tokens import granted
 from registry.upkeep import Upkeep
 
@@ -54,17 +61,19 @@ class Guard(Registry, Files):
         self._entitlements = entitlements
         self._audit = audit
         self._open = policy is not None and policy.anonymous
-        desk = (library.catalog.engine, entitlements, audit, self._office, self._refuse)
+        self._desk = desk = (library.catalog.engine, entitlements, audit, self._office, self._refuse)
         self.roster, self.issuance, self.documents = Roster(*desk), Issuance(*desk), Documents(*desk, home=home, floor=floor)
+        self.revisions = Revisions(library, entitlements, home, floor, self._allow, self._allow_push, self._recorded)
         self.leasing = Leasing(*desk, library=library, home=home, life_s=lease_life_s, grace_s=lease_grace_s)
         self._admission = Admission(entitlements, Lookup(library.catalog.engine), audit, home, policy or Policy(), floor)
+        self.ngc = NgcViews(library, self._admission, self._allow, self._seen, home)
 
     def caller(self, key_text: str | None, request_id: str, now: float, address: str = "", ask: Ask = ()) -> Call:
         """The call of a presented key or token, and what it asks for, by one statement; raises Unauthenticated, Throttled (registry/admission.py)."""
         return self._admission.caller(key_text, request_id, now, address, ask)
 
     def _locate(self, call: Call, repo: str, ref: str) -> Located | None:
-        if isinstance(call, Sought) and call.ask[0] in ("manifest", "head") and call.ask[1:] == (repo, ref):
+        if isinstance(call, Sought) and ((call.ask[0] in ("manifest", "head") and call.ask[1:] == (repo, ref)) or call.of_hub(repo, ref)):
             return call.found
         return self._library.catalog.locate(repo, ref)
 
@@ -74,7 +83,7 @@ class Guard(Registry, Files):
         return self._library.catalog.find(repo, digest)
 
     def _file(self, call: Call, repo: str, ref: str, path: str) -> Located | None:
-        if isinstance(call, Sought) and call.ask == ("file", repo, ref, path):
+        if isinstance(call, Sought) and (call.ask == ("file", repo, ref, path) or call.of_hub(repo, ref, path)):
             return call.found
         return self._library.catalog.file(repo, ref, path)
 
@@ -111,9 +120,14 @@ class Guard(Registry, Files):
         under |= set(decision.ids.items()) if decision.allow else set()
         return decision.allow
 
-    def attach(self, collector: Collector) -> None:
-        """Gives this guard the administrator's verbs over what is held (registry/upkeep.py)."""
+    def attach(self, collector: Collector, certificate: Path | None) -> None:
+        """Gives this guard the administrator's verbs over what is held (registry/upkeep.py), and the calendar of what ends."""
+        self.expiring = Expiring(*self._desk, certificate=certificate)
         self.upkeep = Upkeep(self._library, collector, self._allow, self._allow_site, self._demand_listing)
+
+    def open_log(self, log: Sequencer) -> None:
+        """Gives this guard the auditors' verbs over the signed log (registry/auditor.py)."""
+        self.auditor = Auditor(Ledger(self._library.catalog.engine, log), self._entitlements, self._audit, self._office, self._refuse)
 
     def _office(self, call: Call) -> Office:
         self._demand_alive(call)
@@ -344,6 +358,13 @@ class Guard(Registry, Files):
         """Files of a revision below `prefix`; raises NotFound `not_visible` or `revision`, Denied."""
         found = self._revision(call, repo, ref, self._locate(call, repo, ref))
         return as_revision(found, ref), self._library.files_page(found, prefix, after, limit)
+
+    def commit(self, call: Call, repo: str, branch: str, parent: str | None, changes: Sequence[Change], title: str = "") -> Revision:
+        """Puts a new revision on a branch; raises NotFound `not_visible`, `revision`, `entry` or `manifest_blob`, Denied, Conflict, Invalid, TooLarge."""
+        check_ref(branch)
+        allowed = self._allow_push(call, repo)
+        with self._recorded(call, repo):
+            return self._library.commit(allowed, repo, branch, parent, changes, title)
 
     def recorded(self, call: Call, after: int = 0, limit: int = 100) -> dict[str, object]:
         """A page of what is recorded about the key's own organisation, oldest first, for its auditor; `after` 0 is the end; raises Denied."""

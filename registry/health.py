@@ -22,7 +22,9 @@ from sqlalchemy import func, select
 
 from artifact.errors import AirlockError, Unavailable
 from registry.metrics import Jobs, Metrics
+from registry.sequencer import LATE_S
 from registry.tables import job, reading, upload
+from registry.watch import Watch
 from registry.wiring import Site
 
 BOUND_S = 3.0
@@ -105,8 +107,9 @@ class Bounded:
 class Health:
     """What the listener tells about one open site; `draining` is set by who stops the server."""
 
-    def __init__(self, site: Site, metrics: Metrics) -> None:
+    def __init__(self, site: Site, metrics: Metrics, watch: Watch) -> None:
         self.draining = False
+        self._site, self._watch = site, watch
         self.loop: asyncio.AbstractEventLoop | None = None
         self._metrics = metrics
         self._checks = {"database": Bounded(lambda: _database(site)), "store": Bounded(lambda: _store(site))}
@@ -136,12 +139,23 @@ class Health:
                 found[name] = "failed"
                 LOG.exception("the check %s failed", name)
         good = all(value == "ok" for value in found.values())
-        return (200 if good else 503), {"status": "ready" if good else "not ready", "checks": found}
+        return (200 if good else 503), {"status": "ready" if good else "not ready", "checks": found, "warnings": self._warnings()}
+
+    def _warnings(self) -> list[str]:
+        """What somebody must look at while requests are served: the clock, the audit log, documents; from memory, no name in it."""
+        late = self._watch.audit.get("oldest_seconds", 0.0) > LATE_S
+        lists = self._watch.figures.get("revocation_list", (0.0, 0))[1]
+        found = {"audit_forked": bool(self._site.log.fork), "audit_late": late, "revocations_late": lists > 0}
+        return [*filter(None, (self._site.floor.doubt(time.time()),)), *(name for name, is_so in found.items() if is_so)]
 
     def metrics(self) -> bytes:
         """The exposition; figures of a database that does not answer are left out."""
         uploads, jobs = self._figure(self._uploads), self._figure(self._jobs)
-        return self._metrics.text(uploads if isinstance(uploads, int) else None, jobs if isinstance(jobs, dict) else {})
+        state = {f"airlock_audit_{name}": value for name, value in self._watch.audit.items()}
+        state |= {"airlock_audit_forked": float(bool(self._site.log.fork))}
+        state |= {"airlock_clock_behind_seconds": max(self._site.floor.at - time.time(), 0.0)}
+        given = (uploads if isinstance(uploads, int) else None, jobs if isinstance(jobs, dict) else {})
+        return self._metrics.text(*given, self._watch.figures, state)
 
     def _figure(self, source: Bounded) -> object:
         try:

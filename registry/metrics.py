@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics, generate_latest
 
@@ -15,9 +16,16 @@ from registry.routes import METHODS, Route
 
 MOST_REASONS = 64
 MOST_FIGURES = 32
+STATE = {
+    "airlock_audit_waiting": "Events that wait for the signed log, counted up to 5000",
+    "airlock_audit_oldest_seconds": "How long the oldest of them waits",
+    "airlock_audit_forked": "1 where the database contradicts what was signed",
+    "airlock_clock_behind_seconds": "How far the clock is behind the lowest time that it can be",
+}
 _WORD = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
 _SECONDS = (0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 600.0)
 Jobs = Mapping[str, Mapping[str, float]]
+Ends = Mapping[str, tuple[float, int]]
 
 
 class Metrics:
@@ -38,6 +46,9 @@ class Metrics:
         self._figures = Gauge(
             "airlock_job_figure", "Figures of a job's last run, its begin and end among them", ["job", "figure"], registry=self.registry
         )
+        self._days = Gauge("airlock_expires_days", "Days to the nearest end that is ahead", ["kind"], registry=self.registry)
+        self._ended = Gauge("airlock_expired", "How many ended and were not renewed", ["kind"], registry=self.registry)
+        self._state = {name: Gauge(name, words, registry=self.registry) for name, words in STATE.items()}
         self._lock = threading.Lock()
         ProcessCollector(registry=self.registry)
         self._reasons: set[str] = set()
@@ -66,9 +77,20 @@ class Metrics:
         """Counts a failure of the `database`, the `store` or our own code (`internal`)."""
         self.faults.labels(source).inc()
 
-    def text(self, uploads: int | None, jobs: Jobs) -> bytes:
-        """The exposition in Prometheus' text format, with figures of the database; None leaves out what could not be read."""
+    def text(self, uploads: int | None, jobs: Jobs, ends: Ends = MappingProxyType({}), state: Mapping[str, float] = MappingProxyType({})) -> bytes:
+        """The exposition in Prometheus' text format, with figures of the database; None leaves out what could not be read.
+
+        `ends` are for each kind the days to the nearest end and how many ended, `state` values of STATE, not a number for what is not known.
+        """
         with self._lock:
+            self._days.clear()
+            self._ended.clear()
+            for kind, (days, ended) in ends.items():
+                if days < float("inf"):
+                    self._days.labels(kind).set(days)
+                self._ended.labels(kind).set(ended)
+            for name, gauge in self._state.items():
+                gauge.set(state.get(name, float("nan")))
             self._figures.clear()
             for job, values in jobs.items():
                 known = [(name, value) for name, value in values.items() if _WORD.match(name)]

@@ -113,6 +113,10 @@ _REMOVED = _object(
     holders=_TEXTS,
     dry_run=_FLAG,
 )
+_ENDS: Mapping[str, Schema] = {**dict.fromkeys(("kind", "item", "org", "name", "ends", "grace_ends", "notes"), _TEXT), "days": {"type": "number"}}
+_EXPIRING = _object(
+    "*", now=_TEXT, items=_list(**_ENDS, quiet=_FLAG, stops={"type": "array", "items": _object("model", host=_TEXT, model=_TEXT)}), after=_TEXT
+)
 _MOVE: Mapping[str, Schema] = {"id": _COUNT, "tag": _TEXT, "from": _TEXT, "to": _TEXT, "at": _TEXT, "key_id": _TEXT, "kept": _FLAG}
 
 
@@ -126,16 +130,6 @@ _UPSTREAM: Mapping[str, Schema] = {
 
 def _everybody() -> dict[str, dict[str, Any]]:
     """Paths for every key."""
-    lease_body = _object(
-        "model ref profile_digest profile_id host gpu_uuids",
-        model=_NAME,
-        ref=_WORD,
-        profile_digest=_DIGEST,
-        profile_id=_WORD,
-        host=_WORD,
-        gpu_uuids={"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 100}, "maxItems": 64},
-        nonce={"type": "string", "pattern": "^[0-9a-fA-F]{1,64}$"},
-    )
     catalog = _object("*", items=_list(**_SUMMARY), after=_TEXT)
     shown = _object("*", **_SUMMARY, refs=_list(**_REF), profiles=_list(**_REF))
     found = _object("*", items=_list(name=_TEXT, display=_TEXT, kind=_TEXT, org=_TEXT, immutable=_FLAG), after=_TEXT)
@@ -146,11 +140,6 @@ def _everybody() -> dict[str, dict[str, Any]]:
     me = _object("key_id org tier expires", key_id=_TEXT, org=_TEXT, tier=_TEXT, expires=_TEXT)
     return {
         "/airlock/v1/whoami": {"get": _operation("keys", "The public facts of the presented key", me)},
-        "/airlock/v1/leases": {
-            "post": _operation(
-                "runtime", "A signed lease for one model, profile and set of GPUs", _object("*", lease=_TEXT, now=_COUNT), body=lease_body
-            )
-        },
         "/airlock/v1/catalog": {"get": _operation("catalog", "What this key may see, a page", catalog, params=_PAGE)},
         "/airlock/v1/catalog/{name}": {
             "get": _operation("catalog", "One repository with its refs and profiles", shown, params=(_path("name", _NAME),))
@@ -158,7 +147,36 @@ def _everybody() -> dict[str, dict[str, Any]]:
         "/airlock/v1/audit": {
             "get": _operation("audit", "What is recorded about the key's organisation, for its auditor", rows, params=(*_LIMIT, behind))
         },
+        **_log(),
         "/airlock/v1/search": {"get": _operation("catalog", "Repositories with a text in their name", found, params=(term, *_PAGE))},
+    }
+
+
+def _log() -> dict[str, dict[str, Any]]:
+    """Paths for auditors, over the signed log."""
+    count: Schema = {"type": "integer", "minimum": 0, "maximum": 10**15}
+    head = _object("*", log=_TEXT, size=_COUNT, checkpoint=_TEXT, key=_TEXT, first=_COUNT, before=_TEXT, sealed=_COUNT)
+    entry, signed = _object("i hash", i=_COUNT, hash=_TEXT, body=_TEXT), _object("*", size=_COUNT, note=_TEXT)
+    page = _object("*", items={"type": "array", "items": entry}, checkpoints={"type": "array", "items": signed}, after=_COUNT)
+    proof = _object("*", index=_COUNT, also={"type": "array", "items": _COUNT}, proof=_OBJECT, key=_TEXT)
+    found = (*(_query(name, {"type": "string", "maxLength": 64}) for name in ("index", "request_id", "jti")),)
+    when = {"type": "string", "minLength": 1, "maxLength": 40, "pattern": _PRINTABLE}
+    span = (_query("from", when, required=True), _query("to", when, required=True), _query("org", {"type": "string", "maxLength": 100}))
+    tables = dict.fromkeys(("pulls", "denials", "changes", "gpus", "unused_keys", "grants", "upstream"), _object("rows total", total=_COUNT))
+    report = _object("*", **tables, totals=_OBJECT, evidence=_OBJECT, entries=_COUNT, sealed=_COUNT, organisation=_TEXT)
+    root = "/airlock/v1/audit"
+    return {
+        f"{root}/checkpoint": {"get": _operation("audit", "Signs over all that is recorded so far", head, params=(_query("first", count),))},
+        f"{root}/entries": {
+            "get": _operation(
+                "audit",
+                "A page of the log with its checkpoints, for the site's auditors",
+                page,
+                params=(_LIMIT[0], _query("after", count), _query("size", count)),
+            )
+        },
+        f"{root}/proof": {"get": _operation("audit", "The proof of one entry", proof, params=found)},
+        f"{root}/report": {"get": _operation("audit", "Who pulled what, GPUs against licences, denials of a period", report, params=span)},
     }
 
 
@@ -177,6 +195,7 @@ def _administrators() -> dict[str, dict[str, Any]]:
     )
     bound = _object("org bytes", org=_WORD, bytes={"type": "integer", "minimum": 0, "maximum": MAX_QUOTA})
     state = _object("*", running=_FLAG, started=_TEXT, ended=_TEXT, phase=_TEXT, done=_COUNT, report=_OBJECT)
+    span = (_query("days", {"type": "integer", "minimum": 0, "maximum": 10**15}), _query("org", {"type": "string", "maxLength": 100}))
     past = (_path("name", _NAME), _query("tag", _TEXT), _query("before", _COUNT), *_LIMIT)
     history = _object("*", name=_TEXT, items=_list(**_MOVE), before=_COUNT)
     changed = _object("*", name=_TEXT, immutable=_FLAG)
@@ -203,6 +222,9 @@ def _administrators() -> dict[str, dict[str, Any]]:
         "/airlock/v1/retention": {
             "get": _operation("held", "The retention rules", _object("*", items=_list(**_RULE_FIELDS))),
             "post": _operation("held", "Makes, replaces or removes a retention rule", set_rule, body=rule),
+        },
+        "/airlock/v1/expiring": {
+            "get": _operation("entitlement", "What ends within so many days, and what stops then", _EXPIRING, params=(*span, *_PAGE))
         },
         "/airlock/v1/gc": {
             "get": _operation("held", "The state of the garbage collection", state),
@@ -319,6 +341,77 @@ def _rights() -> dict[str, dict[str, Any]]:
     }
 
 
+_LEASE_END = _only("jti", jti={"type": "string", "minLength": 1, "maxLength": 40, "pattern": "^[0-9a-f]+$"})
+
+
+def _documents() -> dict[str, dict[str, Any]]:
+    """Paths over entitlements, revocation lists and leases."""
+    moment: Schema = {"type": "string", "maxLength": 40, "pattern": _PRINTABLE}
+    texts: Schema = {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 100, "pattern": _PRINTABLE}, "maxItems": 100}
+    count: Schema = {"type": "integer", "minimum": 0, "maximum": 1_000_000}
+    words = ("jti", "org", "issuer", "kid", "tier", "source", "issued", "begins", "ends", "grace_ends", "imported", "state", "revoked", "replaced")
+    shown: dict[str, Schema] = dict.fromkeys(words, _TEXT) | dict.fromkeys(("models", "actions", "products", "environments"), _TEXTS)
+    shown |= {"serial": _COUNT, "gpus": _COUNT, "max_keys": _COUNT, "counts": _FLAG}
+    told = {name: _TEXT for name in ("document", "jti", "org", "issuer", "begins", "ends", "state")} | {"serial": _COUNT}
+    wish = {name: texts for name in ("models", "actions", "products", "environments")} | {"not_before": moment, "expires": moment, "grace": moment}
+    licence = _only("org tier models gpus expires", org=_ORG, tier={"enum": ["developer", "enterprise"]}, gpus=count, max_keys=count, **wish)
+    ended = _only("", jti=texts, key_id=texts, kid=texts, next_update=moment)
+    listed = {"issuer": _TEXT, "serial": _COUNT, "issued": _TEXT, "next_update": _TEXT, "imported": _TEXT, "revoked": _OBJECT, "text": _TEXT}
+    by_row = (_query("org", {"type": "string", "maxLength": 100}), _query("after", {"type": "integer", "minimum": 0, "maximum": 10**15}), *_LIMIT)
+    texts_of = ("jti", "org", "host", "model", "model_digest", "profile_id", "key_id", "grant_id", "entitlement", "environment")
+    lease = dict.fromkeys((*texts_of, "begins", "ends", "state", "replaced_by", "revoked", "returned"), _TEXT) | {"serial": _COUNT, "gpus": _TEXTS}
+    page = _query("after", {"type": "string", "pattern": "^([0-9]{1,18}[.][0-9]{1,18})?$"})
+    of = (_query("org", {"type": "string", "maxLength": 100}), _query("every", {"enum": ["0", "1"]}), *_LIMIT, page)
+    receipt = _only("lease digest bytes files", lease=_LEASE_END["properties"]["jti"], digest=_DIGEST, bytes=_COUNT, files=count)
+    lease_body = _object(
+        "model ref profile_digest profile_id host gpu_uuids",
+        model=_NAME,
+        ref=_WORD,
+        profile_digest=_DIGEST,
+        profile_id=_WORD,
+        host=_WORD,
+        gpu_uuids={"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 100}, "maxItems": 64},
+        nonce={"type": "string", "pattern": "^[0-9a-fA-F]{1,64}$"},
+    )
+    root, gone = "/airlock/v1", _object("*", jti=_TEXT, state=_TEXT)
+    mine = {name: _TEXT for name in ("key_id", "org", "tier", "key_ends", "now")} | {"grants": {"type": "array", "items": _OBJECT}}
+    standing = _object("*", **mine, entitlement={"type": ["object", "null"]}, revocation_serial=_COUNT, warnings=_TEXTS)
+    return {
+        f"{root}/standing": {"get": _operation("keys", "What the presented key has now, and what of it ends soon", standing)},
+        f"{root}/entitlements": {
+            "get": _operation(
+                "entitlement", "Entitlements that this key may look at", _object("*", items=_list(**shown), after=_COUNT), params=by_row
+            ),
+            "post": _operation(
+                "entitlement", "Takes in an entitlement or a revocation list", _object("*", **told), body=_only("document", document=_TEXT)
+            ),
+        },
+        f"{root}/entitlements/{{name}}": {
+            "get": _operation("entitlement", "One entitlement with its document", _object("*", **shown, text=_TEXT), params=(_path("name", _NAME),))
+        },
+        f"{root}/entitlements/issue": {
+            "post": _operation("entitlement", "Makes an entitlement by the site's own root", _object("*", **told, text=_TEXT), body=licence)
+        },
+        f"{root}/entitlements/revoke": {
+            "post": _operation("entitlement", "Makes the next revocation list of the site's own root", _object("*", **told, text=_TEXT), body=ended)
+        },
+        f"{root}/revocations": {
+            "get": _operation("entitlement", "The revocation lists of this site", _object("*", items=_list(**listed), serial=_COUNT))
+        },
+        f"{root}/leases/return": {"post": _operation("runtime", "Returns a lease: its GPUs are free", gone, body=_LEASE_END)},
+        f"{root}/leases/revoke": {"post": _operation("runtime", "Revokes a lease", gone, body=_LEASE_END)},
+        f"{root}/verified": {
+            "post": _operation("runtime", "A runtime's receipt of what it verified", _object("*", lease=_TEXT, digest=_DIGEST), body=receipt)
+        },
+        f"{root}/leases": {
+            "get": _operation("runtime", "Leases that this key may look at", _object("*", items=_list(**lease), after=_TEXT), params=of),
+            "post": _operation(
+                "runtime", "A signed lease for one model, profile and set of GPUs", _object("*", lease=_TEXT, now=_COUNT), body=lease_body
+            ),
+        },
+    }
+
+
 def _unlocked() -> dict[str, dict[str, Any]]:
     """Paths that need no key."""
     healthy = _operation("site", "Whether the database is there", _object("*", status=_TEXT))
@@ -336,7 +429,7 @@ def document() -> dict[str, Any]:
             "version": VERSION,
             "description": "The other doors speak the protocols of others: docs/format.md.",
         },
-        "paths": {**_everybody(), **_administrators(), **_people(), **_rights(), **_unlocked()},
+        "paths": {**_everybody(), **_administrators(), **_people(), **_rights(), **_documents(), **_unlocked()},
         "components": {
             "schemas": {"Error": error},
             "responses": {s: {"description": words, "content": _json({"$ref": "#/components/schemas/Error"})} for s, words in _REFUSALS.items()},

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from artifact.errors import Invalid, NotFound
 
@@ -25,6 +26,7 @@ FILE = "registry.yaml"
 MAX_FILE_BYTES = 1024 * 1024
 SIGNED_URL_S = 600  # the longest life of a URL that sends a client to the store
 _ORIGIN = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::([0-9]{1,5}))?/?", re.ASCII)
+_HOOK = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::[0-9]{1,5})?(?:[/?][!-~]*)?", re.ASCII)
 _KEY_PREFIX = re.compile(r"nvapi-([a-z0-9]{1,20}-)?")
 _INSIDE = re.compile(r"/(?:[0-9A-Za-z_~-][0-9A-Za-z._~-]*/)+", re.ASCII)
 _SECRET_OPTION = re.compile(r"([?&][^=&]*(?:pass|secret|token|key)[^=&]*=)[^&\s]*", re.IGNORECASE)
@@ -97,6 +99,13 @@ def _web(text: str) -> str:
     return text.rstrip("/")
 
 
+def _hook(text: str) -> str:
+    """A URL that a POST goes to; user and password have no place in it, the body is signed."""
+    if not _HOOK.fullmatch(text) or not 0 < (urlsplit(text).port or 80) <= 65535:
+        raise ValueError(text)
+    return text
+
+
 def _networks(text: str) -> tuple[str, ...]:
     parts = tuple(part.strip() for part in _word(text).split(",") if part.strip())
     for part in parts:
@@ -143,7 +152,11 @@ class Settings:
     blob_lease_s: int = _whole(86400, 60, 30 * 86400, "How long a blob without a manifest is kept for its uploader.")
     garbage_delay_s: int = _whole(3600, 0, 30 * 86400, "How long the bytes of a removed blob stay; longer than any signed URL lives.")
     gc_every_s: int = _whole(3600, 0, 30 * 86400, "Time between two garbage collections; 0 runs none.")
+    webhook: str = _setting("", "Where notices of what ends are sent; empty is nowhere.", _hook, "http[s]://HOST[:PORT]/PATH", secret=True)
+    webhook_secret_file: str = _text("", "File of the secret that signs what is sent there.", "a file of 16 bytes or more")
     metrics: str = _setting("", "Listener of /healthz, /readyz and /metrics; empty is none.", _place, "HOST:PORT")
+    ngc: str = _setting("", "Listener of the NGC API; empty is none.", _place, "HOST:PORT")
+    ngc_url: str = _setting("", "URL that NGC clients are told, where it is not the one they used.", _web, "http[s]://HOST[:PORT], no path")
     tls: str = _choice("off", ("off", "self-signed"), "self-signed makes a key and certificate in the data directory once.")
     tls_cert: str = _text("", "File of the certificate chain, PEM.", "a file")
     tls_key: str = _text("", "File of the certificate's private key, PEM.", "a file")
@@ -228,6 +241,8 @@ def _masked(text: str) -> str:
     scheme, mark, rest = text.partition("://")
     if not mark:
         return text if text in ("", "file:") else "***"
+    if scheme in ("http", "https"):  # receivers of notices know their senders by the path
+        return f"{scheme}://{rest.partition('/')[0]}/***"
     who, at, where = rest.rpartition("@")
     if at and ":" in who:
         rest = f"{who.split(':', 1)[0]}:***@{where}"

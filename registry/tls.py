@@ -48,12 +48,17 @@ def files(settings: Settings) -> Files:
     return Files(folder / "cert.pem", folder / "key.pem")
 
 
+def served(settings: Settings) -> Path | None:
+    """The certificate chain that the listener serves, if it speaks TLS."""
+    return files(settings).cert if settings.secure else None
+
+
 def names(settings: Settings) -> list[str]:
     """The host names and addresses that a certificate of this registry must hold, the most telling first."""
-    public = urlsplit(settings.public_url).hostname or ""
-    here = settings.host if settings.host not in _EVERYWHERE else socket.gethostname()
-    found = [public, here]
-    if settings.host in (*_EVERYWHERE, "127.0.0.1", "::1", "localhost"):
+    listened = [settings.host, *([settings.ngc.rpartition(":")[0].strip("[]")] if settings.ngc else [])]
+    found = [urlsplit(url).hostname or "" for url in (settings.public_url, settings.ngc_url)]
+    found += [host if host not in _EVERYWHERE else socket.gethostname() for host in listened]
+    if set(listened) & {*_EVERYWHERE, "127.0.0.1", "::1", "localhost"}:
         found += ["localhost", "127.0.0.1"]
     return list(dict.fromkeys(name for name in found if name))
 
@@ -236,12 +241,22 @@ def _context() -> ssl.SSLContext:
 
 def fingerprint(pem: bytes, path: Path) -> str:
     """SHA-256 of the first certificate of a PEM file as `openssl x509 -fingerprint -sha256` writes it; raises Invalid."""
+    digest = hashlib.sha256(_chain(pem, path)[0].public_bytes(serialization.Encoding.DER)).hexdigest().upper()
+    return ":".join(digest[i : i + 2] for i in range(0, len(digest), 2))
+
+
+def _chain(pem: bytes, path: Path) -> list[x509.Certificate]:
     try:
-        first = x509.load_pem_x509_certificates(pem)[0]
+        return x509.load_pem_x509_certificates(pem)
     except ValueError as error:
         raise Invalid(f"{path} holds no certificate", expected="PEM, the server's certificate first", reason="tls") from error
-    digest = hashlib.sha256(first.public_bytes(serialization.Encoding.DER)).hexdigest().upper()
-    return ":".join(digest[i : i + 2] for i in range(0, len(digest), 2))
+
+
+def validity(path: Path) -> tuple[str, float, float]:
+    """Fingerprint of a chain's first certificate, its beginning, and the first end of all; raises NotFound, Invalid."""
+    pem = _read(path, "certificate")
+    chain = _chain(pem, path)
+    return fingerprint(pem, path), chain[0].not_valid_before_utc.timestamp(), min(c.not_valid_after_utc.timestamp() for c in chain)
 
 
 def trust_commands(settings: Settings, port: int) -> list[str]:

@@ -88,6 +88,7 @@ GETS: dict[str, Callable[[Guard, Call, Query], Answer]] = {
     "audit": lambda g, call, q: g.recorded(call, q.number("after", 0, MOST), limit(q)),
     "upstream": lambda g, call, q: g.upkeep.upstreams(call, q.cursor("name"), q.number("after", 0, MOST), limit(q)),
     "retention": lambda g, call, q: g.upkeep.rules(call),
+    "expiring": lambda g, call, q: g.expiring.expiring(call, q.number("days", 60, MOST), q.cursor("org"), q.cursor("after"), limit(q)),
     "gc": lambda g, call, q: g.upkeep.collection(call),
     "orgs": lambda g, call, q: g.roster.orgs(call, q.cursor("after"), limit(q)),
     "teams": lambda g, call, q: g.roster.teams(call, q.cursor("org"), q.cursor("after"), limit(q)),

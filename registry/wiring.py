@@ -19,6 +19,7 @@ from sqlalchemy import Engine, text
 from artifact.errors import Conflict, Invalid, NotFound, Unavailable
 from artifact.store import BlobStore
 from registry import blobs as backends
+from registry import tls
 from registry.admission import Policy
 from registry.audit import Audit
 from registry.catalog import Catalog
@@ -68,6 +69,7 @@ class Site:
         """Stores the last audit counts and closes the database."""
         try:
             self.collector.close()
+            self.guard.ngc.close()
             self.entitlements.usage.close()
             self.audit.close()
             self.floor.close(time.time())
@@ -168,7 +170,8 @@ def open_site(settings: Settings, *, background: bool = True) -> Site:
     policy = Policy(settings.anonymous, settings.token_life_s, settings.redirect, settings.stream_to, settings.entitlements == "required")
     guard = Guard(library, entitlements, audit, home, floor, settings.lease_life_s, settings.lease_grace_s, policy)
     collector = Collector(library, settings.garbage_delay_s, every_s=settings.gc_every_s)
-    guard.attach(collector)
+    guard.attach(collector, tls.served(settings))
+    guard.open_log(log)
     if background:
         blobs.probe()
         entitlements.usage.start(lambda error: LOG.error("the use of keys could not be stored: %s", type(error).__name__))

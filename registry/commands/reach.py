@@ -16,8 +16,14 @@ from typing import Any, cast
 from urllib.parse import quote, urlencode
 
 from artifact.remote import RemoteRegistry
+from registry import tls
+from registry.auditor import Auditor
+from registry.documents import Documents
+from registry.expiring import Expiring
 from registry.guard import Guard
 from registry.issuance import Issuance
+from registry.leasing import Leasing
+from registry.ledger import Ledger
 from registry.library import local_call
 from registry.roster import Roster
 from registry.settings import Settings
@@ -34,6 +40,10 @@ class _Parts:
 
     roster: Roster
     issuance: Issuance
+    auditor: Auditor
+    documents: Documents
+    leasing: Leasing
+    expiring: Expiring
 
 
 class _Given(dict[str, str]):
@@ -75,12 +85,15 @@ def _path(path: str, query: Mapping[str, object]) -> str:
 
 def _local(site: Site, method: str, path: str, body: Mapping[str, object] | None, query: Mapping[str, object]) -> dict[str, Any]:
     desk = (site.engine, site.entitlements, site.audit)
-    parts = cast(Guard, _Parts(Roster(*desk), Issuance(*desk)))
+    auditor = Auditor(Ledger(site.engine, site.log), site.entitlements, site.audit)
+    leasing = Leasing(*desk, library=site.library, home=site.home)
+    ends = Expiring(*desk, certificate=tls.served(site.settings))
+    parts = cast(Guard, _Parts(Roster(*desk), Issuance(*desk), auditor, site.documents, leasing, ends))
     call, given = local_call(site.floor.now(time.time())), _Given({name: str(value) for name, value in query.items() if value})
     if method == "POST":
         return POSTS[path](parts, call, body or {})
-    word, slash, rest = path.partition("/")
-    return NAMED[word](parts, call, given, rest) if slash else GETS[path](parts, call, given)
+    word, _, rest = path.partition("/")
+    return GETS[path](parts, call, given) if path in GETS else NAMED[word](parts, call, given, rest)
 
 
 def everything(ask: Ask, path: str, **query: object) -> list[dict[str, Any]]:

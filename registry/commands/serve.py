@@ -29,6 +29,7 @@ from registry.library import local_call
 from registry.logs import log_to_stderr
 from registry.metrics import Metrics
 from registry.settings import Settings
+from registry.watch import Watch
 from registry.wire import WireProtocol
 from registry.wiring import Site, open_site, sole_server
 
@@ -38,6 +39,7 @@ TICK_S = 0.2
 TELL_S = 10.0  # between two lines that tell that no connection can be accepted
 WATCH_S = 2.0
 END_S = 10.0  # how long after a second SIGTERM an orderly end may take
+WHAT = {"ngc": "NGC API", "metrics": "health and metrics"}
 LOG = logging.getLogger("airlock.registry")
 
 
@@ -127,7 +129,7 @@ def _listen(host: str, port: int) -> Listener:
         sock.listen(BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:
         text = f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}"
-        raise Unavailable(text, expected="a free port of this host", do="choose another with --port, or stop what uses it") from error
+        raise Unavailable(text, expected="a free port of this host", do="choose another (--port, AIRLOCK_NGC), or stop what uses it") from error
     return sock
 
 
@@ -169,24 +171,28 @@ def _first_key(site: Site) -> dict[str, object]:
 def _tell(
     as_json: bool,
     url: str,
-    operator: str,
+    others: Mapping[str, str],
     certificate: tls.Certificate | None,
     trust: list[str],
     limits: dict[str, int],
     first: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """What an operator must know once the server listens; the one-time key goes to stdout alone, never to the log."""
-    facts = {"listening": url, "metrics": operator, "certificate_sha256": certificate.fingerprint if certificate else ""}
+    facts = {"listening": url, **others, "certificate_sha256": certificate.fingerprint if certificate else ""}
     facts = {name: value for name, value in facts.items() if value}
     if as_json:
         print(json.dumps({**facts, **({"admin_key": first["key"]} if first else {})}), flush=True)
     else:
         if first:
             trust = [*trust, f"one-time key of the administrator, until {first['expires']} or the first key that it makes: {first['key']}"]
-        lines = [f"listening on {url}", *([f"health and metrics on {operator}"] if operator else [])]
+        lines = [f"listening on {url}", *(f"{WHAT[name]} on {at}" for name, at in others.items())]
         lines += [f"certificate SHA-256 {certificate.fingerprint}"] if certificate else []
         print("\n".join([*lines, *trust]), flush=True)
     LOG.info("started", extra={"facts": {**facts, **limits}})
+
+
+def _told(error: Exception) -> object:
+    return error if isinstance(error, AirlockError) else type(error).__name__
 
 
 def _serve(settings: Settings, as_json: bool) -> int:
@@ -198,28 +204,36 @@ def _serve(settings: Settings, as_json: bool) -> int:
         sock = stack.enter_context(_listen(settings.host, settings.port))
         sock.crowd = crowd
         port = sock.getsockname()[1]
+        sockets, others = [sock], dict[str, str]()
+        scheme = "https" if certificate else "http"
+        if settings.ngc:
+            host, _, number = settings.ngc.rpartition(":")
+            sockets.append(stack.enter_context(_listen(host.strip("[]"), int(number))))
+            sockets[1].crowd = crowd
+            others["ngc"] = f"{scheme}://{host}:{sockets[1].getsockname()[1]}"
         site = stack.enter_context(open_site(settings))
-        site.log.start(lambda error: LOG.error("the audit log: %s", error if isinstance(error, AirlockError) else type(error).__name__))
+        site.log.start(lambda error: LOG.error("the audit log: %s", _told(error)))
         stack.callback(site.collector.start(settings.gc_every_s, lambda error: LOG.error("the collection failed: %s", error)))
+        watch = Watch(site)
+        stack.callback(watch.start(lambda step, error: LOG.error("the watch: %s: %s", step, _told(error))))
         metrics, tracing = Metrics(), telemetry.start(os.environ)
         if tracing is not None:
             stack.callback(tracing.close)
-        state = health.Health(site, metrics)
-        operator = ""
+        state = health.Health(site, metrics, watch)
         if settings.metrics:
-            operator, end = health.listen(settings.metrics, state)
+            others["metrics"], end = health.listen(settings.metrics, state)
             stack.callback(end)
-        front = create_app(site, settings, metrics, tracing)
+        front = create_app(site, settings, metrics, tracing, sockets[1].getsockname()[:2] if settings.ngc else None)
         server = _Server(_config(front, settings, certificate), front, state, settings, crowd)
         server.certificate = certificate
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        url = f"{'https' if certificate else 'http'}://{host}:{port}"
+        url = f"{scheme}://{host}:{port}"
         trust = tls.trust_commands(settings, port) if made else []
         first = _first_key(site)
-        server.ready = lambda: _tell(as_json, url, operator, certificate, trust, {"files": files, "connections": crowd.most}, first)
+        server.ready = lambda: _tell(as_json, url, others, certificate, trust, {"files": files, "connections": crowd.most}, first)
         for stop in (signal.SIGTERM, signal.SIGINT):
             signal.signal(stop, lambda *_: None)  # what the server puts back when it has stopped: a late signal must not cut the end short
-        server.run(sockets=[sock])
+        server.run(sockets=[*sockets])
         LOG.info("stopped", extra={"facts": {"forced": server.force_exit}})
     return 0
 
