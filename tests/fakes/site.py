@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,12 +19,19 @@ class Site:
         self.manifests: dict[tuple[str, str], tuple[str, bytes]] = {}
         self.blobs: dict[str, bytes] = {}
         self.lease: Callable[[dict], tuple[int, dict]] = lambda body: (403, {"reason": "no_grant", "what": "no grant of this key covers it"})
+        self.standing: dict | None = None  # the answer of /airlock/v1/standing; None: this registry has no such route
+        self.taken: list[tuple[str, dict]] = []  # receipts and returned leases
         self.log: list[str] = []
         self.cut_after = -1  # bytes of blobs until every connection is cut; -1: never
+        self._open: list[socket.socket] = []
         site = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                site._open.append(self.connection)
 
             def do_GET(self) -> None:
                 site._answer(self, b"")
@@ -41,6 +50,9 @@ class Site:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+        for connection in self._open:  # as when the process ends: also those that wait for their next request
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def _answer(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
         self.log.append(f"{request.command} {request.path} {request.headers.get('Range', '')}".strip())
@@ -57,6 +69,11 @@ class Site:
             self._json(request, 200, {"key_id": "k1", "org": "acme", "tier": "developer", "expires": 0})
         elif request.path == "/airlock/v1/leases":
             self._json(request, *self.lease(json.loads(body)))
+        elif request.path == "/airlock/v1/standing" and self.standing is not None:
+            self._json(request, 200, self.standing)
+        elif request.path in ("/airlock/v1/verified", "/airlock/v1/leases/return") and self.standing is not None:
+            self.taken.append((request.path.removeprefix("/airlock/v1/"), json.loads(body)))
+            self._json(request, 200, {})
         elif "/manifests/" in request.path and self.state == "ok":
             repo, ref = request.path.removeprefix("/v2/").split("/manifests/")
             found = self.manifests.get((repo, ref))
