@@ -21,6 +21,7 @@ class Office:
     site: bool = False
     administers: str = ""  # its own organisation, where it holds admin on all of it
     audits: str = ""  # its own organisation, where it may look
+    surveys: bool = False  # whether it may look at what is recorded of all of the site
 
 
 def live(grants: Sequence[Grant], now: float) -> list[Grant]:
@@ -38,7 +39,8 @@ def office(principal: Principal, now: float) -> Office:
     site = any(EVERYTHING in g.models for g in admin)
     leads = bool(principal.org) and any(covers(p, whole) for g in admin for p in g.models)
     looks = leads or any("auditor" in g.actions and any(covers(p, whole) for p in g.models) for g in own)
-    return Office(principal, site, principal.org if leads else "", principal.org if looks else "")
+    surveys = site or any("auditor" in g.actions and EVERYTHING in g.models for g in own)
+    return Office(principal, site, principal.org if leads else "", principal.org if looks else "", surveys)
 
 
 def covers(own: str, wish: str) -> bool:
