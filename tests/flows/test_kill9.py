@@ -50,10 +50,9 @@ def pieces_sent(log: Path) -> Counter[tuple[str, int]]:
             continue
         entry = json.loads(line)
         span = re.match(r"bytes=(\d+)-(\d+)$", entry.get("range") or "")
-        if entry.get("method") == "GET" and "/blobs/" in entry.get("path", "") and span:
-            lo, hi = int(span[1]), int(span[2]) + 1
-            end = min(hi, lo + int(entry.get("bytes") or 0))
-            for piece in range(-(-lo // PIECE), end // PIECE):
+        if entry.get("method") == "GET" and "/blobs/" in entry.get("path", ""):
+            lo = int(span[1]) if span else 0
+            for piece in range(-(-lo // PIECE), (lo + int(entry.get("bytes") or 0)) // PIECE):
                 sent[(entry["path"], piece)] += 1
     return sent
 
@@ -81,6 +80,9 @@ def play(tmp_path: Path, start: Callable[..., RegistryServer], size: int, kills:
         assert tree(left)
         assert {k: v for k, v in tree(left).items() if "sha256:" + v not in own} == {k: v for k, v in tree(right).items() if "sha256:" + v not in own}
     assert whole.connected and broken.connected and broken.closed
+    for store in (broken.home / "staging", broken.connected.data, broken.data, broken.cache):
+        assert not list((store / "partial").iterdir()), f"{store} keeps what the killed runs left"
+    assert not list(broken.medium.rglob("*.partial"))
     assert content(whole.connected.data) == content(broken.connected.data)
     assert content(whole.data) == content(broken.data)
     for server in (broken.connected, broken.closed):

@@ -39,6 +39,13 @@ def test_facts_of_the_machine_are_read_from_text(tool: ModuleType) -> None:
     assert tool.bytes_of_ram("MemTotal:       1024 kB\nMemFree: 1 kB\n") == 1 << 20
 
 
+def test_a_processor_without_avx2_is_refused_first(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "flags_of_cpu", lambda text: {"fpu", "avx"})
+    with pytest.raises(tool.Refused, match="has no AVX2"):
+        tool.build(tmp_path / "engine", LOCK)
+    assert not (tmp_path / "engine").exists()
+
+
 def test_too_little_disk_or_memory_is_refused_with_numbers(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tool, "NEED_DISK", 1 << 60)
     with pytest.raises(tool.Refused, match=r"GiB free; the environment needs"):
