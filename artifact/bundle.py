@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -194,6 +194,7 @@ def write_bundle(
     now: float,
     progress: Callable[[int], None] = lambda n: None,
     begin: Callable[[int], None] = lambda n: None,
+    documents: tuple[str, ...] = (),
 ) -> Written:
     """Writes the next bundle onto a medium, or completes the one begun there; a directory without the timestamp, which comes last, is unfinished.
 
@@ -203,6 +204,7 @@ def write_bundle(
         "names": [n.as_json() for n in sorted(names, key=lambda n: (n.name, n.ref))],
         "objects": [{"digest": d, "size": objects[d]} for d in sorted(objects)],
         "upstream": list(upstream),
+        "documents": list(documents),
     }
     index = last_index(tuf_dir)
     if index is None or not _says(index, body, objects) or _ends_soon(tuf_dir, now):
@@ -238,7 +240,8 @@ def write_bundle(
 
 def _says(index: BundleIndex, body: Mapping[str, object], objects: Mapping[str, int]) -> bool:
     same_names = [n.as_json() for n in sorted(index.names, key=lambda n: (n.name, n.ref))] == body["names"]
-    return same_names and list(index.upstream) == body["upstream"] and objects.items() <= index.objects.items()
+    same_facts = [list(index.upstream), list(index.documents)] == [body["upstream"], body["documents"]]
+    return same_names and same_facts and objects.items() <= index.objects.items()
 
 
 def _ends_soon(tuf_dir: Path, now: float) -> bool:
@@ -350,9 +353,7 @@ def open_bundle(directory: Path, state_dir: Path, root: bytes, now: float) -> Bu
     check_objects(present, index)
     listed = Metadata[Targets].from_file(str(alone / f"{ROLE}.json")).signed.targets
     numbers = tuple(sorted(int(p[len(ROLE) + 1 : -5]) for p in listed))
-    return BundleIndex(
-        index.names, index.objects, index.upstream, sequence, sender, index.created, older, known, index.digest, numbers, state or alone, state_dir
-    )
+    return replace(index, older=older, known=known, listed=numbers, scratch=state or alone, state=state_dir)
 
 
 def _scratch(state_dir: Path, name: str, roots_only: bool) -> Path:

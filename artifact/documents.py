@@ -31,6 +31,7 @@ MAX_COUNT = 1_000_000
 MAX_SERIAL = (1 << 53) - 1  # what every JSON reader keeps exactly
 MAX_GRACE_S = 366 * 86400
 MAX_TIME = 4_000_000_000  # the year 2096
+MAX_AHEAD_S = 86400  # how far an issuer's clock may be ahead of ours
 LIST_LIFE_S = 10 * 365 * 86400
 EXPECTED = "an entitlement or a revocation list, as airlock entitlement issue and revoke write them"
 COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\Z")
@@ -158,10 +159,13 @@ def unverified(token: str) -> Document:
 
 
 def check(found: Document, now: float, revoked: Collection[str]) -> None:
-    """Returns where the document is not over, and its kid not among the `revoked`; raises Denied `expired`, `issuer_revoked`.
+    """Returns where the document is not over and its kid not among the `revoked`; raises Denied `expired`, `issuer_revoked`, `clock`.
 
     One that begins later is no error: it takes over then.
     """
+    if found.head.iat > now + MAX_AHEAD_S:
+        what = f"the document was made on {date(found.head.iat)}, and the clock here says {date(now)}"
+        raise Denied(what, expected="a clock that is right, here and at the issuer", do="set the clock right, then import it again", reason="clock")
     if found.head.kid in revoked:
         what = f"the document is signed by the key {found.head.kid}, which was revoked"
         raise Denied(what, do="ask for one by the issuer's new key", reason="issuer_revoked")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from artifact import digest as digests
+from artifact.documents import COMPACT, MAX_DOCUMENTS
 from artifact.errors import Invalid, Mismatch, NotFound, TooLarge, Unavailable
 from artifact.manifest import (
     MAX_MANIFEST_BYTES,
@@ -27,6 +28,7 @@ from artifact.manifest import (
     parse_manifest,
 )
 from artifact.profile import references
+from artifact.trust import MAX_DOCUMENT_BYTES
 from artifact.upstream import check_fact
 
 ROLE = "bundles"
@@ -73,6 +75,7 @@ class BundleIndex:
     known: bool = False
     digest: str = ""
     listed: tuple[int, ...] = ()
+    documents: tuple[str, ...] = ()
     scratch: Path | None = field(default=None, repr=False)
     state: Path | None = field(default=None, repr=False)
 
@@ -139,7 +142,20 @@ def load_index(raw: bytes) -> BundleIndex:
         # What an artefact requires is told by the bundle that brings it: nobody says it of a name that is not here.
         raise Invalid("the index tells facts of a name that it does not move", expected="facts of its own names only", reason="upstream")
     digest = "sha256:" + hashlib.sha256(raw).hexdigest()
-    return BundleIndex(moved, sizes, tuple(upstream), sequence, sender, float(created), digest=digest)
+    documents = _documents(doc.get("documents", []))
+    return BundleIndex(moved, sizes, tuple(upstream), sequence, sender, float(created), digest=digest, documents=documents)
+
+
+def _documents(value: object) -> tuple[str, ...]:
+    """Signed documents that travel with the names, as text: what they say is judged by who takes them in."""
+    if not isinstance(value, list) or len(value) > MAX_DOCUMENTS:
+        raise Invalid("the documents of the index are no list", expected=f"at most {MAX_DOCUMENTS} compact JWS", reason="documents")
+    for token in value:
+        if not isinstance(token, str) or len(token) > MAX_DOCUMENT_BYTES or not COMPACT.match(token):
+            raise Invalid("a document of the index is no compact JWS", expected=f"at most {MAX_DOCUMENT_BYTES} bytes", reason="documents")
+    if len(set(value)) != len(value):
+        raise Invalid("the index holds one document twice", expected="each once", reason="documents")
+    return tuple(value)
 
 
 def _name(item: object) -> BundleName:

@@ -76,25 +76,33 @@ def _public(pem: str) -> ec.EllipticCurvePublicKey:
     return key
 
 
+def _spki(key: ec.EllipticCurvePublicKey, encoding: serialization.Encoding) -> bytes:
+    return key.public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
 def public_pem(private_pem: bytes) -> str:
     """The SPKI PEM of a private key; raises Invalid."""
-    raw = _private(private_pem).public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return raw.decode()
+    return _spki(_private(private_pem).public_key(), serialization.Encoding.PEM).decode()
 
 
-def _spki_sha256(pem: str) -> bytes:
-    der = _public(pem).public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return hashlib.sha256(der).digest()
+def plain_pem(pem: str) -> str:
+    """A public key's PEM and nothing that stood around it; raises Invalid."""
+    return _spki(_public(pem), serialization.Encoding.PEM).decode()
+
+
+def spki_sha256(pem: str) -> bytes:
+    """The SHA-256 of a public key's SPKI DER; raises Invalid."""
+    return hashlib.sha256(_spki(_public(pem), serialization.Encoding.DER)).digest()
 
 
 def kid(pem: str) -> str:
     """The key id of a public PEM: first 16 hex digits of the SHA-256 of its SPKI DER; raises Invalid (docs/format.md section 8)."""
-    return _spki_sha256(pem).hex()[:16]
+    return spki_sha256(pem).hex()[:16]
 
 
 def hint(pem: str) -> str:
     """The key hint that cosign's bundles carry: base64 of the SHA-256 of the SPKI DER; never security."""
-    return base64.b64encode(_spki_sha256(pem)).decode()
+    return base64.b64encode(spki_sha256(pem)).decode()
 
 
 def sign(private_pem: bytes, data: bytes) -> bytes:
@@ -456,13 +464,8 @@ class SiteTrust:
     def as_json(self) -> dict[str, object]:
         """The document as a JSON object."""
         keys = [[{"kid": k, "pem": p} for k, p in sorted(m.items())] for m in (self.release_keys, self.lease_keys)]
-        return {
-            "schema": 1,
-            "instance": self.instance,
-            "release_keys": keys[0],
-            "lease_keys": keys[1],
-            "revocation_serial": self.revocation_serial,
-        }
+        head: dict[str, object] = {"schema": 1, "instance": self.instance, "revocation_serial": self.revocation_serial}
+        return head | {"release_keys": keys[0], "lease_keys": keys[1]}
 
 
 def _keys(value: object) -> dict[str, str]:

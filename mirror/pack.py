@@ -12,7 +12,7 @@ from pathlib import Path
 from artifact import bundle, medium
 from artifact.errors import Invalid, NotFound
 from artifact.upstream import check_fact
-from mirror import receipts
+from mirror import documents, receipts
 from mirror.home import MirrorHome, Named
 
 KINDS = {"model": "model", "profiles": "profiles"}
@@ -25,10 +25,11 @@ class Plan:
     names: tuple[medium.BundleName, ...]
     objects: dict[str, int]
     upstream: tuple[dict[str, object], ...]
+    documents: tuple[str, ...] = ()
 
 
 def plan(home: MirrorHome) -> Plan:
-    """Names, objects and upstream facts of everything in staging; raises NotFound naming what staging lacks, Invalid when it holds no name."""
+    """All that staging holds, with the documents of this mirror; raises NotFound naming what staging lacks, Invalid when it holds no name."""
     names = home.names()
     if not names:
         raise Invalid("staging holds no name", expected="at least one synced item", do=f"airlock mirror sync plan.yaml --home {home.path}")
@@ -46,7 +47,8 @@ def plan(home: MirrorHome) -> Plan:
             f"staging lacks {len(missing)} of {len(objects)} objects: {shown}", do="run airlock mirror sync again", reason="missing_objects"
         )
     moved = tuple(medium.BundleName(n.name, n.ref, n.digest, n.media_type, n.display, KINDS.get(n.kind, "image")) for n in names)
-    return Plan(moved, objects, tuple(_upstream(n) for n in names if n.upstream))
+    carried = tuple(found.head.token for found in documents.listed(home))
+    return Plan(moved, objects, tuple(_upstream(n) for n in names if n.upstream), carried)
 
 
 def _upstream(named: Named) -> dict[str, object]:
@@ -72,15 +74,15 @@ def pack(
         wanted = plan(home)
         held = receipts.held(receipts.read(receipt, home, now), home) if receipt else set()
         objects = {digest: size for digest, size in wanted.objects.items() if digest not in held}
-        done = bundle.write_bundle(
-            directory, home.path / "tuf", home.id, wanted.names, objects, wanted.upstream, home.disk.path, now, progress, begin
-        )
+        facts = (wanted.names, objects, wanted.upstream)
+        done = bundle.write_bundle(directory, home.path / "tuf", home.id, *facts, home.disk.path, now, progress, begin, wanted.documents)
     return {
         "sequence": done.sequence,
         "changed": done.changed,
         "sender": home.id,
         "directory": str(directory),
         "names": len(wanted.names),
+        "documents": len(wanted.documents),
         "objects": done.objects,
         "bytes": done.objects_bytes,
         "copied": done.copied,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NoReturn, cast
 
 from sqlalchemy import Connection, Engine, delete, func, insert, or_, select, update
@@ -31,6 +32,7 @@ from registry.home import Home
 from registry.people import Facts
 from registry.rows import ensure_org, ignore_duplicates
 
+Found = Document | tuple[str, AirlockError]  # what the keys say of a text: the document, or why it is refused
 RIGHTS = ("tier", "models", "actions", "products", "environments", "gpus", "max_keys", "grace")
 NEXT_UPDATE = "90d"
 LOCAL = "issued here"
@@ -137,20 +139,21 @@ class Intake:
     def __init__(self, audit: Audit, home: Home, floor: Floor) -> None:
         self._audit, self._home, self._floor = audit, home, floor
 
-    def read(self, tokens: Iterable[str]) -> list[Document | tuple[str, AirlockError]]:
+    def read(self, tokens: Iterable[str]) -> list[Found]:
         """Documents as far as keys judge them, in the order in which they are taken: lists first, then by serial; raises Mismatch."""
         issuers, out, bad = self._home.issuers(), list[Document](), list[tuple[str, AirlockError]]()
         for token in tokens:
             try:
                 out.append(d.read(token, issuers, self._home.instance))
-            except Mismatch:
-                raise
+            except Mismatch as error:
+                what = f"the document {digest_of(token.encode())} was altered: {error.what}"
+                raise Mismatch(what, expected=error.expected, do="fetch it again from its issuer", reason="signature") from error
             except AirlockError as error:
                 bad.append((token, error))
         out.sort(key=lambda found: (isinstance(found, Licence), found.head.issuer, found.head.serial))
         return [*out, *bad]
 
-    def take_all(self, conn: Connection, call: Call, found: Iterable[Document | tuple[str, AirlockError]], source: str) -> list[Facts]:
+    def take_all(self, conn: Connection, call: Call, found: Iterable[Found], source: str) -> list[Facts]:
         """What became of each, one after the other; a refused one changes nothing but its record."""
         out = []
         for item in found:
@@ -164,7 +167,7 @@ class Intake:
                 out.append(self.refused(conn, call, item, error, source))
         return out
 
-    def refused(self, conn: Connection, call: Call, item: Document | tuple[str, AirlockError], error: AirlockError, source: str) -> Facts:
+    def refused(self, conn: Connection, call: Call, item: Found, error: AirlockError, source: str) -> Facts:
         """Records a refusal and returns it as an outcome."""
         token = item[0] if isinstance(item, tuple) else item.head.token
         facts: Facts = {"document": "unknown", "state": "refused"} if isinstance(item, tuple) else _outcome(item, "refused")
@@ -176,6 +179,8 @@ class Intake:
     def take(self, conn: Connection, call: Call, found: Document, source: str) -> Facts:
         """Takes one in; raises Denied `expired`, `issuer_revoked`, `revoked`, `serial`, `issuer`, Conflict `document_conflict`, before any change."""
         alone(conn, "documents")  # a list and the document that it revokes come one after the other
+        if found.head.iat <= call.now + d.MAX_AHEAD_S:
+            call = replace(call, now=max(call.now, found.head.iat))  # it cannot be earlier than what was signed
         facts = self._licence(conn, call, found, source) if isinstance(found, Licence) else self._list(conn, call, found, source)
         self._floor.raise_to(found.head.iat)
         return facts
@@ -293,7 +298,7 @@ class Documents(Desk):
             begun.append(retried(self._engine, work))
         return [jti for jti in begun if jti]
 
-    def _taken(self, call: Call, item: Document | tuple[str, AirlockError], source: str) -> Facts:
+    def _taken(self, call: Call, item: Found, source: str) -> Facts:
         """What became of one document in a transaction of its own; a refusal is recorded, then raised."""
 
         def work(conn: Connection) -> Facts:
@@ -321,7 +326,7 @@ class Documents(Desk):
         token = body.get("document")
         if not isinstance(token, str):
             raise Invalid("document is missing or not text", expected=d.EXPECTED, reason="body")
-        item: Document | tuple[str, AirlockError]
+        item: Found
         try:
             item = d.read(token, self._home.issuers(), self._home.instance)
         except AirlockError as error:

@@ -176,9 +176,34 @@ class Home:
             out[path.stem] = pem
         return out
 
-    def site_trust(self) -> trust.SiteTrust:
+    def pin_issuer(self, pem: str, sha256: str) -> str:
+        """Pins the public key of an issuer of entitlements, compared with the SHA-256 on paper, and returns its kid; again is a no-op.
+
+        Raises Invalid, Mismatch, Unavailable.
+        """
+        digest, kid = trust.spki_sha256(pem).hex(), trust.kid(pem)
+        if digest != sha256.lower().removeprefix("sha256:"):
+            raise Mismatch(
+                f"the issuer's key has SHA-256 {digest}",
+                expected=sha256,
+                do="compare with the line that airlock entitlement issuer printed",
+                reason="issuer",
+            )
+        path = self.path / "trust" / ISSUERS / f"{kid}.pem"
+        try:
+            write_new(path, trust.plain_pem(pem).encode(), 0o644)
+        except OSError as error:
+            raise Unavailable(f"{path} cannot be written: {error.strerror}", do=f"let this user write {path.parent}") from error
+        return kid
+
+    def vendor_key(self, kind: str) -> bytes | None:
+        """The PEM with which a vendor's signatures of a kind of NGC artefact verify, as the operator put it here; None without one."""
+        path = self.path / "trust" / "vendors" / f"ngc-{kind}.pem"
+        return path.read_bytes()[:65536] if path.is_file() else None
+
+    def site_trust(self, revocation_serial: int = 0) -> trust.SiteTrust:
         """What runtimes of this site pin: the public halves of the release and lease keys, and of those that they replaced."""
-        return trust.SiteTrust(self.instance, self.keys.public_keys("release"), self.keys.public_keys("lease"))
+        return trust.SiteTrust(self.instance, self.keys.public_keys("release"), self.keys.public_keys("lease"), revocation_serial)
 
     def senders(self) -> dict[str, str]:
         """The pinned senders: id to SHA-256 (hex) of their first root."""

@@ -29,6 +29,7 @@ from registry import tables as t
 from registry.audit import Audit
 from registry.blobs.file import location_of
 from registry.database import alone
+from registry.documents import Documents, Found
 from registry.floor import Floor
 from registry.home import Home
 from registry.library import Library
@@ -36,6 +37,7 @@ from registry.uploads import OCTETS, SURPLUS_S, pieces_of
 
 BUFFER = 1024 * 1024
 RECEIPT_LIFE_S = 10 * 365 * 86400
+MAX_TOLD = 100  # refused documents that a receipt names
 Report = dict[str, object]
 
 
@@ -57,6 +59,10 @@ class Site(Protocol):
     @property
     def floor(self) -> Floor:
         """The lowest time that it can be."""
+
+    @property
+    def documents(self) -> Documents:
+        """Entitlements and revocation lists."""
 
     @property
     def library(self) -> Library:
@@ -82,11 +88,15 @@ def import_bundle(
 
 def _import(site: Site, directory: Path, state: Path, now: float, progress: Callable[[int], None], begin: Callable[[int], None]) -> Report:
     index = open_bundle(directory, state, site.home.pinned_root(state.parent.name), now)
+    papers = site.documents.intake.read(index.documents)
     done = state.parent / "imported" / str(index.sequence)
     report: Report = {"sequence": index.sequence, "sender": index.sender, "names": len(index.names), "objects": len(index.objects)}
     report |= {"older": index.older, "copied": 0, "copied_bytes": 0, "lost": _lost(done.parent, index)}
     if (index.known or index.older) and done.exists() and done.read_text().strip() == index.digest and _held(site, index):
-        return report | {"imported": False}
+        if not papers:
+            return report | {"imported": False, "documents": []}
+        with site.catalog.writing() as conn:  # one that was refused may be taken now: its issuer was pinned meanwhile
+            return report | {"imported": False, "documents": _take(site, conn, index, papers, now)}
     disk = Disk(site.home.path)
     reached, places, dead = _reach(site, disk, directory, index)
     blobs = {d: s for d, s in reached.blobs.items() if d in index.objects and d not in places and (d in dead or disk.size(d) != s)}
@@ -95,7 +105,7 @@ def _import(site: Site, directory: Path, state: Path, now: float, progress: Call
     begin(need)
     copied = sum(_copy(disk, directory, digest, blobs[digest], progress) for digest in sorted(blobs))
     places |= {d: _place(site, disk, d, reached.blobs[d]) for d in sorted(reached.blobs.keys() - places.keys())}
-    kept = _store(site, index, reached, places, dead, now)
+    kept, taken = _store(site, index, reached, places, dead, now, papers)
     for manifest in reached.manifests.values():
         if catalog.kind_of(manifest) == "model":
             site.library.fill_facts(manifest)
@@ -104,8 +114,8 @@ def _import(site: Site, directory: Path, state: Path, now: float, progress: Call
     done.parent.mkdir(mode=0o700, exist_ok=True)
     medium.replace_file(done, index.digest.encode() + b"\n")
     with suppress(OSError):  # a medium that is write-protected brings no receipt home
-        (directory / medium.RECEIPT).write_text(_receipt(site, index, now))
-    return report | {"imported": True, "copied": len(blobs), "copied_bytes": copied, "requires_kept": kept}
+        (directory / medium.RECEIPT).write_text(_receipt(site, index, now, taken))
+    return report | {"imported": True, "copied": len(blobs), "copied_bytes": copied, "requires_kept": kept, "documents": taken}
 
 
 def _held(site: Site, index: medium.BundleIndex) -> bool:
@@ -303,9 +313,26 @@ def _add(conn: Connection, digest: str, size: int, location: str, dead: str = ""
         catalog.add_garbage(conn, dead, 0, now + SURPLUS_S)
 
 
-def _store(site: Site, index: medium.BundleIndex, reached: medium.Closure, places: dict[str, str], dead: dict[str, str], now: float) -> list[str]:
-    """All of it or nothing; the names whose requirements an administrator has set otherwise than the bundle says."""
-    call = Call(Principal(key_id="site", org=""), None, f"import-{index.sender}-{index.sequence}", now)
+def _call(index: medium.BundleIndex, now: float) -> Call:
+    return Call(Principal(key_id="site", org=""), None, f"import-{index.sender}-{index.sequence}", now)
+
+
+def _take(site: Site, conn: Connection, index: medium.BundleIndex, papers: list[Found], now: float) -> list[Report]:
+    """What became of the documents of the index; one that is refused stops nothing else, and serials decide whatever the bundle's age."""
+    return site.documents.intake.take_all(conn, _call(index, now), papers, f"bundle {index.sender}/{index.sequence}")
+
+
+def _store(
+    site: Site,
+    index: medium.BundleIndex,
+    reached: medium.Closure,
+    places: dict[str, str],
+    dead: dict[str, str],
+    now: float,
+    papers: list[Found],
+) -> tuple[list[str], list[Report]]:
+    """All of it or nothing; the names whose requirements an administrator has set otherwise, and what became of the documents."""
+    call = _call(index, now)
     kinds = {n.name: n for n in index.names}
     with site.catalog.writing() as conn:
         kept = upstream.left(conn, kinds)
@@ -333,7 +360,8 @@ def _store(site: Site, index: medium.BundleIndex, reached: medium.Closure, place
             objects=len(index.objects),
             older=index.older,
         )
-        return upstream.add(conn, site.audit, call, index.upstream, index.sender, index.sequence, older=index.older, kept=kept)
+        said = upstream.add(conn, site.audit, call, index.upstream, index.sender, index.sequence, older=index.older, kept=kept)
+        return said, _take(site, conn, index, papers, now)
 
 
 def _repository(conn: Connection, name: str, display: str, now: float) -> int:
@@ -391,7 +419,8 @@ def add_small(site: Site, conn: Connection, repo_id: int, blobs: dict[str, bytes
         catalog.link_blob(conn, repo_id, digest)
 
 
-def _receipt(site: Site, index: medium.BundleIndex, now: float) -> str:
+def _receipt(site: Site, index: medium.BundleIndex, now: float, taken: list[Report]) -> str:
+    refused = [{"digest": one["digest"], "reason": one["reason"]} for one in taken if one["state"] == "refused"]
     claims: dict[str, object] = {
         "iss": site.home.instance,
         "sub": f"sender:{index.sender}",
@@ -401,6 +430,7 @@ def _receipt(site: Site, index: medium.BundleIndex, now: float) -> str:
         "exp": int(now) + RECEIPT_LIFE_S,
         "sequence": index.sequence,
         "index": index.digest,
+        "documents": {"taken": len(taken) - len(refused), "refused": refused[:MAX_TOLD]},
     }
     key = site.home.release_key()
     pem = trust.public_pem(key)

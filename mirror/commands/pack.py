@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     elif report["changed"]:
         print(
             f"bundle {report['sequence']} of sender {report['sender']} in {report['directory']}: "
-            f"{report['names']} names, {report['objects']} objects, "
+            f"{report['names']} names, {report['documents']} documents, {report['objects']} objects, "
             f"{report['bytes']} bytes ({report['copied']} objects, {report['copied_bytes']} bytes copied now)"
         )
     else:

@@ -43,10 +43,13 @@ def main(argv: list[str]) -> int:
         print(json.dumps(report))
         return 0
     what = f"bundle {report['sequence']} of sender {report['sender']}"
+    taken = report["documents"] if isinstance(report["documents"], list) else []
     if not report["imported"]:
         print(f"{what} was already imported: nothing to do")
+        print(*map(_document, taken), sep="\n", end="\n" if taken else "")
         return 0
     print(f"imported {what}: {report['names']} names, {report['objects']} objects, {report['copied_bytes']} bytes copied")
+    print(*map(_document, taken), sep="\n", end="\n" if taken else "")
     if report["older"]:
         print("it is older than what was imported before: its content was added, no name was moved")
     for name in report["requires_kept"] if isinstance(report["requires_kept"], list) else []:
@@ -54,3 +57,12 @@ def main(argv: list[str]) -> int:
     if report["lost"]:
         print(f"never imported here: bundles {', '.join(map(str, report['lost'] if isinstance(report['lost'], list) else []))}")
     return 0
+
+
+def _document(one: dict[str, object]) -> str:
+    """What became of a document that came along."""
+    if one["state"] == "refused":
+        return f"refused {one['document']} {one.get('jti', one['digest'])}: {one['what']}"
+    whose = f" of {one['org']}" if one["org"] else ""
+    state = f"takes over on {one['begins']}" if one["state"] == "later" else one["state"]
+    return f"{one['document']} {one['jti']}{whose} by {one['issuer']}, serial {one['serial']}: {state}"

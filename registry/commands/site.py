@@ -1,4 +1,4 @@
-"""`airlock site init|trust|secrets|rotate`: a site's secrets and the sender it trusts; what its runtimes are given."""
+"""`airlock site init|trust|issuer|secrets|rotate`: a site's secrets, the sender and the issuers it trusts; what its runtimes are given."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pathlib import Path
 from artifact.errors import Invalid, NotFound, Unavailable
 from registry.home import MAX_ROOT_BYTES, Home
 from registry.keyring import ROTATED
+from registry.settings import Settings
+from registry.wiring import open_site
 
 EXAMPLES = """examples:
   airlock site init --data /srv/airlock --trust-root 1.root.json --sha256 3f4c...
   airlock site trust --data /srv/airlock --to site-trust.json
   airlock site secrets --data /srv/airlock
-  airlock site rotate lease --data /srv/airlock"""
+  airlock site rotate lease --data /srv/airlock
+  airlock site issuer issuer.pub --sha256 51ab... --data /srv/airlock"""
 
 TOLD = {
     "lease": " Runtimes need the new site-trust.json at once (airlock site trust), if --prepare did not come first.",
@@ -37,21 +40,24 @@ def main(argv: list[str]) -> int:
     turn = words.add_parser("rotate", help="replace a secret; the old one stays for verification", epilog=EXAMPLES.splitlines()[4])
     turn.add_argument("name", choices=ROTATED, help="which; docs/operations.md, Secrets, says when the old one may go")
     turn.add_argument("--prepare", action="store_true", help="only make the next one: it is accepted from now on, and used from the next rotate on")
+    pin = words.add_parser("issuer", help="pin the key of who may issue entitlements for this site", epilog=EXAMPLES.splitlines()[5])
+    pin.add_argument("file", type=Path, metavar="FILE", help="the public half that airlock entitlement issuer wrote")
+    pin.add_argument("--sha256", required=True, help="the SHA-256 that airlock entitlement issuer printed, from paper")
     data_default = os.environ.get("AIRLOCK_DATA")
-    for word in (init, give, show, turn):
+    for word in (init, give, show, turn, pin):
         word.add_argument("--data", type=Path, default=data_default, required=not data_default, help="the data directory (env AIRLOCK_DATA)")
         word.add_argument("--json", action="store_true", help="print one JSON object")
     init.add_argument("--trust-root", type=Path, help="1.root.json of the mirror; without it the site accepts no bundle yet")
     init.add_argument("--sha256", default="", help="the SHA-256 that airlock mirror init printed, from paper")
     give.add_argument("--to", type=Path, required=True, help="the file to write")
     given = parser.parse_args(argv)
-    return {"init": _init, "trust": _trust, "secrets": _secrets, "rotate": _rotate}[given.word](given)
+    return {"init": _init, "trust": _trust, "secrets": _secrets, "rotate": _rotate, "issuer": _issuer}[given.word](given)
 
 
 def _init(given: argparse.Namespace) -> int:
     if given.sha256 and given.trust_root is None:
         raise Invalid("--sha256 was given without --trust-root", expected="both, or neither")
-    raw = _read(given.trust_root) if given.trust_root else b""
+    raw = _read(given.trust_root, "1.root.json of the mirror") if given.trust_root else b""
     if raw:
         Home.check_root(raw, given.sha256)  # before anything is made
     home = Home.open(Path(given.data), create=True)
@@ -71,17 +77,21 @@ def _init(given: argparse.Namespace) -> int:
     return 0
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, expected: str) -> bytes:
     try:
         with path.open("rb") as source:
             return source.read(MAX_ROOT_BYTES + 1)
     except OSError as error:
-        raise NotFound(f"the trust root {path} cannot be read: {error.strerror}", expected="1.root.json of the mirror") from error
+        raise NotFound(f"{path} cannot be read: {error.strerror}", expected=expected) from error
 
 
 def _trust(given: argparse.Namespace) -> int:
     home = Home.open(Path(given.data))
-    raw = json.dumps(home.site_trust().as_json(), sort_keys=True, indent=1).encode() + b"\n"
+    serial = 0
+    if home.database or home.elsewhere:
+        with open_site(Settings.load(given.data), background=False) as site:
+            serial = site.documents.revocation_serial()
+    raw = json.dumps(home.site_trust(serial).as_json(), sort_keys=True, indent=1).encode() + b"\n"
     temporary = given.to.with_name(given.to.name + ".partial")
     try:
         temporary.write_bytes(raw)
@@ -91,9 +101,17 @@ def _trust(given: argparse.Namespace) -> int:
         raise Unavailable(f"{given.to} cannot be written: {error.strerror}", expected="a directory that this user may write") from error
     digest = hashlib.sha256(raw).hexdigest()
     if given.json:
-        print(json.dumps({"file": str(given.to), "sha256": digest, "instance": home.instance}))
+        print(json.dumps({"file": str(given.to), "sha256": digest, "instance": home.instance, "revocation_serial": serial}))
     else:
-        print(f"wrote {given.to} (SHA-256 {digest}) for the runtimes of site {home.instance}")
+        print(f"wrote {given.to} (SHA-256 {digest}) for the runtimes of site {home.instance}; leases below revocation serial {serial} are refused")
+    return 0
+
+
+def _issuer(given: argparse.Namespace) -> int:
+    home = Home.open(Path(given.data))
+    kid = home.pin_issuer(_read(given.file, "the public key of an issuer").decode("ascii", "replace"), given.sha256)
+    words = f"pinned the issuer {kid}: site {home.instance} takes its entitlements and revocation lists"
+    print(json.dumps({"kid": kid, "instance": home.instance}) if given.json else words)
     return 0
 
 
