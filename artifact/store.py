@@ -94,6 +94,16 @@ class File:
 
 
 @dataclass(frozen=True)
+class Change:
+    """One change of a commit: a file put under a path by its digest, or with an empty digest removed; a path with a last `/` is a folder removed."""
+
+    path: str
+    digest: str = ""
+    size: int | None = None  # None: that of the stored bytes
+    lfs: bool = False
+
+
+@dataclass(frozen=True)
 class Page:
     """A bounded page of a listing; `after` is the cursor of the next page, empty at the end."""
 
@@ -191,6 +201,14 @@ class Files(ABC):
     @abstractmethod
     def files(self, call: Call, repo: str, ref: str, prefix: str = "", after: str = "", limit: int = 1000) -> tuple[Revision, Page]:
         """Files of a revision below `prefix`, in byte order."""
+
+    @abstractmethod
+    def commit(self, call: Call, repo: str, branch: str, parent: str | None, changes: Sequence[Change], title: str = "") -> Revision:
+        """Puts a new revision on a branch: the parent's files with the changes; None is whatever the branch names, "" nothing.
+
+        What changes nothing is the parent itself, so that a request may be repeated. Raises NotFound `revision`, `entry` or `manifest_blob`,
+        Conflict `moved` or `immutable`, Denied, Invalid, TooLarge.
+        """
 
 
 class BlobStore(ABC):

@@ -31,7 +31,7 @@ class Doors(BaseRoute):
             settings.x_accel,
         )
         self.oci, self.admin, self.token = OciDoor(), AdminDoor(site.check), TokenDoor()
-        self.hub = HubDoor(lambda x: (settings.public_url or f"{x.scope['scheme']}://{x.headers.get('host', '')}").rstrip("/"))
+        self.hub = HubDoor()
 
     def matches(self, scope: Scope) -> tuple[Match, Any]:
         """Takes every HTTP request."""

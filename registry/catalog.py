@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection as Connection
 from sqlalchemy import Engine, Select, and_, bindparam, case, cast, func, or_, select
 
-from artifact.grant import PROFILES, model_of
+from artifact.grant import model_of
 from artifact.manifest import is_digest
 from artifact.store import Descriptor, File
 from registry import tables as t
@@ -55,6 +55,7 @@ from registry.statements import (
     FILE_BY_DIGEST,
     FILE_BY_REF,
     HAS_POLICY,
+    MODEL,
     OBJECT,
     OBJECT_BY_ALIAS,
     REPOSITORY,
@@ -138,9 +139,7 @@ class Catalog:
 
     def repositories(self, prefix: str, after: str, limit: int, org: str) -> list[Repo]:
         """Repositories that hold a manifest and that a key of `org` might see, in byte order of their names."""
-        kind = R.c.name.like("%" + PROFILES)
-        policy = P.c.name == case((kind, func.substr(R.c.name, 1, func.length(R.c.name) - len(PROFILES))), else_=R.c.name)
-        source = R.outerjoin(P, policy).outerjoin(O, O.c.id == case((HAS_POLICY, P.c.org_id), else_=R.c.org_id))
+        source = R.outerjoin(P, P.c.name == MODEL).outerjoin(O, O.c.id == case((HAS_POLICY, P.c.org_id), else_=R.c.org_id))
         found = (
             select(*COLUMNS)
             .select_from(source)
@@ -157,14 +156,34 @@ class Catalog:
         with self.reading() as conn:
             return list(conn.execute(found).scalars())
 
-    def details(self, repo_id: int, limit: int = 1000) -> list[dict[str, object]]:
-        """Each ref with its manifest's digest, type, size, and the number and bytes of its files."""
+    def ref(self, repo_id: int, name: str) -> tuple[str, str]:
+        """The digest and the kind of a ref itself, without what `main` or a commit may mean beside it; empty where there is none."""
+        found = select(M.c.digest, t.ref.c.kind).join(M, M.c.id == t.ref.c.manifest_id).where(t.ref.c.repo_id == repo_id)
+        row = self._one(found.where(t.ref.c.name == bindparam("ref")), ref=name)
+        return (row.digest, row.kind) if row else ("", "")
+
+    def branches(self, repo_id: int, limit: int) -> list[tuple[str, str, str]]:
+        """Name, kind and commit of each ref that names a model revision, in byte order."""
+        r = t.ref.c
+        found = select(r.name, r.kind, V.c.commit).join(V, and_(V.c.repo_id == r.repo_id, V.c.manifest_id == r.manifest_id))
+        with self.reading() as conn:
+            rows = conn.execute(found.where(r.repo_id == repo_id).order_by(r.name, V.c.commit).limit(limit)).all()
+        return [(row.name, row.kind, row.commit) for row in rows]
+
+    def commits(self, repo_id: int, limit: int) -> list[tuple[str, str, str, float]]:
+        """Commit, parent, title and time of the newest revisions."""
+        found = select(V.c.commit, V.c.parent, V.c.title, V.c.at).where(V.c.repo_id == repo_id).order_by(V.c.at.desc()).limit(limit)
+        with self.reading() as conn:
+            return [(row.commit, row.parent, row.title, row.at) for row in conn.execute(found)]
+
+    def details(self, repo_id: int, limit: int = 1000, *, dated: bool = False) -> list[dict[str, object]]:
+        """Each ref with its manifest's digest, type, size, and the number and bytes of its files; `dated` also when it was set, as `at`."""
         files, size = func.count(t.file.c.path), cast(func.coalesce(func.sum(t.file.c.size), 0), t.Id)  # PostgreSQL sums to numeric
         source = t.ref.join(M, M.c.id == t.ref.c.manifest_id).outerjoin(t.file, t.file.c.manifest_id == M.c.id)
         source = source.outerjoin(V, and_(V.c.repo_id == t.ref.c.repo_id, V.c.manifest_id == M.c.id))
-        columns = (t.ref.c.name, M.c.digest, M.c.media_type, M.c.artifact_type, M.c.size, func.max(V.c.commit).label("commit"))
-        found = select(*columns, files.label("files"), size.label("bytes")).select_from(source).where(t.ref.c.repo_id == repo_id)
-        found = found.group_by(t.ref.c.name, M.c.digest, M.c.media_type, M.c.artifact_type, M.c.size).order_by(t.ref.c.name).limit(limit)
+        columns = (t.ref.c.name, M.c.digest, M.c.media_type, M.c.artifact_type, M.c.size, *((t.ref.c.at,) if dated else ()))
+        found = select(*columns, func.max(V.c.commit).label("commit"), files.label("files"), size.label("bytes")).select_from(source)
+        found = found.where(t.ref.c.repo_id == repo_id).group_by(*columns).order_by(t.ref.c.name).limit(limit)
         with self.reading() as conn:
             rows = conn.execute(found).mappings().all()
         return [{("ref" if k == "name" else k): (v if v is not None else "") for k, v in row.items()} for row in rows]
@@ -191,9 +210,17 @@ class Catalog:
         out: list[tuple[str, str]] = []
         with self.reading() as conn:
             for part in chunks(sorted(set(digests))):
-                known = select(t.blob_fact.c.digest).where(t.blob_fact.c.git_oid != "")
-                found = select(t.blob.c.digest, t.blob.c.location).where(t.blob.c.digest.in_(part), t.blob.c.digest.not_in(known))
+                known = select(t.blob_fact.c.digest).where(t.blob_fact.c.digest == t.blob.c.digest, t.blob_fact.c.git_oid != "")
+                found = select(t.blob.c.digest, t.blob.c.location).where(t.blob.c.digest.in_(part), ~known.exists())
                 out.extend((r.digest, r.location) for r in conn.execute(found))
+        return out
+
+    def blake3(self, digests: Iterable[str]) -> dict[str, str]:
+        """The BLAKE3 of those of these blobs for which it is known."""
+        f, out = t.blob_fact.c, dict[str, str]()
+        with self.reading() as conn:
+            for part in chunks(sorted(set(digests))):
+                out |= {row.digest: row.blake3 for row in conn.execute(select(f.digest, f.blake3).where(f.digest.in_(part), f.blake3 != ""))}
         return out
 
     def expired_uploads(self, now: float, limit: int = 1000) -> list[str]:

@@ -9,13 +9,31 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from artifact.errors import Denied, Invalid, Mismatch, NotFound, RangeInvalid
+from artifact.card import MAX_CARD, README, facts_of
+from artifact.errors import Conflict, Denied, Invalid, Mismatch, NotFound, RangeInvalid, TooLarge
 from artifact.grant import PROFILES, Decision, Principal
-from artifact.manifest import Manifest, check_digest, files_of, is_digest, own_type, parse_manifest
-from artifact.store import BlobStore, Call, Content, Descriptor, File, Files, Page, Registry, Revision, Upload
+from artifact.manifest import (
+    COMMIT,
+    EMPTY_BYTES,
+    FACTS_TYPE,
+    PARENT,
+    SOURCE,
+    TITLE,
+    Manifest,
+    build_model,
+    check_digest,
+    check_ref,
+    files_of,
+    is_commit,
+    is_digest,
+    own_type,
+    parse_manifest,
+)
+from artifact.store import BlobStore, Call, Change, Content, Descriptor, File, Files, Page, Registry, Revision, Upload
 from registry import catalog as c
 from registry.audit import Audit
 from registry.catalog import Catalog, Located, Repo
+from registry.revising import Head, commit_of, revised, title_of
 from registry.uploads import OCTETS, Uploads, ensure_repository
 from registry.uploads import pieces_of as pieces_of
 
@@ -23,6 +41,8 @@ MAX_PAGE = 1000
 URL_LIFE_S = 600  # a location waits longer than this for its removal
 MAX_REFERRERS, MAX_REFERRER_BYTES = 1000, 4 * 1024 * 1024  # of one answer; the bytes are those of the manifests, which are read for it
 GIT_FACT_BYTES = 10 * 1024 * 1024
+MAIN = "main"
+COMMIT_TRIES = 5  # of a commit on whatever a branch names, when others move it meanwhile
 
 
 def local_call(now: float, request_id: str = "") -> Call:
@@ -296,6 +316,112 @@ class Library(Registry, Files):
         size = _limit(limit)
         items = tuple(with_oid(f) for f in self.catalog.files(found.manifest_id, prefix, after, size))
         return Page(items, items[-1].path if items and len(items) == size else "")
+
+    # ---- commits
+
+    def commit(self, call: Call, repo: str, branch: str, parent: str | None, changes: Sequence[Change], title: str = "") -> Revision:
+        """Puts a new revision on a branch, in one transaction with its audit row (artifact/store.py, Files.commit)."""
+        self._demand(call)
+        check_ref(branch)
+        sized = [self._sized(repo, change) if change.digest and change.size is None else change for change in changes]
+        tries = COMMIT_TRIES if parent is None else 1
+        while True:
+            tries -= 1
+            try:
+                return self._commit(call, repo, branch, parent, sized, title_of(title))
+            except Conflict as error:
+                if error.reason != "moved" or not tries:
+                    raise
+
+    def _sized(self, repo: str, change: Change) -> Change:
+        found = self.catalog.find(repo, change.digest)
+        if found is None or not found.location:
+            raise NotFound(f"{repo} does not hold {change.digest}", expected="every file uploaded before", reason="manifest_blob")
+        return replace(change, size=found.size)
+
+    def _commit(self, call: Call, repo: str, branch: str, parent: str | None, changes: Sequence[Change], title: str) -> Revision:
+        head = self._branch(repo, branch)
+        if parent is not None and parent != head.commit:
+            if head.parent == parent and self._repeats(repo, head, changes, title):
+                return self._revision(repo, head.commit, branch)
+            raise Conflict(f"{branch} is at {head.commit or 'nothing'} now", expected=parent or "no revision", do="look at it again", reason="moved")
+        try:
+            files = revised(head.files, changes)
+        except NotFound:
+            if head.parent and self._repeats(repo, head, changes, title):
+                return self._revision(repo, head.commit, branch)
+            raise
+        if head.commit and files == head.files:
+            return self._revision(repo, head.commit, branch)
+        commit = commit_of(head.commit, files, title)
+        manifest = parse_manifest(self._built(call, repo, files, head.commit, commit, title))
+        self.fill_facts(manifest)
+
+        def work(conn: c.Connection) -> None:
+            repo_id = ensure_repository(conn, call, repo)
+            c.check_quota(conn, repo, manifest.digest, len(manifest.raw))
+            rule = c.Rule(call.decision is not None and call.decision.action == "create", head.own)
+            who = call.principal.key_id
+            c.add_manifest(conn, repo_id, manifest, refs=[branch], ref_kind="branch", at=call.now, name=repo, key_id=who, rule=rule)
+            self.audit.change(conn, call, "push", f"{repo}@{manifest.digest}", refs=[branch], commit=commit)
+
+        self.catalog.change(work)
+        return self._revision(repo, commit, branch)
+
+    def _revision(self, repo: str, commit: str, branch: str) -> Revision:
+        found = self.catalog.locate(repo, commit)
+        if found is None or not found.digest:
+            raise absent(repo, commit, found, "revision")
+        return replace(as_revision(found, branch), ref=branch)
+
+    def _branch(self, repo: str, branch: str) -> Head:
+        """What a branch names, nothing where the repository has none yet; raises NotFound `revision`, Invalid for what is no branch."""
+        found = self.catalog.locate(repo, branch)
+        if found is None or not found.digest:
+            if branch == MAIN:
+                return Head()
+            raise NotFound(f"{repo} has no branch {branch[:100]}", do="create the branch first", reason="revision")
+        own, kind = self.catalog.ref(found.repo.id, branch)
+        if (not own and is_commit(branch)) or (kind == "tag" and branch != MAIN):
+            raise Invalid(f"{branch[:100]} is no branch", expected="a branch", do="commit to main, or create a branch", reason="ref")
+        return replace(self.head(repo, as_revision(found, branch)), own=own)
+
+    def head(self, repo: str, revision: Revision) -> Head:
+        """A revision with its files, read from its manifest."""
+        found = self.catalog.find(repo, revision.digest)
+        if found is None or found.raw is None:
+            raise absent(repo, revision.digest, found, "revision")
+        manifest = parse_manifest(found.raw, found.media_type)
+        return Head(revision.commit, manifest.annotations.get(PARENT, ""), files_of(manifest))
+
+    def _repeats(self, repo: str, head: Head, changes: Sequence[Change], title: str) -> bool:
+        """Whether these changes of the head's parent are what made the head: the request came before, and its answer was lost."""
+        before = self.catalog.locate(repo, head.parent) if head.parent else None
+        if head.parent and (before is None or not before.digest):
+            return False
+        files = self.head(repo, as_revision(before, head.parent)).files if before else ()
+        try:
+            return commit_of(head.parent, revised(files, changes), title) == head.commit
+        except NotFound:
+            return False
+
+    def _built(self, call: Call, repo: str, files: Sequence[File], parent: str, commit: str, title: str) -> bytes:
+        """The manifest of a new revision, its facts layer and config stored; raises TooLarge `files`, Invalid."""
+        source = f"push://{repo}"
+        facts = facts_of(source, self._beginning(repo, next((f for f in files if f.path == README), None)))
+        notes = {SOURCE: source, COMMIT: commit} | ({PARENT: parent} if parent else {}) | ({TITLE: title} if title else {})
+        stored = self.put(call, repo, facts)
+        self.put(call, repo, EMPTY_BYTES)
+        try:
+            return build_model(files, Descriptor(FACTS_TYPE, stored.digest, stored.size), notes)
+        except TooLarge as error:
+            raise TooLarge(error.what, expected=error.expected, reason="files") from error
+
+    def _beginning(self, repo: str, readme: File | None) -> bytes:
+        found = self.catalog.find(repo, readme.digest) if readme else None
+        if found is None or not found.location:
+            return b""  # a README that is not there is refused with the manifest
+        return b"".join(pieces_of(self.blobs.open(found.location, 0, min(found.size, MAX_CARD))))
 
 
 def _limit(limit: int) -> int:

@@ -17,12 +17,14 @@ from artifact.manifest import is_digest
 from artifact.store import Call
 from registry import tables as t
 from registry.catalog import storable
-from registry.holders import caller, principal_of
+from registry.holders import Badge, as_badge, badge, caller, principal_of
 from registry.statements import (
     BY_DIGEST,
     BY_REF,
     FILE_BY_DIGEST,
     FILE_BY_REF,
+    HUB_FILE,
+    HUB_NAMES,
     OBJECT,
     OBJECT_BY_ALIAS,
     Located,
@@ -32,9 +34,12 @@ from registry.statements import (
     as_object,
 )
 
-Ask = tuple[str, ...]  # ("manifest", name, ref), the same without its bytes ("head", …), ("object", name, digest) or ("file", name, ref, path)
+Found = Located | Badge | None
+# ("manifest", name, ref), the same without its bytes ("head", …), ("object", name, digest), ("file", name, ref, path), ("badge",), or the same file
+# and, with an empty path, revision of the first of three names that exists: ("hub", ref, path, name, name, name)
+Ask = tuple[str, ...]
 USED = {"manifest": ("name", "model", "ref"), "object": ("name", "model", "digest"), "file": ("name", "model", "ref", "path")}
-USED["head"] = USED["manifest"]
+USED |= {"head": USED["manifest"], "badge": (), "hub": ("ref", "path", *HUB_NAMES)}
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,12 @@ class Sought(Call):
 
     ask: Ask = ()
     found: Located | None = None
+    badge: Badge | None = None
+
+    def of_hub(self, name: str, ref: str, path: str | None = None) -> bool:
+        """Whether `found` is this revision or file of that repository, which was asked for by several names."""
+        same = self.ask[:2] == ("hub", ref) and path in (None, *self.ask[2:3])
+        return same and self.found is not None and self.found.repo.name == name
 
     def object(self, name: str, digest: str) -> bool:
         """Whether `found` is this manifest or blob whole, with its bytes or their location."""
@@ -57,24 +68,28 @@ class Lookup:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def seek(self, ask: Ask, *, hmac: bytes = b"", key_id: str = "") -> tuple[Principal | None, Located | None]:
+    def seek(self, ask: Ask, *, hmac: bytes = b"", key_id: str = "") -> tuple[Principal | None, Found]:
         """The holder of a key, by its HMAC or its id, and what was found for `ask`, by one statement."""
-        kind, name, ref, *path = ask
-        values: dict[str, object] = {"name": name, "model": model_of(name), "ref": ref, "digest": ref, "path": path[0] if path else ""}
+        kind, ref = ask[0], ask[2] if len(ask) > 2 and ask[0] != "hub" else ""
+        if kind == "hub":
+            values: dict[str, object] = dict(zip(USED["hub"], ask[1:], strict=True))
+        else:
+            name, path = (*ask[1:2], "")[0], (*ask[3:4], "")[0]
+            values = {"name": name, "model": model_of(name), "ref": ref, "digest": ref, "path": path}
         if not all(storable(value) for value in values.values()):
-            name, ref = "", ""  # names nothing, as it would in the catalog
-            values |= {"name": name, "model": name, "ref": ref, "digest": ref, "path": ""}
+            ref, values = "", dict.fromkeys(values, "")  # names nothing, as it would in the catalog
         values = {k: values[k] for k in USED[kind]} | ({"hmac": hmac} if hmac else {"key_id": key_id if storable(key_id) else ""})
         statement = _joint("hmac" if hmac else "key_id", kind, is_digest(ref), not ref.startswith("sha512:"))
         with t.reading(self._engine) as conn:
             rows = conn.execute(statement, values).all()
         principal = principal_of([row for row in rows if row.key_id is not None])
-        row = next((row for row in rows if row.key_id is None), None)
-        if row is None:
+        sought = [row for row in rows if row.key_id is None]
+        if not sought:
             return principal, None
-        if kind == "object":
-            return principal, as_object(row)
-        return principal, as_file(row) if kind == "file" else as_located(row, getattr(row, "raw", None))
+        row = sought[0]
+        if kind in ("object", "badge"):
+            return principal, as_object(row) if kind == "object" else as_badge(sought)
+        return principal, as_file(row) if kind in ("file", "hub") else as_located(row, getattr(row, "raw", None))
 
 
 @functools.cache
@@ -85,6 +100,8 @@ def _joint(by: str, kind: str, digest: bool, own: bool) -> CompoundSelect[Any]:
         "manifest": (BY_DIGEST if digest else BY_REF).add_columns(M.c.raw),
         "object": OBJECT if own else OBJECT_BY_ALIAS,
         "file": FILE_BY_DIGEST if digest else FILE_BY_REF,
+        "hub": HUB_FILE,
+        "badge": badge(by),
     }
     left, right = caller(by).subquery("holder"), objects[kind].subquery("sought")
     no_key = [type_coerce(null(), c.type).label(c.name) for c in left.c]

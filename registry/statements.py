@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Select, and_, bindparam, case, func, literal, select
 
-from artifact.grant import Subject
+from artifact.grant import PROFILES, Subject
 from artifact.store import Descriptor, File
 from registry import tables as t
 
@@ -78,7 +78,10 @@ COLUMNS = (
     case((HAS_POLICY, P.c.requires_tier), else_=R.c.requires_tier).label("requires_tier"),
     case((HAS_POLICY, P.c.requires_product), else_=R.c.requires_product).label("requires_product"),
 )
-_FROM = R.outerjoin(P, P.c.name == bindparam("model")).outerjoin(O, O.c.id == case((HAS_POLICY, P.c.org_id), else_=R.c.org_id))
+_OWNER = O.c.id == case((HAS_POLICY, P.c.org_id), else_=R.c.org_id)
+_FROM = R.outerjoin(P, P.c.name == bindparam("model")).outerjoin(O, _OWNER)
+MODEL = case((R.c.name.like("%" + PROFILES), func.substr(R.c.name, 1, func.length(R.c.name) - len(PROFILES))), else_=R.c.name)
+HUB_NAMES = ("name0", "name1", "name2")
 
 
 def _named() -> Any:
@@ -86,6 +89,16 @@ def _named() -> Any:
     by_name = select(own.c.id).where(own.c.name == bindparam("name")).scalar_subquery()
     by_alias = select(t.alias.c.repo_id).where(t.alias.c.name == bindparam("name")).scalar_subquery()
     return R.c.id == func.coalesce(by_name, by_alias)
+
+
+def _first_named() -> Any:
+    """The first of the names that exists: what a Hub id may mean (registry/hub.py)."""
+    found: list[Any] = []
+    for word in HUB_NAMES:
+        own = t.repository.alias(word)
+        found.append(select(own.c.id).where(own.c.name == bindparam(word)).scalar_subquery())
+        found.append(select(t.alias.c.repo_id).where(t.alias.c.name == bindparam(word)).scalar_subquery())
+    return R.c.id == func.coalesce(*found)
 
 
 def _by_ref() -> Any:
@@ -113,17 +126,17 @@ def _manifest(join: Any) -> Select[Any]:
     return select(*COLUMNS, *_HEAD, V.c.commit, V.c.at).select_from(found).where(_named()).limit(1)
 
 
-def _file(join: Any) -> Select[Any]:
-    found = (
-        _FROM.outerjoin(M, join).outerjoin(V, _VERSION).outerjoin(t.file, and_(t.file.c.manifest_id == M.c.id, t.file.c.path == bindparam("path")))
-    )
+def _file(join: Any, start: Any = _FROM, named: Any = None) -> Select[Any]:
+    path = and_(t.file.c.manifest_id == M.c.id, t.file.c.path == bindparam("path"))
+    found = start.outerjoin(M, join).outerjoin(V, _VERSION).outerjoin(t.file, path)
     found = found.outerjoin(t.blob_fact, t.blob_fact.c.digest == t.file.c.digest)
     columns = (t.file.c.path, t.file.c.digest.label("fdigest"), t.file.c.size.label("fsize"), t.file.c.lfs, t.blob_fact.c.git_oid)
-    return select(*COLUMNS, *_HEAD, V.c.commit, V.c.at, *columns).select_from(found).where(_named()).limit(1)
+    return select(*COLUMNS, *_HEAD, V.c.commit, V.c.at, *columns).select_from(found).where(_named() if named is None else named).limit(1)
 
 
 BY_REF, BY_DIGEST = _manifest(_by_ref()), _manifest(_linked(M.c.digest == bindparam("ref")))
 FILE_BY_REF, FILE_BY_DIGEST = _file(_by_ref()), _file(_linked(M.c.digest == bindparam("ref")))
+HUB_FILE = _file(_by_ref(), R.outerjoin(P, P.c.name == MODEL).outerjoin(O, _OWNER), _first_named())
 
 
 def _object(held: Any) -> Select[Any]:

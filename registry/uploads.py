@@ -58,11 +58,11 @@ class Uploads:
         self.catalog, self.blobs, self.audit = catalog, blobs, audit
         self.ttl_s, self.lease_s = ttl_s, lease_s
 
-    def begin(self, call: Call, repo: str, *, digest: str | None, size: int | None, algorithm: str) -> StoredUpload:
+    def begin(self, call: Call, repo: str, *, digest: str | None, size: int | None, algorithm: str, upload_id: str | None = None) -> StoredUpload:
         """Starts an upload, hashed by SHA-256 and by the algorithm announced; raises Unsupported, Denied `quota` where the size is known."""
         if algorithm not in ALGORITHMS:
             raise Unsupported(f"uploads by {algorithm[:20]} are not accepted", expected=" or ".join(ALGORITHMS), reason="digest")
-        row = UploadRow(secrets.token_urlsafe(24), check_name(repo), call.principal.key_id, algorithm, 0, b"", 0)
+        row = UploadRow(upload_id or secrets.token_urlsafe(24), check_name(repo), call.principal.key_id, algorithm, 0, b"", 0)
         with self.catalog.writing() as conn:
             if size is not None:
                 c.check_quota(conn, repo, digest or "", size)

@@ -1,105 +1,52 @@
-"""The Hugging Face Hub door: the read routes that huggingface_hub, transformers and vLLM use; it words answers, the guard decides.
+"""The Hugging Face Hub door: the routes that huggingface_hub, transformers and vLLM use; it words answers, the guard decides.
 
-Order of names: the id as a canonical name, then `hf/<id>` escaped (docs/format.md section 2). Nothing here is ever compressed.
+Order of names: the id as a canonical name, then `hf/<id>` escaped (docs/format.md section 2); below an organisation's endpoint its own names first.
+Nothing here is ever compressed, and nothing tells of Xet. What changes something is in registry/hub_writing.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
-from typing import Any, TypeVar
-from urllib.parse import parse_qsl, quote, urlencode
+from typing import Any
+from urllib.parse import quote, urlencode
 
 from artifact import errors
-from artifact.manifest import FACTS_TYPE, check_name, check_path, check_ref, hub_name, parse_json, parse_manifest
+from artifact.grant import includes
+from artifact.manifest import FACTS_TYPE, check_path, is_digest, parse_json, parse_manifest
 from artifact.store import Call, Content, File, Revision
+from registry import hub
 from registry.exchange import Exchange, Gone, all_items
+from registry.hub_writing import HubWriter
 
-T = TypeVar("T")
 _FILES, _PAGE, _FACTS_BYTES = 10_000, 1000, 4 * 1024 * 1024
-_NAMED = {"repo": "RepoNotFound", "revision": "RevisionNotFound", "entry": "EntryNotFound"}
-_STATUS: dict[type[errors.AirlockError], int] = {
-    errors.Unauthenticated: 401,
-    errors.Denied: 403,
-    errors.NotFound: 404,
-    errors.Invalid: 400,
-    errors.Mismatch: 400,
-    errors.Conflict: 409,
-    errors.RangeInvalid: 416,
-    errors.TooLarge: 413,
-    errors.Unsupported: 405,
-    errors.Throttled: 429,
-    errors.Unavailable: 503,
+# What follows a model's id, and how many parts each takes at least; `allow` is what a client may do there.
+_WORDS = {
+    "revision": (1, "GET, HEAD"),
+    "tree": (1, "GET, HEAD"),
+    "paths-info": (1, "POST"),
+    "refs": (0, "GET, HEAD"),
+    "commits": (1, "GET, HEAD"),
+    "auth-check": (0, "GET, HEAD"),
+    "preupload": (1, "POST"),
+    "commit": (1, "POST"),
+    "branch": (1, "POST, DELETE"),
+    "tag": (1, "POST, DELETE"),
+    "xet-read-token": (0, "GET"),
+    "xet-write-token": (0, "GET"),
 }
-
-
-def hub_names(repo_id: str) -> list[str]:
-    """The canonical names that a Hub id may mean, in order; raises NotFound for what cannot be an id."""
-    found: list[str] = []
-    with suppress(errors.Invalid):
-        found.append(check_name(repo_id.lower()))
-    with suppress(errors.Invalid):
-        found.append(hub_name(repo_id))
-    if not found or "--" in repo_id:
-        raise errors.NotFound(f"{repo_id[:100]!r} is not a model id", expected="namespace/name", reason="repo")
-    return found
-
-
-def _git_sha1(raw: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(raw) + raw, usedforsecurity=False).hexdigest()
-
-
-def _pointer(file: File) -> bytes:
-    return f"version https://git-lfs.github.com/spec/v1\noid {file.digest}\nsize {file.size}\n".encode()
-
-
-def _as_lfs(file: File) -> bool:
-    """Whether a file is shown as LFS: also where its git id is unknown, so that clients can check its sha256."""
-    return file.lfs or not file.git_oid
-
-
-def _node(file: File) -> dict[str, object]:
-    out: dict[str, object] = {"type": "file", "path": file.path, "size": file.size, "oid": file.git_oid}
-    if _as_lfs(file):
-        pointer = _pointer(file)
-        out |= {"oid": _git_sha1(pointer), "lfs": {"oid": file.digest.split(":")[1], "size": file.size, "pointerSize": len(pointer)}}
-    return out
-
-
-def _tree(files: list[File], prefix: str, recursive: bool) -> list[dict[str, object]]:
-    nodes: list[dict[str, object]] = []
-    seen: set[str] = set()
-    base = f"{prefix}/" if prefix else ""
-    for file in files:
-        if not file.path.startswith(base):
-            continue
-        parts = file.path[len(base) :].split("/")
-        for depth in range(1, len(parts) if recursive else min(2, len(parts))):
-            folder = base + "/".join(parts[:depth])
-            if folder not in seen:
-                seen.add(folder)
-                oid = hashlib.sha1(folder.encode(), usedforsecurity=False).hexdigest()
-                nodes.append({"type": "directory", "path": folder, "size": 0, "oid": oid})
-        if recursive or len(parts) == 1:
-            nodes.append(_node(file))
-    return nodes
-
-
-def _when(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+_UNSERVED = ("settings", "super-squash", "lfs-files", "discussions", "duplicate", "like", "user-access-request", "safetensors-metadata", "likers")
 
 
 class HubDoor:
-    """Dispatches one Hub exchange; `public_url` is the base of the absolute links in listings."""
+    """Dispatches one Hub exchange."""
 
-    def __init__(self, public_url: Callable[[Exchange], str]) -> None:
-        self.public_url = public_url
+    def __init__(self) -> None:
+        self.writer = HubWriter()
 
     async def __call__(self, x: Exchange) -> None:
         """Answers in the Hub's shapes."""
+        reading = x.method in ("GET", "HEAD") or "/paths-info/" in x.path
         try:
             await self._serve(x)
         except Gone:
@@ -107,103 +54,100 @@ class HubDoor:
         except errors.AirlockError as error:
             if x.started:
                 raise
-            await self._refuse(x, error)
-
-    async def _refuse(self, x: Exchange, error: errors.AirlockError) -> None:
-        status = next((s for cls, s in _STATUS.items() if isinstance(error, cls)), 500)
-        words = error.what + (f"; {error.do}" if error.do else "")
-        headers = {"x-error-message": words}
-        if status == 404:
-            headers["x-error-code"] = _NAMED.get(error.reason, "RepoNotFound")
-            if "commit" in error.ids:
-                headers["x-repo-commit"] = error.ids["commit"]
-        elif status == 403:
-            headers["x-error-code"] = "GatedRepo"
-        elif status == 401:  # the exact text keeps clients from turning it into "repository not found"; our words are in the body
-            headers |= {"x-error-message": "Invalid credentials in Authorization header", "www-authenticate": "Bearer"}
-        elif status == 405:
-            headers["allow"] = error.ids.get("allow", "")
-        elif status == 429:
-            headers["retry-after"] = error.ids["retry_after"]
-        elif status == 416 and "total" in error.ids:
-            headers["content-range"] = f"bytes */{error.ids['total']}"
-        await x.json(status, {"error": words, "reason": error.reason}, headers)
+            status, headers = hub.refusal(error, reading)
+            words = {"error": error.what + (f"; {error.do}" if error.do else ""), "reason": error.reason}
+            await x.json(status, words | ({"url": error.ids["url"]} if "url" in error.ids else {}), headers)  # that of a repository that exists
 
     async def _serve(self, x: Exchange) -> None:
-        parts = x.raw_parts[1:]
-        method = "GET" if x.method == "HEAD" else x.method
+        at = hub.place(x.raw_parts[1:])
+        parts = at.parts
         if parts[0] != "api":
-            await self._resolve(x, method, parts)
-        elif parts[1:2] == ["agent-harnesses"]:
+            await self._content(x, at)
+        elif parts[1:2] == ("agent-harnesses",):
             await x.json(200, {"standardEnvVars": [], "harnesses": {}})
-        elif parts[1:2] == ["telemetry"]:
+        elif parts[1:2] == ("telemetry",):
             await x.answer(200, {})
-        elif parts[1:] == ["whoami-v2"]:
+        elif parts[1:] == ("whoami-v2",):
             await self._whoami(x)
-        elif parts[1:2] == ["models"] and len(parts) > 2:
-            await self._model(x, method, parts[2:])
+        elif parts[1:] == ("validate-yaml",):
+            await self.writer.validate(x)
+        elif parts[1:2] == ("repos",):
+            await self.writer.repos(x, at)
+        elif parts[1:] == ("models",):
+            await self._models(x, at)
+        elif parts[1:2] == ("models",):
+            await self._model(x, at)
         else:
             raise errors.NotFound("this registry has no such route", expected="models", reason="repo")
 
-    async def _model(self, x: Exchange, method: str, parts: list[str]) -> None:
-        words = {"revision": 1, "tree": 1, "paths-info": 1, "refs": 0, "commits": 1, "auth-check": 0}
-        at = next((i for i in range(1, len(parts)) if parts[i] in words), len(parts))
-        repo_id, word, rest = "/".join(parts[:at]), parts[at] if at < len(parts) else "", parts[at + 1 :]
-        if word and len(rest) < words[word]:
-            raise errors.NotFound("the revision is missing", reason="revision")
-        if (method == "POST") != (word == "paths-info") or method not in ("GET", "POST"):
-            allow = "POST" if word == "paths-info" else "GET, HEAD"
+    async def _model(self, x: Exchange, at: hub.Place) -> None:
+        parts = at.parts[2:]
+        method = "GET" if x.method == "HEAD" else x.method
+        where = next((i for i in range(1, len(parts)) if parts[i] in _WORDS or parts[i] in _UNSERVED), len(parts))
+        names = at.names("/".join(parts[:where]))
+        word, rest = (parts[where] if where < len(parts) else ""), parts[where + 1 :]
+        if word in _UNSERVED:
+            await x.call(lambda call: x.guard.ping(call))
+            raise errors.Unsupported(f"{word} is not served here", do="see docs/operations.md for what is", reason="not_served")
+        least, allow = _WORDS.get(word, (0, "GET, HEAD"))
+        if method not in allow:
             raise errors.Unsupported(f"{x.method} is not served here", expected=allow, allow=allow)
+        if len(rest) < least or (word == "tree" and not rest[0]):
+            raise errors.NotFound("the revision is missing", reason="revision")
+        ref = "/".join(rest)
         if word in ("", "revision"):
-            await self._info(x, repo_id, "/".join(rest) if word else x.param("revision", "main"))
+            await self._info(x, at, names, ref if word else x.param("revision", "main"))
         elif word == "tree":
-            await self._list(x, repo_id, rest[0], "/".join(rest[1:]).strip("/"))
+            await self._list(x, at, names, rest[0], "/".join(rest[1:]).strip("/"))
         elif word == "paths-info":
-            await self._paths(x, repo_id, "/".join(rest))
+            await self._paths(x, names, ref)
         elif word == "refs":
-            await self._refs(x, repo_id)
+            await self._refs(x, names)
         elif word == "commits":
-            revision, _name = await x.call(lambda call: self._find(x, call, repo_id, "/".join(rest)))
-            title = f"revision {revision.commit[:12]}"
-            entry = {"id": revision.commit, "title": title, "message": "", "date": _when(revision.at), "authors": []}
-            await x.json(200, [entry], {"x-total-count": "1"})
-        else:
-            await x.call(lambda call: self._find(x, call, repo_id, "main"))
+            await self._commits(x, names, ref)
+        elif word == "auth-check":
+            await x.call(lambda call: self._find(x, call, names, "main"), ask=_ask(names, "main"))
             await x.json(200, {})
+        elif word.startswith("xet-"):
+            await self.writer.no_xet(x, at, names, word)
+        else:
+            await self.writer.model(x, at, names, word, ref)
 
     # ---- names
 
-    def _each(self, repo_id: str, ask: Callable[[str], T]) -> T:
-        """The answer for the first name that exists for this caller."""
-        names = hub_names(repo_id)
-        for name in names[:-1]:
-            try:
-                return ask(name)
-            except errors.NotFound as error:
-                if error.reason in ("revision", "entry"):
-                    raise
-        return ask(names[-1])
+    def _find(self, x: Exchange, call: Call, names: Sequence[str], ref: str) -> Revision:
+        return x.guard.revision(call, x.guard.revisions.first(call, names), hub.ref_of(ref))
 
-    def _find(self, x: Exchange, call: Call, repo_id: str, ref: str) -> tuple[Revision, str]:
-        try:
-            check_ref(ref)
-        except errors.Invalid as error:
-            raise errors.NotFound(f"no revision {ref[:100]!r}", reason="revision") from error
-        return self._each(repo_id, lambda name: (x.guard.revision(call, name, ref), name))
-
-    def _files(self, x: Exchange, call: Call, repo_id: str, ref: str) -> tuple[Revision, list[File]]:
-        revision, name = self._find(x, call, repo_id, ref)
-        items = all_items(lambda after: x.guard.files(call, name, revision.commit, "", after, _PAGE)[1], _FILES)
+    def _files(self, x: Exchange, call: Call, names: Sequence[str], ref: str) -> tuple[Revision, list[File]]:
+        revision = self._find(x, call, names, ref)
+        items = all_items(lambda after: x.guard.files(call, revision.name, revision.commit, "", after, _PAGE)[1], _FILES)
         return revision, [f for f in items if isinstance(f, File)]
 
     # ---- routes
 
     async def _whoami(self, x: Exchange) -> None:
-        me = await x.call(x.guard.whoami)
+        def work(call: Call) -> tuple[dict[str, object], str]:
+            writes = any(includes(grant.actions, "create") for grant in call.principal.grants)
+            return x.guard.whoami(call), "write" if writes else "read"
+
+        me, role = await x.call(work)
         org = str(me.get("org", ""))
-        token = {"type": "access_token", "accessToken": {"displayName": me["key_id"], "role": "read"}}
+        token = {"type": "access_token", "accessToken": {"displayName": me["key_id"], "role": role}}
         user = {"type": "user", "id": me["key_id"], "name": org or me["key_id"], "fullname": org, "email": None, "isPro": False}
         await x.json(200, {**user, "orgs": [{"type": "org", "name": org}] if org else [], "auth": token})
+
+    async def _models(self, x: Exchange, at: hub.Place) -> None:
+        """Models that this key sees, a page of names at a time: `search` is a part of the id, `author` its first segment."""
+        search, author = x.param("search").casefold(), x.param("author").casefold()
+        limit, after = max(1, x.number("limit", 100, _PAGE)), x.cursor("cursor")
+        page = await x.call(lambda call: x.guard.catalog_list(call, after, limit))
+        items = page["items"] if isinstance(page["items"], list) else []
+        shown = [(str(i["display"]).removeprefix("hf/"), i) for i in items if i["kind"] == "model"]
+        found = [(i, n) for i, n in shown if search in i.casefold() and author in ("", i.split("/")[0].casefold())]
+        headers = {"link": f'<{self._next(x, limit, page["after"])}>; rel="next"'} if page["after"] else {}
+        same = {"tags": [], "downloads": 0, "likes": 0}
+        listed = [{"_id": "0", "id": i, "modelId": i, "private": n["visibility"] != "public", **same} for i, n in found]
+        await x.json(200, listed, headers)
 
     def _facts(self, x: Exchange, call: Call, name: str, digest: str) -> dict[str, Any]:
         """The revision's facts layer (docs/format.md section 3), empty where there is none."""
@@ -212,121 +156,138 @@ class HubDoor:
         here = replace(call, redirect=False)  # read by the door itself
         return parse_json(_bytes(x.guard.read(here, name, layer.digest)), "the facts") if layer else {}
 
-    async def _info(self, x: Exchange, repo_id: str, ref: str) -> None:
+    async def _info(self, x: Exchange, at: hub.Place, names: Sequence[str], ref: str) -> None:
         blobs = x.param("blobs").lower() == "true"
 
         def work(call: Call) -> dict[str, object]:
-            revision, files = self._files(x, call, repo_id, ref)
+            revision, files = self._files(x, call, names, ref)
             facts = self._facts(x, call, revision.name, revision.digest)
             card = facts.get("card") if isinstance(facts.get("card"), dict) else {}
             tags = facts.get("tags") if isinstance(facts.get("tags"), list) else []
-            shown = revision.display or repo_id
-            at = _when(revision.at)
+            shown = revision.display or revision.name
+            when = hub.when(revision.at)
             out: dict[str, object] = {"_id": "0", "id": shown, "modelId": shown, "author": shown.split("/")[0], "sha": revision.commit}
             out |= {"private": revision.private, "gated": "manual" if revision.gated else False, "disabled": False}
-            out |= {"lastModified": at, "createdAt": at, "tags": tags, "downloads": 0, "likes": 0, "cardData": card, "spaces": []}
+            out |= {"lastModified": when, "createdAt": when, "tags": tags, "downloads": 0, "likes": 0, "cardData": card, "spaces": []}
             out |= {k: card[k] for k in ("pipeline_tag", "library_name") if isinstance(card, dict) and isinstance(card.get(k), str)}
-            out["siblings"] = [_sibling(f, blobs) for f in files]
+            out["siblings"] = [hub.sibling(f, blobs) for f in files]
             out["usedStorage"] = sum(f.size for f in files)
             return out
 
-        await x.json(200, await x.call(work))
+        found = await x.call(work, ask=_ask(names, ref))
+        await x.json(200, found, _warning(x))
 
-    async def _list(self, x: Exchange, repo_id: str, ref: str, prefix: str) -> None:
-        recursive = x.param("recursive").lower() in ("true", "1")
+    async def _list(self, x: Exchange, at: hub.Place, names: Sequence[str], ref: str, prefix: str) -> None:
+        recursive, expand = (x.param(word).lower() in ("true", "1") for word in ("recursive", "expand"))
         limit, start = max(1, x.number("limit", _PAGE, _PAGE)), x.number("cursor", 0, 10**9)
-        revision, files = await x.call(lambda call: self._files(x, call, repo_id, ref))
-        nodes = _tree(files, prefix, recursive)
+        revision, files = await x.call(lambda call: self._files(x, call, names, ref), ask=_ask(names, ref))
+        nodes = hub.tree(files, prefix, recursive)
         if prefix and not nodes:
             raise errors.NotFound(f"no folder {prefix[:200]!r} in this revision", reason="entry", commit=revision.commit)
         headers = {"x-repo-commit": revision.commit}
         if start + limit < len(nodes):
-            keep = [(k, v) for k, v in x.query if k not in ("cursor", "limit")]
-            query = urlencode([*keep, ("limit", limit), ("cursor", start + limit)])
-            headers["link"] = f'<{self.public_url(x)}{quote(x.path)}?{query}>; rel="next"'
-        await x.json(200, nodes[start : start + limit], headers)
+            headers["link"] = f'<{self._next(x, limit, start + limit)}>; rel="next"'
+        page = nodes[start : start + limit]
+        await x.json(200, hub.expanded(page, revision) if expand else page, headers)
 
-    async def _paths(self, x: Exchange, repo_id: str, ref: str) -> None:
-        await x.call(lambda call: self._find(x, call, repo_id, ref))  # a body is read for nobody who may not see the revision
+    @staticmethod
+    def _next(x: Exchange, limit: int, cursor: object) -> str:
+        """The absolute URL of the next page, on the base by which the client knows us."""
+        keep = [(k, v) for k, v in x.query if k not in ("cursor", "limit")]
+        return f"{x.base_url}{quote(x.path)}?{urlencode([*keep, ('limit', limit), ('cursor', str(cursor))])}"
+
+    async def _paths(self, x: Exchange, names: Sequence[str], ref: str) -> None:
+        await x.call(lambda call: self._find(x, call, names, ref), ask=_ask(names, ref))  # no body is read for who may not see the revision
         raw = await x.read_body(4 * 1024 * 1024, "the list of paths")
         as_json = x.headers.get("content-type", "").startswith("application/json")
 
         def work(call: Call) -> tuple[str, list[dict[str, object]]]:
-            wanted = _asked(raw, as_json)  # in the thread: megabytes of it would hold up the loop
-            revision, files = self._files(x, call, repo_id, ref)
-            return revision.commit, [n for n in _tree(files, "", True) if n["path"] in wanted]
+            wanted = hub.asked(raw, as_json, _FILES + 10)  # in the thread: megabytes of it would hold up the loop
+            revision, files = self._files(x, call, names, ref)
+            return revision.commit, [n for n in hub.tree(files, "", True) if n["path"] in wanted]
 
-        commit, nodes = await x.call(work)
+        commit, nodes = await x.call(work, ask=_ask(names, ref))
         await x.json(200, nodes, {"x-repo-commit": commit})
 
-    async def _refs(self, x: Exchange, repo_id: str) -> None:
-        def work(call: Call) -> list[dict[str, str]]:
-            head, name = self._find(x, call, repo_id, "main")
-            out = []
-            names = [str(r) for r in all_items(lambda after: x.guard.refs(call, name, after, _PAGE), _PAGE)]
-            for ref in names if "main" in names else ["main", *names]:
-                commit = head.commit if ref == "main" else x.guard.revision(call, name, ref).commit
-                out.append({"name": ref, "commit": commit})
-            return out
+    async def _refs(self, x: Exchange, names: Sequence[str]) -> None:
+        def work(call: Call) -> list[tuple[str, str, str]]:
+            name = x.guard.revisions.first(call, names)
+            return x.guard.revisions.refs(call, name)
 
         found = await x.call(work)
-        branches = [{"name": f["name"], "ref": "refs/heads/" + f["name"], "targetCommit": f["commit"]} for f in found if f["name"] == "main"]
-        tags = [{"name": f["name"], "ref": "refs/tags/" + f["name"], "targetCommit": f["commit"]} for f in found if f["name"] != "main"]
-        answer: dict[str, object] = {"branches": branches, "tags": tags, "converts": []}
+
+        def shown(kind: str, folder: str) -> list[dict[str, str]]:
+            listed = [(ref, commit) for ref, of, commit in found if (of == "branch") == (kind == "branch")]
+            return [{"name": ref, "ref": f"refs/{folder}/{ref}", "targetCommit": commit} for ref, commit in listed]
+
+        answer: dict[str, object] = {"branches": shown("branch", "heads"), "tags": shown("tag", "tags"), "converts": []}
         await x.json(200, answer | ({"pullRequests": []} if x.param("include_prs") else {}))
 
-    async def _resolve(self, x: Exchange, method: str, parts: list[str]) -> None:
-        at = next((i for i in range(1, len(parts) - 2) if parts[i] == "resolve"), 0)
-        if not at or method != "GET":
+    async def _commits(self, x: Exchange, names: Sequence[str], ref: str) -> None:
+        def work(call: Call) -> list[tuple[str, str, float]]:
+            revision = self._find(x, call, names, ref)
+            return x.guard.revisions.history(call, revision.name, revision, _PAGE)
+
+        found = await x.call(work, ask=_ask(names, ref))
+        listed = [{"id": c, "title": title, "message": "", "date": hub.when(at), "authors": []} for c, title, at in found]
+        await x.json(200, listed, {"x-total-count": str(len(listed))})
+
+    async def _content(self, x: Exchange, at: hub.Place) -> None:
+        """What is not below /api: a file of a revision, or an LFS route of a repository."""
+        parts = at.parts
+        lfs = next((i for i in range(len(parts) - 3) if parts[i].endswith(".git") and parts[i + 1 : i + 3] == ("info", "lfs")), None)
+        if lfs is not None:
+            await self.writer.lfs(x, at, (*parts[:lfs], parts[lfs].removesuffix(".git")), parts[lfs + 3 :])
+            return
+        where = next((i for i in range(1, len(parts) - 2) if parts[i] == "resolve"), 0)
+        if not where or x.method not in ("GET", "HEAD"):
             raise errors.NotFound("this registry has no such route", reason="repo")
-        repo_id, ref, path = "/".join(parts[:at]), parts[at + 1], "/".join(parts[at + 2 :])
+        await self._resolve(x, hub.names_of(parts[:where]), parts[where + 1], "/".join(parts[where + 2 :]))
 
-        def work(call: Call) -> tuple[Revision, File, str, Content | None]:
-            revision, name = self._find(x, call, repo_id, ref)
+    async def _resolve(self, x: Exchange, names: Sequence[str], ref: str, path: str) -> None:
+        ref = hub.ref_of(ref)
+        ask = _ask(names, ref, path)
+
+        def work(call: Call) -> tuple[Revision, File, Content | None]:
+            name = x.guard.revisions.first(call, names)
             try:
-                _same, file = x.guard.file(call, name, revision.commit, check_path(path))
+                revision, file = x.guard.file(call, name, ref, check_path(path))
             except (errors.NotFound, errors.Invalid) as error:
+                if error.reason not in ("entry", "path"):
+                    raise
+                revision = x.guard.revision(call, name, ref)  # of the same row where it was found with the key
                 raise errors.NotFound(f"no file {path[:200]!r} in this revision", reason="entry", commit=revision.commit) from error
-            return revision, file, name, None if x.method == "HEAD" else x.guard.read(call, name, file.digest)
+            return revision, file, None if x.method == "HEAD" else x.guard.read(call, name, file.digest)
 
-        revision, file, name, content = await x.call(work)
-        etag = f'"{file.digest.split(":")[1] if _as_lfs(file) else file.git_oid}"'
+        revision, file, content = await x.call(work, ask=ask)
+        etag = f'"{hub.etag(file)}"'
         base = path.rsplit("/", 1)[-1].replace('"', "").replace("\\", "")
-        headers = {"x-repo-commit": revision.commit, "etag": etag, "x-linked-etag": etag, "x-linked-size": str(file.size)}
+        headers = _warning(x) | {"x-repo-commit": revision.commit, "etag": etag, "x-linked-etag": etag, "x-linked-size": str(file.size)}
         headers |= {"content-type": "application/octet-stream", "content-disposition": f'inline; filename="{base}";', "accept-ranges": "bytes"}
         if content is None:
-            content = Content(file.digest, "", file.size, 0, file.size, data=b"")
+            await x.answer(200, headers | {"content-length": str(file.size)})
+            return
 
         async def again(lo: int, hi: int) -> Content:
-            return await x.call(lambda call: x.guard.read(call, name, file.digest, lo, hi))
+            return await x.call(lambda call: x.guard.read(call, revision.name, file.digest, lo, hi))
 
         await x.content(content, headers, again)
-        await x.served(name, file.digest)
+        await x.served(revision.name, file.digest)
 
 
-def _asked(raw: bytes, as_json: bool) -> set[str]:
-    """The paths that a client asks for, from JSON or from a form; raises Invalid."""
-    if as_json:
-        asked = parse_json(raw, "the list of paths").get("paths")
-    else:
-        try:
-            asked = [v for k, v in parse_qsl(raw.decode("utf-8"), max_num_fields=_FILES + 10) if k == "paths"]
-        except ValueError as error:
-            raise errors.Invalid("the list of paths is not a form", expected="paths=a&paths=b") from error
-    listed = asked if isinstance(asked, list) else [asked]
-    if not all(isinstance(p, str) for p in listed):
-        raise errors.Invalid("paths are not text", expected="a list of strings")
-    return set(listed)
+def _ask(names: Sequence[str], ref: str, path: str = "") -> tuple[str, ...]:
+    """What a request is about, found with its key by one statement; nothing where the revision is a digest."""
+    try:
+        ref = hub.ref_of(ref)
+    except errors.NotFound:
+        return ()
+    padded = (*names, *(names[-1],) * hub.MAX_NAMES)[: hub.MAX_NAMES]
+    return () if is_digest(ref) else ("hub", ref, path, *padded)
 
 
-def _sibling(file: File, blobs: bool) -> dict[str, object]:
-    node = _node(file)
-    out: dict[str, object] = {"rfilename": file.path}
-    if blobs:
-        out |= {"size": file.size, "blobId": node["oid"]}
-        if "lfs" in node:
-            out["lfs"] = {"sha256": file.digest.split(":")[1], "size": file.size, "pointerSize": len(_pointer(file))}
-    return out
+def _warning(x: Exchange) -> dict[str, str]:
+    """What ends soon, in the header that hub clients show their users."""
+    return {"x-hf-warning": f"access; {'; '.join(sorted(x.warnings))}"} if x.warnings else {}
 
 
 def _bytes(content: Content) -> bytes:

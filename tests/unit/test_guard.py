@@ -17,7 +17,7 @@ from sqlalchemy import event, select
 from artifact import manifest as m
 from artifact.errors import AirlockError, Denied, Invalid, NotFound, Unauthenticated, Unavailable
 from artifact.grant import Access, Principal
-from artifact.store import Call, Files, Registry
+from artifact.store import Call, Change, Files, Registry
 from artifact.trust import verify_jws
 from registry import catalog as c
 from registry import tables as t
@@ -65,6 +65,7 @@ def verbs(site: Site, pushed: Pushed) -> dict[str, Callable[[Call], object]]:
         "revision": lambda call: g.revision(call, name, "1"),
         "file": lambda call: g.file(call, name, "1", "config.json"),
         "files": lambda call: g.files(call, name, "1"),
+        "commit": lambda call: g.commit(call, name, "main", None, [Change("x.txt", m.EMPTY_DIGEST, 2)]),
         "catalog_show": lambda call: g.catalog_show(call, name),
         "lease": lambda call: g.lease(call, body),
     }
@@ -125,8 +126,8 @@ def test_visible_but_not_entitled(site: Site, pushed: Pushed) -> None:
     ("actions", "allowed"),
     [
         (("pull",), {"resolve", "stat", "read", "refs", "referrers", "revision", "file", "files", "catalog_show"}),
-        (("push",), {"resolve", "stat", "refs", "referrers", "upload", "resume", "demand_push", "push", "mount", "delete", "catalog_show"}),
-        (("create",), {"resolve", "stat", "refs", "referrers", "upload", "resume", "demand_push", "push", "mount", "catalog_show"}),
+        (("push",), {"resolve", "stat", "refs", "referrers", "upload", "resume", "demand_push", "push", "commit", "mount", "delete", "catalog_show"}),
+        (("create",), {"resolve", "stat", "refs", "referrers", "upload", "resume", "demand_push", "push", "commit", "mount", "catalog_show"}),
         (("auditor",), {"refs", "referrers", "catalog_show"}),
         (("run",), {"lease", "catalog_show"}),
     ],

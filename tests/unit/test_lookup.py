@@ -68,6 +68,30 @@ def asks(pushed: Pushed) -> list[Ask]:
     return found
 
 
+def hub_asks(pushed: Pushed) -> list[Ask]:
+    """A revision or file by several names, of which some are there: the first by name or alias counts."""
+    names = ("acme/tiny", "acme/old", "acme/tiny/profiles", "acme/absent", "hf/acme/x", "", "\0")
+    triples = [(a, b, c) for a in names for b in names[:4] for c in names[:2]]
+    refs = ("1", "main", "absent", "\0")
+    return [("hub", ref, path, *names) for names in triples for ref in refs for path in ("config.json", "none", "")]
+
+
+def test_of_several_names_the_first_that_exists_is_found(site: Site, pushed: Pushed, keys: list[str]) -> None:
+    with site.catalog.writing() as conn:
+        repo = site.catalog.repository("acme/tiny")
+        assert repo is not None
+        conn.execute(t.alias.insert().values(name="acme/old", repo_id=repo.id))
+    lookup, catalog, key = Lookup(site.engine), site.catalog, site.entitlements.hmac(keys[0])
+    for ask in hub_asks(pushed):
+        _, found = lookup.seek(ask, hmac=key)
+        _, ref, path, *names = ask
+        if "\0" in ask:
+            assert found is None, ask
+            continue
+        first = next((name for name in names if catalog.repository(name)), "")
+        assert found == (catalog.file(first, ref, path) if first else None), ask
+
+
 def test_the_joint_statement_is_the_two_of_it(site: Site, pushed: Pushed, keys: list[str]) -> None:
     with site.catalog.writing() as conn:
         repo = site.catalog.repository("acme/tiny")
