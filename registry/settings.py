@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from artifact.errors import Invalid, NotFound
 
@@ -26,7 +25,7 @@ FILE = "registry.yaml"
 MAX_FILE_BYTES = 1024 * 1024
 SIGNED_URL_S = 600  # the longest life of a URL that sends a client to the store
 _ORIGIN = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::([0-9]{1,5}))?/?", re.ASCII)
-_HOOK = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::[0-9]{1,5})?(?:[/?][!-~]*)?", re.ASCII)
+_HOOK = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::([0-9]{1,5}))?(?:[/?][!-~]*)?", re.ASCII)
 _KEY_PREFIX = re.compile(r"nvapi-([a-z0-9]{1,20}-)?")
 _INSIDE = re.compile(r"/(?:[0-9A-Za-z_~-][0-9A-Za-z._~-]*/)+", re.ASCII)
 _SECRET_OPTION = re.compile(r"([?&][^=&]*(?:pass|secret|token|key)[^=&]*=)[^&\s]*", re.IGNORECASE)
@@ -101,7 +100,8 @@ def _web(text: str) -> str:
 
 def _hook(text: str) -> str:
     """A URL that a POST goes to; user and password have no place in it, the body is signed."""
-    if not _HOOK.fullmatch(text) or not 0 < (urlsplit(text).port or 80) <= 65535:
+    found = _HOOK.fullmatch(text)
+    if not found or not 0 < int(found[1] or 80) <= 65535:
         raise ValueError(text)
     return text
 

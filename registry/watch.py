@@ -124,7 +124,7 @@ class Watch:
             mine = []
             for kind, item, ends, days in new:
                 row = ignore_duplicates(conn, t.notice).values(kind=kind, item=item, due=ends, days=days, at=now)
-                if conn.execute(row).rowcount == 1:
+                if conn.execute(row.returning(N.item)).first() is not None:
                     mine.append((kind, item, ends, days))
                     self._site.audit.change(conn, call, "notice", item, kind=kind, ends=ends, days=days, owner=wanted[kind, item, ends, days].org)
             conn.execute(delete(t.notice).where(N.due < self._site.floor.at - FORGET_S))

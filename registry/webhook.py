@@ -65,6 +65,8 @@ def deliver(url: str, body: bytes, key: bytes, timeout_s: float = TIMEOUT_S) -> 
         _connect(connection, secure, timeout_s)
         connection.request("POST", f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}", body=body, headers=headers)
         status = connection.getresponse().status
+        if late.is_set():  # the end that was made of it looks like one of the answer's head
+            raise TimeoutError
     except (OSError, http.client.HTTPException) as error:
         reason = "timeout" if late.is_set() else faults.unreachable(error, "", host, connection.port, timeout_s).reason
         do = "check the receiver, and AIRLOCK_WEBHOOK; an authority of its own goes into SSL_CERT_FILE"

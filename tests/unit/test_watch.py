@@ -1,317 +1,314 @@
-"""The watch over a running model against a stand-in registry over real HTTP: renewal, refusal, absence, thresholds, clock, receipt, what it shows."""
+"""The watch on both databases: each notice once, whoever tells it and however often it starts; the receiver of notices and its faults; figures."""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import json
 import logging
-import re
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select, update
 
-from artifact import trust
-from artifact.errors import Denied, Invalid
-from artifact.grant import date
-from artifact.remote import RemoteRegistry
-from runtime import leases, standing
-from runtime.entitlement import obtain_lease, stored_lease
-from runtime.watch import Watch
-from tests.fakes.site import Site
-from tests.unit.test_runtime_entitlement import CHOICE, KEY, LEASE_KEY, TRUST, claims
+from artifact.errors import Invalid, Unavailable
+from registry import tables as t
+from registry import watch as module
+from registry import webhook
+from registry.calendar import DAY_S
+from registry.job import Job
+from registry.settings import Settings
+from registry.watch import Watch
+from registry.wiring import Site
+from tests.fakes.receiver import Receiver, receiving, refusing
+from tests.site import BACKENDS, running_site
+from tests.unit.test_calendar import document, grant, lease
 
-DAY = 86400
-RECEIPT = {"digest": CHOICE.model_digest, "bytes": 5000, "files": 3}
+SECRET = b"0123456789abcdef0123456789abcdef"
 
 
-def has(site: Site, **changed: Any) -> None:
-    """What the registry says that the key has; ends in days from now."""
+@pytest.fixture(params=BACKENDS)
+def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
+    with running_site(tmp_path, request.param) as opened:
+        yield opened
+
+
+def hooked(site: Site, url: str, secret: Path | None = None) -> Site:
+    """The same site with a receiver of notices."""
+    return replace(site, settings=replace(site.settings, webhook=url, webhook_secret_file=str(secret or "")))
+
+
+def notices(site: Site) -> list[tuple[str, str, int, bool]]:
+    with site.catalog.reading() as conn:
+        n = t.notice.c
+        return [(row.kind, row.item, row.days, row.sent_at > 0) for row in conn.execute(select(t.notice).order_by(n.due, n.item, n.days.desc()))]
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[tuple[str, int]]:
+    """Item and threshold of every notice that was logged since the last time."""
+    found = [getattr(r, "facts", {}) for r in caplog.records if r.name == "airlock.watch"]
+    caplog.clear()
+    return [(str(f["item"]), int(f["threshold"])) for f in found if "threshold" in f]
+
+
+def items(receiver: Receiver) -> list[tuple[str, int]]:
+    return [(i["item"], i["threshold"]) for got in receiver.got for i in json.loads(got.body)["items"]]
+
+
+# ---- once
+
+
+def test_each_threshold_once_across_restarts(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     now = time.time()
-    ends = {k: date(now + v * DAY) if v is not None else "" for k, v in ({"key": 300, "grant": 200, "grace": 214} | changed).items() if k != "serial"}
-    grants = [
-        {"grant_id": "grant-1", "models": ["acme/*"], "actions": ["pull", "run"], "ends": ends["grant"], "grace_ends": ends["grace"]},
-        {"grant_id": "grant-2", "models": ["hf/**"], "actions": ["pull", "run"], "ends": date(now + DAY / 2), "grace_ends": date(now + DAY / 2)},
-        {"grant_id": "grant-3", "models": ["acme/*"], "actions": ["pull"], "ends": date(now + DAY / 2), "grace_ends": date(now + DAY / 2)},
-    ]
-    site.standing = {"key_id": "key-1", "org": "acme", "tier": "enterprise", "key_ends": ends["key"], "entitlement": None, "grants": grants}
-    site.standing |= {"revocation_serial": changed.get("serial", 0), "now": date(now), "warnings": []}
+    end = now + 70 * DAY_S
+    grant(site, "acme", "grant-1", end)
+    said: list[tuple[str, int]] = []
+    for day in range(-1, 75):
+        for _ in range(2):  # each round by a process that was just started
+            Watch(site).notify(now + day * DAY_S + 1)
+        said += told(caplog)
+    assert said == [("grant-1", days) for days in (60, 30, 14, 7, 1, 0)]
+    assert notices(site) == [("grant", "grant-1", days, False) for days in (60, 30, 14, 7, 1, 0)]
+    site.log.settle()
+    with site.catalog.reading() as conn:
+        bodies = conn.execute(select(t.audit_leaf.c.body).where(t.audit_leaf.c.event == "notice")).scalars()
+        assert [json.loads(str(b))["days"] for b in bodies] == [60, 30, 14, 7, 1, 0], "the auditor sees that it was told"
+
+
+def test_another_end_is_told_anew_and_a_late_start_tells_only_the_nearest(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    now = time.time()
+    grant(site, "acme", "grant-1", now + 5 * DAY_S)
+    Watch(site).notify(now)
+    assert told(caplog) == [("grant-1", 7)]
+    with site.catalog.writing() as conn:
+        conn.execute(update(t.key_grant).values(expires=now + 25 * DAY_S))
+    assert Watch(site).notify(now) == 1 and told(caplog) == [("grant-1", 30)]
+    with site.catalog.writing() as conn:
+        conn.execute(update(t.key_grant).values(expires=now + 90 * DAY_S))
+    assert Watch(site).notify(now) == 0 and told(caplog) == []
+
+
+def test_leases_and_what_has_a_successor_are_no_news(site: Site) -> None:
+    now = time.time()
+    lease(site, 1, "node1")
+    document(site, "acme", "doc1", 1, now - DAY_S, now + 5 * DAY_S)
+    document(site, "acme", "doc2", 2, now + 4 * DAY_S, now + 500 * DAY_S, counts=False)
+    watch = Watch(site)
+    assert watch.notify(now) == 0 and not notices(site)
+    assert watch.figures["lease"][1] == 0 and watch.figures["entitlement"][0] == pytest.approx(5, abs=0.01)
+
+
+def test_two_at_once_tell_each_notice_once(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    now = time.time()
+    for n in range(40):
+        grant(site, "acme", f"grant-{n:02}", now + 5 * DAY_S)
+    with receiving() as receiver:
+        start = threading.Barrier(4)
+
+        def work() -> None:
+            start.wait()
+            Watch(hooked(site, receiver.url)).notify(now)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        Watch(hooked(site, receiver.url)).notify(now)
+        every = [(f"grant-{n:02}", 7) for n in range(40)]
+        assert sorted(told(caplog)) == every and sorted(items(receiver)) == every
+
+
+def test_while_another_process_tells_it_nobody_else_does(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    now = time.time()
+    grant(site, "acme", "grant-1", now + 5 * DAY_S)
+    held = Job.take(site.engine, module.NAME, now)
+    assert Watch(site).notify(now) == 0 and told(caplog) == []
+    held.end({}, now)
+    assert Watch(site).notify(now) == 1 and told(caplog) == [("grant-1", 7)]
+
+
+# ---- the receiver
 
 
 @pytest.fixture
-def site() -> Iterator[Site]:
-    made = Site(KEY)
-    gives(made)
-    has(made)
-    yield made
-    made.close()
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "hook.secret"
+    path.write_bytes(SECRET + b"\n")
+    return path
 
 
-def gives(site: Site, life_s: int = 86400, after_s: float = 12960, **changed: Any) -> None:
-    """Leases of that life, each with another id."""
-
-    def lease(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        now = int(time.time())
-        said = {"exp": now + life_s, "renew_after": now + after_s, "grace_s": 3 * DAY, "jti": f"lease-{len(site.log)}"} | changed
-        return 200, {"lease": trust.sign_jws(LEASE_KEY, "lease+jwt", claims(body, **said)), "now": time.time()}
-
-    site.lease = lease
-
-
-def watching(site: Site, folder: Path, **settings: Any) -> Watch:
-    remote = RemoteRegistry(site.url, KEY, timeout_s=2)
-    given = obtain_lease(remote, CHOICE, TRUST, folder)
-    return Watch(remote, CHOICE, TRUST, folder, given, **settings)
-
-
-def asked(site: Site, path: str) -> int:
-    return sum(path in line for line in site.log)
+def test_a_receiver_gets_a_signed_body(site: Site, secret: Path) -> None:
+    now = time.time()
+    grant(site, "acme", "grant-1", now + 5 * DAY_S)
+    lease(site, 1, "node1", grant_id="grant-1")
+    with receiving() as receiver:
+        watch = Watch(hooked(site, receiver.url, secret))
+        watch.notify(now)
+        watch.notify(now + 61)
+        assert len(receiver.got) == 1 and notices(site) == [("grant", "grant-1", 7, True)]
+        got = receiver.got[0]
+    assert got.headers["x-airlock-signature"] == "sha256=" + hmac.new(SECRET, got.body, hashlib.sha256).hexdigest()
+    assert got.headers["content-type"] == "application/json" and got.path == "/hooks/a-secret-path"
+    doc = json.loads(got.body)
+    assert (doc["schema"], doc["event"], doc["instance"]) == (1, "expiring", site.home.instance)
+    item = doc["items"][0]
+    assert (item["kind"], item["item"], item["org"], item["threshold"]) == ("grant", "grant-1", "acme", 7)
+    assert item["stops"] == [{"host": "node1", "model": "acme/m"}]
 
 
-def test_all_is_well(site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    watch = watching(site, tmp_path)
-    with caplog.at_level(logging.INFO, "airlock"):
-        assert 890 < watch.step() <= 900
-    assert (watch.state(), watch.warning(), caplog.text) == ("valid", "", "")
-    assert asked(site, "/leases") == 1
-
-
-def test_the_lease_is_renewed_when_it_is_due_and_not_before(site: Site, tmp_path: Path) -> None:
-    gives(site, after_s=1)
-    watch = watching(site, tmp_path)
-    first = leases.kept(tmp_path)[0].jti
-    assert watch.step() <= 1
-    assert asked(site, "POST /airlock/v1/leases") == 1
-    time.sleep(1.1)
-    watch.step()
-    assert asked(site, "POST /airlock/v1/leases") == 2
-    assert leases.kept(tmp_path)[0].jti != first and watch.known.renewed_at > 0 and 'renewals_total{result="ok"} 1' in "\n".join(watch.metrics())
-
-
-def test_a_wall_clock_far_ahead_does_not_make_it_hurry(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = watching(site, tmp_path)
-    true = time.time
-    monkeypatch.setattr(time, "time", lambda: true() + 2 * DAY)
-    watch.step()
-    assert asked(site, "POST /airlock/v1/leases") == 1
-
-
-def test_a_lease_from_the_cache_is_renewed_as_soon_as_the_registry_answers(site: Site, tmp_path: Path) -> None:
-    watch = watching(site, tmp_path, fresh=False)
-    watch.step()
-    assert asked(site, "POST /airlock/v1/leases") == 2
-
-
-def test_an_absent_registry_is_told_once_with_the_date_and_the_lease_runs_down(
-    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    watch = watching(site, tmp_path)
-    watch.step()
-    site.close()
-    with caplog.at_level(logging.INFO, "airlock"):
-        waits = [watch.step() for _ in range(9)]
-    assert waits[0] < 6 and waits[:8] == sorted(waits[:8]) and 800 < waits[8] < 1000, "the waits grow to the period"
-    last = leases.kept(tmp_path)[0].lease
-    after = date(last.expires + 3 * DAY)
-    (told,) = [r.message for r in caplog.records if "does not answer as it should" in r.message]
-    assert "connection_refused" in told and f"no new start of this model after {after}" in told and "what runs goes on" in told
-    assert watch.warning().startswith(f"the lease is not renewed (connection_refused); no new start of this model after {after}")
-    assert watch.state() == "valid"
-    true = time.time
-    for hours, state in ((25, "grace"), (97, "over")):
-        monkeypatch.setattr(time, "time", lambda hours=hours: true() + hours * 3600)
-        caplog.clear()
-        with caplog.at_level(logging.INFO, "airlock"):
-            watch.step()
-        assert watch.state() == state and "does not answer as it should" in caplog.text
-    assert "until the registry gives a lease" in watch.warning()
-    assert "airlock_start_days_left 0.0000" in watch.metrics()
-
-
-def test_a_wall_clock_that_is_set_back_extends_nothing(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gives(site, life_s=2, grace_s=0)
-    watch = watching(site, tmp_path)
-    site.close()
-    true = time.time
-    monkeypatch.setattr(time, "time", lambda: true() - 365 * DAY)
-    assert watch.state() == "valid"
-    time.sleep(2.1)
-    watch.step()
-    assert watch.state() == "over", "the monotonic clock went on"
-    assert leases.floor(tmp_path) >= true() - 2, "and the next start knows"
-
-
-@pytest.mark.parametrize(("state", "reason"), [("revoked", "key_revoked"), ("expired", "key_expired")])
-def test_a_refusal_is_told_with_its_reason_and_what_was_taken_back_starts_nothing(
-    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture, state: str, reason: str
-) -> None:
-    watch = watching(site, tmp_path)
-    watch.step()
-    site.state = state
-    with caplog.at_level(logging.INFO, "airlock"):
-        watch.step()
-        watch.step()
-    (told,) = [r.message for r in caplog.records if "is refused" in r.message]
-    assert f"({reason})" in told and "2026-01-01" in told and "what runs goes on" in told
-    assert watch.state() == "refused" and f"({reason})" in watch.warning() and KEY not in caplog.text + watch.warning()
-    if state == "revoked":
-        with pytest.raises(Denied, match="the lease was revoked"):
-            stored_lease(CHOICE, TRUST, tmp_path)
-    else:
-        assert stored_lease(CHOICE, TRUST, tmp_path)["iss"] == "site-1", "an end that was reached is the lease's own"
-    site.state = "ok"
-    watch.step()
-    assert watch.state() == "valid" and watch.warning() == "" and stored_lease(CHOICE, TRUST, tmp_path)
-
-
-def test_gpus_in_use_elsewhere_take_nothing_back(site: Site, tmp_path: Path) -> None:
-    gives(site, after_s=1)
-    watch = watching(site, tmp_path)
-    site.lease = lambda body: (403, {"reason": "gpus_exceeded", "what": "1 more GPUs are asked for"})
-    time.sleep(1.1)
-    watch.step()
-    assert watch.known.refused == "gpus_exceeded" and stored_lease(CHOICE, TRUST, tmp_path)
-
-
-@pytest.mark.parametrize("answer", [(200, {"lease": "x", "now": 1}), (200, {}), (503, {"what": "busy"}), (500, {})])
-def test_an_answer_that_makes_no_sense_takes_nothing_back(site: Site, tmp_path: Path, answer: tuple[int, dict[str, Any]]) -> None:
-    watch = watching(site, tmp_path, fresh=False)
-    site.lease = lambda body: answer
-    watch.step()
-    assert watch.known.away and not watch.known.refused and stored_lease(CHOICE, TRUST, tmp_path)
-
-
-def test_an_end_is_told_once_with_what_it_stops(site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    watch = watching(site, tmp_path)
-    has(site, grant=6.5, grace=10)
-    with caplog.at_level(logging.WARNING, "airlock"):
-        watch.step()
-        watch.step()
-        watch.step()
-    (line,) = [r.message for r in caplog.records]
-    assert re.match(r"the grant ends on \S+, in 6 days: that stops pull, run of acme/\*; what runs goes on", line)
-    assert re.match(r"the grant ends on \S+Z, in 6 days$", watch.warning())
-
-
-def test_one_end_is_told_at_each_level_as_time_goes(
-    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    has(site, key=61, grant=None, grace=None)
-    watch = watching(site, tmp_path)
-    gives(site, life_s=400 * DAY)
-    true, told = time.time, []
-    for passed in (0, 1.5, 2, 31.5, 32, 47.5, 54.5, 55, 60.5, 60.8, 61.5, 70):
-        monkeypatch.setattr(time, "time", lambda passed=passed: true() + passed * DAY)
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, "airlock"):
-            watch.step()
-        told += [passed] if "the API key" in caplog.text else []
-    assert told == [1.5, 31.5, 47.5, 54.5, 60.5, 61.5]
-    assert "the API key ended on" in watch.warning()
-
-
-def test_only_what_this_model_depends_on_counts(site: Site, tmp_path: Path) -> None:
-    watch = watching(site, tmp_path)
-    watch.step()
-    assert {e.item for e in watch.known.ends} == {"key-1", "grant-1"}
-
-
-def test_a_rising_revocation_serial_renews_at_once(site: Site, tmp_path: Path) -> None:
-    watch = watching(site, tmp_path)
-    has(site, serial=5)
-    gives(site, revocation_serial=5)
-    watch.step()
-    watch.step()
-    assert asked(site, "POST /airlock/v1/leases") == 2
-    assert stored_lease(CHOICE, trust.SiteTrust("site-1", {}, TRUST.lease_keys, 5), tmp_path)
-
-
-def test_the_receipt_is_sent_once_and_later_where_the_registry_is_away(site: Site, tmp_path: Path) -> None:
-    watch = watching(site, tmp_path, receipt=RECEIPT)
-    watch.step()
-    watch.step()
-    jti = leases.kept(tmp_path)[0].jti
-    assert site.taken == [("verified", {"lease": jti, **RECEIPT})]
-    site.standing = None  # an older registry: neither standing nor receipts
-    older = watching(site, tmp_path, receipt=RECEIPT)
-    for _ in range(3):
-        older.step()
-    assert older.state() == "valid" and asked(site, "/verified") == 2 and older.warning() == ""
-
-
-def test_metrics_have_no_names(site: Site, tmp_path: Path) -> None:
-    has(site, key=None, grant=20, grace=21)
-    watch = watching(site, tmp_path)
-    watch.step()
-    text = "\n".join(watch.metrics())
-    labels = set(re.findall(r"\{(.*?)\}", text))
-    assert labels == {'of="lease"', 'of="grant"', *(f'state="{s}"' for s in ("valid", "grace", "over", "refused"))} | {
-        f'result="{r}"' for r in ("ok", "failed", "refused")
-    }
-    assert re.search(r'airlock_days_left\{of="grant"\} (19\.99\d\d|20\.0000)$', text, re.MULTILINE)
-    assert 'airlock_lease_state{state="valid"} 1' in text and re.search(r"airlock_start_days_left (3\.99\d\d|4\.0000)$", text, re.MULTILINE)
-    assert not re.search(r"acme|grant-1|key-1|host-1|nvapi", text)
-
-
-def test_the_thread_begins_and_ends(site: Site, tmp_path: Path) -> None:
-    watch = watching(site, tmp_path, every_s=0.1, receipt=RECEIPT)
-    watch.start()
-    end = time.monotonic() + 10
-    while asked(site, "/standing") < 3:
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    watch.stop()
-    seen = asked(site, "/standing")
-    time.sleep(0.4)
-    assert asked(site, "/standing") == seen
+def test_without_a_secret_there_is_no_signature(site: Site) -> None:
+    grant(site, "acme", "grant-1", time.time() + 5 * DAY_S)
+    with receiving() as receiver:
+        Watch(hooked(site, receiver.url)).notify(time.time())
+        assert "x-airlock-signature" not in receiver.got[0].headers
 
 
 @pytest.mark.parametrize(
-    "changed",
-    [
-        {"grants": None},
-        {"grants": ["x"]},
-        {"grants": [{}] * 1001},
-        {"key_ends": "soon"},
-        {"key_ends": "9999-12-31T00:00:00Z"},
-        {"key_ends": -1},
-        {"key_ends": [1]},
-        {"entitlement": 5},
-        {"now": "x" * 50},
-    ],
+    ("answers", "reason", "tries"),
+    [((500,), "status", 3), ((404,), "status", 3), (("redirect",), "redirect", 3), (("slow",), "timeout", 3), (("drip",), "timeout", 3)],
 )
-def test_a_standing_that_is_none_is_refused(site: Site, changed: dict[str, Any]) -> None:
-    assert site.standing is not None
-    standing.parse(site.standing)
-    with pytest.raises(Invalid):
-        standing.parse(site.standing | changed)
+def test_a_receiver_that_fails_is_told_and_tried_again_later(
+    site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, answers: tuple[Any, ...], reason: str, tries: int
+) -> None:
+    monkeypatch.setattr(module, "PAUSE_S", 0.01)
+    monkeypatch.setattr(webhook.deliver, "__defaults__", (1.0,))  # the time-out of a try
+    now = time.time()
+    grant(site, "acme", "grant-1", now + 5 * DAY_S)
+    with receiving(*answers) as receiver:
+        watch = Watch(hooked(site, receiver.url), every_s=0.2)
+        begun = time.monotonic()
+        assert watch.notify(now) == 1
+        assert time.monotonic() - begun < 20
+        assert len(receiver.got) == tries and {got.path for got in receiver.got} == {"/hooks/a-secret-path"}, "nobody is sent elsewhere"
+        failed = [getattr(r, "facts") for r in caplog.records if getattr(r, "facts", {}).get("reason") == reason]  # noqa: B009
+        assert len(failed) == 1 and failed[0]["tries"] == tries
+        assert "a-secret-path" not in caplog.text + json.dumps(failed)
+        assert notices(site) == [("grant", "grant-1", 7, False)]
+        assert watch.notify(now) == 0 and len(receiver.got) == tries, "not yet"
+        receiver.answers = [200]
+        time.sleep(0.5)
+        watch.notify(now)
+        assert notices(site) == [("grant", "grant-1", 7, True)] and len(receiver.got) == tries + 1
 
 
-def test_a_grant_that_a_longer_one_covers_counts_no_more() -> None:
-    def grant(number: int, models: list[str], actions: list[str], ends: float) -> dict[str, Any]:
-        return {"grant_id": f"g{number}", "models": models, "actions": actions, "ends": date(ends) if ends else "", "grace_ends": ""}
+def test_a_receiver_that_is_away(site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSE_S", 0.01)
+    grant(site, "acme", "grant-1", time.time() + 5 * DAY_S)
+    waits = []
+    watch = Watch(hooked(site, refusing()))
+    for _ in range(8):
+        watch._not_before = 0.0  # the time has come
+        watch.notify(time.time())
+        waits.append(watch._wait_s)
+    assert waits == [60, 120, 240, 480, 960, 1920, 3600, 3600]
+    assert len([r for r in caplog.records if getattr(r, "facts", {}).get("reason") == "connection_refused"]) == 8
+    for url, reason in (("http://no-such-host.invalid/x", "dns"), (refusing().replace("http:", "https:"), "connection_refused")):
+        with pytest.raises(Unavailable) as caught:
+            webhook.deliver(url, b"{}", b"")
+        assert caught.value.reason == reason
+    with receiving() as receiver, pytest.raises(Unavailable) as caught:
+        webhook.deliver(receiver.url.replace("http:", "https:"), b"{}", b"")
+    assert caught.value.reason == "tls"
 
-    now = 1_800_000_000.0
-    given = [
-        grant(1, ["acme/*"], ["pull"], now - DAY),
-        grant(2, ["acme/*", "hf/**"], ["pull", "run"], now + DAY),
-        grant(3, ["acme/*"], ["admin"], 0),
-        grant(4, ["hf/**"], ["push"], now - DAY),
-        grant(5, ["hf/**"], ["push"], now - DAY),
-    ]
-    doc = {"key_id": "k", "org": "acme", "tier": "", "key_ends": "", "entitlement": None, "grants": given, "revocation_serial": 0, "now": date(now)}
-    found = standing.parse(doc)
-    assert [e.item for e in found.counting() if e.kind == "grant"] == ["g2", "g3", "g4", "g5"]
-    assert [e.item for e in found.running("acme/x") if e.kind == "grant"] == ["g3"]
-    assert [e.item for e in found.running("hf/x/y") if e.kind == "grant"] == ["g2"]
-    assert [e.item for e in found.running("beta/x") if e.kind == "grant"] == []
+
+def test_one_failure_and_then_taken_within_a_round(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSE_S", 0.01)
+    grant(site, "acme", "grant-1", time.time() + 5 * DAY_S)
+    with receiving(503, 200) as receiver:
+        Watch(hooked(site, receiver.url)).notify(time.time())
+        assert len(receiver.got) == 2 and notices(site)[0][3]
 
 
-def test_words_of_an_end() -> None:
-    now = 1_800_000_000.0
-    end = standing.End("entitlement", "j", now + 2.5 * DAY, "x", now + 10 * DAY)
-    assert end.words(now).endswith(", in 2 days") and end.words(now + 2 * DAY).endswith(", in less than a day")
-    assert "its grace ends on" in end.words(now + 3 * DAY) and end.over(now + 10 * DAY) and not end.over(now + 9 * DAY)
-    assert "was revoked on" in standing.End("entitlement", "j", now + DAY, "x", now + DAY, now - 5).words(now)
-    assert [standing.threshold(d) for d in (61, 60, 30.01, 30, 14, 7, 1, 0.1, 0, -5)] == [None, 60, 60, 30, 14, 7, 1, 1, 0, 0]
-    assert standing.End("key", "k", 0.0, "x").days(now) == float("inf") and not standing.End("key", "k", 0.0, "x").over(now)
+def test_what_no_longer_ends_is_not_sent_late_and_old_news_is_no_news(site: Site) -> None:
+    now = time.time()
+    grant(site, "acme", "grant-1", now + 5 * DAY_S)
+    grant(site, "acme", "grant-2", now + 5 * DAY_S)
+    Watch(site).notify(now)
+    with site.catalog.writing() as conn:
+        conn.execute(update(t.key_grant).where(t.key_grant.c.grant_id == "grant-1").values(revoked_at=now))
+        conn.execute(update(t.notice).where(t.notice.c.item == "grant-2").values(at=now - 8 * DAY_S))
+    with receiving() as receiver:
+        Watch(hooked(site, receiver.url)).notify(now)
+        assert not receiver.got
+    assert notices(site) == [("grant", "grant-1", 7, True), ("grant", "grant-2", 7, False)]
+
+
+def test_many_are_sent_in_parts(site: Site) -> None:
+    now = time.time()
+    for n in range(module.BATCH + 5):
+        grant(site, "acme", f"grant-{n:03}", now + 5 * DAY_S)
+    with receiving(200, 500) as receiver:
+        Watch(hooked(site, receiver.url)).notify(now)
+        assert len(json.loads(receiver.got[0].body)["items"]) == module.BATCH
+        receiver.answers = [200]
+        Watch(hooked(site, receiver.url)).notify(now)
+        assert len(json.loads(receiver.got[-1].body)["items"]) == 5
+
+
+@pytest.mark.parametrize("content", [None, b"", b"short", b"x" * 5000])
+def test_a_secret_that_is_none_is_told_and_nothing_is_sent_unsigned(
+    site: Site, secret: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    monkeypatch.setattr(module, "PAUSE_S", 0.01)
+    if content is None:
+        secret.unlink()
+    else:
+        secret.write_bytes(content)
+    grant(site, "acme", "grant-1", time.time() + 5 * DAY_S)
+    with receiving() as receiver:
+        Watch(hooked(site, receiver.url, secret)).notify(time.time())
+        assert not receiver.got and "secret" in caplog.text
+
+
+# ---- rounds and settings
+
+
+def test_a_step_that_fails_does_not_keep_the_others(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise Unavailable("away")
+
+    grant(site, "acme", "grant-1", time.time() + 5 * DAY_S)
+    monkeypatch.setattr(site.floor, "tick", broken)
+    monkeypatch.setattr(site.log, "waiting", broken)
+    failed: list[str] = []
+    watch = Watch(site)
+    watch.audit = {"waiting": 3.0}
+    watch.round(time.time(), lambda step, _error: failed.append(step))
+    assert failed == ["the clock", "the audit log"] and watch.audit == {} and len(notices(site)) == 1
+
+
+def test_it_watches_at_once_and_ends_when_told(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    grant(site, "acme", "grant-1", time.time() + 5 * DAY_S)
+    failed: list[object] = []
+    stop = Watch(site).start(lambda *found: failed.append(found))
+    end = time.monotonic() + 60
+    while not notices(site) and time.monotonic() < end:
+        time.sleep(0.05)
+    begun = time.monotonic()
+    stop()
+    assert len(notices(site)) == 1 and time.monotonic() - begun < 5 and not failed
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://x/y", "http://", "http://u:p@h/x", "http://h:99999/x", "http://h:0x/", "https://h/ä", "http://h /x", "h/x", "http://h:0/"]
+)
+def test_a_webhook_that_is_no_url_is_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        Settings.load(tmp_path, environ={"AIRLOCK_WEBHOOK": url})
+    assert "u:p" not in str(caught.value)
+
+
+def test_settings_show_no_path_of_a_webhook(tmp_path: Path) -> None:
+    found = Settings.load(tmp_path, environ={"AIRLOCK_WEBHOOK": "https://hooks.example.com:8443/T0/B1?x=secret"})
+    assert found.webhook.endswith("secret")
+    shown = {name: value for name, value, _, _ in found.rows()}
+    assert shown["webhook"] == "https://hooks.example.com:8443/***" and "T0" not in repr(found)
+
+
+logging.getLogger("airlock.watch").setLevel(logging.INFO)
