@@ -39,6 +39,7 @@ _NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}\Z")
 _DIGEST = re.compile(r"(?:sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})\Z")
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9_.\-]{1,96}/)?[A-Za-z0-9_.\-]{1,96}\Z")
+_NGC_PART = re.compile(r"[A-Za-z0-9_.\-]{1,128}\Z")
 _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 _WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".npz", ".npy", ".engine")
 _DOCS = (".md", ".txt", ".rst", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg")
@@ -113,6 +114,13 @@ def hub_name(repo_id: str) -> str:
             f"{repo_id[:100]!r} is not a Hub id", expected="namespace/name of letters, digits and - _ . without '--' or '..'", reason="name"
         )
     return check_name("/".join(("hf", *(_hub_segment(part) for part in repo_id.lower().split("/")))))
+
+
+def ngc_name(*parts: str) -> str:
+    """The canonical name `ngc/<org>[/<team>]/<model>` of an NGC model: lower case, escaped as a Hub id is; raises Invalid."""
+    if not 2 <= len(parts) <= 3 or not all(_NGC_PART.match(part) for part in parts):
+        raise Invalid(f"{'/'.join(parts)[:100]!r} is not an NGC name", expected="org/model or org/team/model", reason="name")
+    return check_name("/".join(("ngc", *(_hub_segment(part.lower()) for part in parts))))
 
 
 def _hub_segment(part: str) -> str:

@@ -13,6 +13,7 @@ from registry.front import Front
 from registry.metrics import Metrics
 from registry.protocols.admin import AdminDoor
 from registry.protocols.huggingface import HubDoor
+from registry.protocols.ngc import NgcDoor
 from registry.protocols.oci import OciDoor
 from registry.protocols.token import PATHS, TokenDoor
 from registry.settings import Settings
@@ -21,9 +22,9 @@ from registry.wiring import Site
 
 
 class Doors(BaseRoute):
-    """Every path of the three doors, by its first segment; the doors read the rest themselves, as names hold slashes."""
+    """Every path of the doors, by its first segment, or by the listener at `ngc`; the doors read the rest themselves, as names hold slashes."""
 
-    def __init__(self, site: Site, settings: Settings) -> None:
+    def __init__(self, site: Site, settings: Settings, ngc: tuple[str, int] | None) -> None:
         self.guard, self.pools, self.public_url, self.x_accel = (
             site.guard,
             Pools(io=8 if settings.blobs_url == "file:" else 32),
@@ -31,6 +32,7 @@ class Doors(BaseRoute):
             settings.x_accel,
         )
         self.oci, self.admin, self.token = OciDoor(), AdminDoor(site.check), TokenDoor()
+        self.ngc_at, self.ngc_url, self.ngc = ngc, settings.ngc_url, NgcDoor(site.home.instance)
         self.hub = HubDoor()
 
     def matches(self, scope: Scope) -> tuple[Match, Any]:
@@ -39,6 +41,10 @@ class Doors(BaseRoute):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hands the request to its door."""
+        if self.ngc_at is not None and _came_by(scope, self.ngc_at):
+            scope["airlock"]["door"] = "ngc"
+            await self.ngc(Exchange(self.guard, self.pools, scope, receive, send, self.ngc_url, self.x_accel))
+            return
         first = scope["path"].split("/", 2)[1:2]
         x = Exchange(self.guard, self.pools, scope, receive, send, self.public_url, self.x_accel)
         if scope["path"] in PATHS:
@@ -48,9 +54,17 @@ class Doors(BaseRoute):
         await door(x)
 
 
-def create_app(site: Site, settings: Settings, metrics: Metrics | None = None, tracing: Tracing | None = None) -> Front:
-    """The ASGI application over an open site."""
+def _came_by(scope: Scope, place: tuple[str, int]) -> bool:
+    """Whether a request's own end of the connection is that listener's; one on every address is known by its port."""
+    host, port = scope.get("server") or ("", None)
+    return port == place[1] and place[0] in (host, "0.0.0.0", "::")  # noqa: S104 (compared with, not listened on)
+
+
+def create_app(
+    site: Site, settings: Settings, metrics: Metrics | None = None, tracing: Tracing | None = None, ngc: tuple[str, int] | None = None
+) -> Front:
+    """The ASGI application over an open site; `ngc` is the address and port of the NGC API's listener."""
     app = FastAPI(openapi_url="/airlock/v1/openapi.json", docs_url=None, redoc_url=None)
     setattr(app, "openapi", openapi.document)  # noqa: B010 - the doors read their paths themselves, so the framework sees none of them
-    app.router.routes.append(Doors(site, settings))
+    app.router.routes.append(Doors(site, settings, ngc))
     return Front(app, metrics, tracing)

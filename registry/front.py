@@ -115,7 +115,7 @@ class Front:
         status, method = seen["status"], scope["method"]
         failure = {name: note.pop(name, "") for name in _FAILURES}
         if self.metrics is not None or self.tracing is not None:
-            found = route(scope["path"])
+            found = route(scope["path"], note.get("door", ""))
             if self.metrics is not None:
                 self.metrics.observe(found, method, status, took, received, seen["bytes"])
                 if status in (401, 402, 403) or failure["reason"] == "not_visible":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, CompoundSelect, Select, bindparam, literal_column, null, select, type_coerce, union_all
@@ -32,6 +33,29 @@ _HOLDER = (
 # What a document and a grant both have stands in the same columns: a driver's work grows with their number, and each row is the one or the other.
 _DOCUMENT = (E.c.serial, E.c.jti, E.c.models, E.c.actions, E.c.not_before, E.c.expires, E.c.grace_s, E.c.gpus, E.c.environments, E.c.products)
 _GRANT = (G.c.id, G.c.grant_id, G.c.models, G.c.actions, G.c.not_before, G.c.expires, G.c.grace_s, G.c.gpus, G.c.environment, G.c.profiles)
+
+
+@dataclass(frozen=True)
+class Badge:
+    """Whose a key is, for listings that tell a caller about itself: its type, its member (empty: none) and that member's open teams."""
+
+    kind: str
+    member: str = ""
+    teams: tuple[str, ...] = ()
+
+
+@functools.cache
+def badge(by: str) -> Select[Any]:
+    """The rows of a key's badge, found by its `hmac` or `key_id`: one for each team of its member, at least one."""
+    source = K.outerjoin(M, M.c.id == K.c.member_id).outerjoin(U, U.c.member_id == K.c.member_id)
+    source = source.outerjoin(T, (T.c.id == U.c.team_id) & (T.c.closed_at == NONE))
+    columns = (K.c.type.label("key_type"), M.c.name.label("person"), T.c.name.label("team"))
+    return select(*columns).select_from(source).where((K.c.hmac if by == "hmac" else K.c.key_id) == bindparam(by))
+
+
+def as_badge(rows: Sequence[Any]) -> Badge:
+    """A Badge from the rows of `badge`."""
+    return Badge(rows[0].key_type, rows[0].person or "", tuple(sorted(row.team for row in rows if row.team)))
 
 
 @functools.cache

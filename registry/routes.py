@@ -21,6 +21,18 @@ class Route:
 
 
 OTHER = Route("other", "other")
+_NGC = (
+    (re.compile(r"/dl/."), Route("ngc", "/dl/{ticket}", "file")),
+    (re.compile(r"/token\Z"), Route("ngc", "/token")),
+    (re.compile(r"/v3/keys/get-caller-info\Z"), Route("ngc", "/v3/keys/get-caller-info")),
+    (re.compile(r"/v2/search/"), Route("ngc", "/v2/search/…")),
+    (re.compile(r"/v2/(?:org/.+/|)models/.+/versions/[^/]+/files\Z"), Route("ngc", "/v2/…/models/{model}/versions/{version}/files")),
+    (re.compile(r"/v2/(?:org/.+/|)models/.+/versions/[^/]+/files/."), Route("ngc", "/v2/…/models/{model}/versions/{version}/files/{path}", "file")),
+    (re.compile(r"/v2/(?:org/.+/|)models/.+/files\Z"), Route("ngc", "/v2/…/models/{model}/{version}/files")),
+    (re.compile(r"/v2/(?:org/.+/|)models/."), Route("ngc", "/v2/…/models/{model}/…")),
+    (re.compile(r"/v2/(?:org/.+/|)repos/."), Route("ngc", "/v2/…/repos/{image}/…")),
+    (re.compile(r""), Route("ngc", "other")),
+)
 _OCI = (
     (re.compile(r"/v2/?\Z"), Route("oci", "/v2/")),
     (re.compile(r"/v2/_catalog\Z"), Route("oci", "/v2/_catalog")),
@@ -76,8 +88,10 @@ _HUB = (
 )
 
 
-def route(path: str) -> Route:
-    """The route of a decoded path; OTHER for what no door serves."""
+def route(path: str, door: str = "") -> Route:
+    """The route of a decoded path, with `door` on that door's own listener; OTHER for what no door serves."""
+    if door == "ngc":
+        return _first(_NGC, "/" + path.lstrip("/"))
     if path.startswith("/v2"):
         return _first(_OCI, path)
     if path in ("/token", "/proxy_auth"):

@@ -5,6 +5,7 @@ Below registry/links.py, which ties manifests and refs to them: callers choose t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -79,14 +80,15 @@ def owning_org(conn: Connection, name: str, *, make_at: float | None = None) -> 
 def ensure_repository(
     conn: Connection, name: str, *, display: str = "", kind: str = "", org: str = "", visibility: str = "org", at: float = 0.0
 ) -> int:
-    """The id of a repository, made with these values where it is new; raises Invalid, and Conflict where `hf/<name>` and `<name>` would both be."""
+    """The id of a repository, made with these values where it is new; raises Invalid, and Conflict where two names would be one model at a door."""
     found = conn.execute(select(R.c.id).where(R.c.name == check_name(name))).scalar_one_or_none()
     if found is not None:
         return int(found)
-    alone(conn, "repository", name.removeprefix("hf/"))
-    twin = name[3:] if name.startswith("hf/") else f"hf/{name}"
-    if conn.execute(select(R.c.id).where(R.c.name == twin)).first() is not None:
-        raise Conflict(f"{twin} exists, and {name} would be the same model at the Hub door", expected="another name", reason="name")
+    alone(conn, "repository", re.sub(r"^(?:hf/|ngc/)+", "", name))
+    twins = [name.removeprefix(origin) if name.startswith(origin) else origin + name for origin in ("hf/", "ngc/")]
+    twin = conn.execute(select(R.c.name).where(R.c.name.in_(twins)).limit(1)).scalar_one_or_none()
+    if twin is not None:
+        raise Conflict(f"{twin} exists, and {name} would be the same model at another door", expected="another name", reason="name")
     org_id = conn.execute(select(t.org.c.id).where(t.org.c.name == org)).scalar_one_or_none() if org else None
     if org and org_id is None:
         raise Invalid(f"there is no organisation {org}", do=f"airlock key create --org {org}", reason="org")
@@ -250,6 +252,11 @@ def blob_location(conn: Connection, digest: str) -> str:
 def add_fact(conn: Connection, digest: str, git_oid: str) -> None:
     """A blob's git object id (SHA-1 of `blob <size>\\0` and the bytes)."""
     conn.execute(replace_duplicates(conn, t.blob_fact, ("digest",), ("git_oid",)).values(digest=digest, git_oid=git_oid))
+
+
+def add_blake3(conn: Connection, digest: str, value: str) -> None:
+    """A blob's BLAKE3 (256 bits, hexadecimal)."""
+    conn.execute(replace_duplicates(conn, t.blob_fact, ("digest",), ("blake3",)).values(digest=digest, blake3=value))
 
 
 # ---- uploads

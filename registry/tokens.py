@@ -36,47 +36,65 @@ class Claims:
     access: tuple[Access, ...]
 
 
+class Seal:
+    """An authenticated text of ours, `<prefix><base64url JSON>.<base64url HMAC-SHA-256 over all before it>`, under one site's pepper and purpose.
+
+    What was sealed under one of `others` opens too, while a pepper is being replaced.
+    """
+
+    def __init__(self, purpose: bytes, pepper: bytes, others: Iterable[bytes] = ()) -> None:
+        self._keys = [hmac.new(secret, purpose, hashlib.sha256).digest() for secret in (pepper, *others)]
+
+    @staticmethod
+    def _mac(text: str, key: bytes) -> str:
+        return _b64(hmac.new(key, text.encode("ascii"), hashlib.sha256).digest())
+
+    def close(self, prefix: str, value: object) -> str:
+        """The text that says this JSON value."""
+        text = prefix + _b64(json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode("ascii"))
+        return f"{text}.{self._mac(text, self._keys[0])}"
+
+    def open(self, prefix: str, text: str) -> object:
+        """What was sealed here; None for anything else."""
+        if len(text) > MAX_TOKEN or not text.isascii() or not text.startswith(prefix):
+            return None
+        text, _, mac = text.rpartition(".")
+        if not any([hmac.compare_digest(self._mac(text, key), mac) for key in self._keys]):
+            return None
+        text = text[len(prefix) :]
+        try:
+            return json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
+        except (ValueError, binascii.Error, RecursionError):
+            return None
+
+
 class Tokens:
     """Signs under one site's pepper, for that site's instance id only; verifies under `others` too, while a pepper is being replaced."""
 
     def __init__(self, pepper: bytes, audience: str, others: Iterable[bytes] = ()) -> None:
-        self._keys = [hmac.new(secret, PURPOSE, hashlib.sha256).digest() for secret in (pepper, *others)]
+        self._seal = Seal(PURPOSE, pepper, others)
         self._audience = audience
-
-    def _mac(self, text: str, key: bytes) -> str:
-        return _b64(hmac.new(key, text.encode("ascii"), hashlib.sha256).digest())
 
     def sign(self, claims: Claims) -> str:
         """The token of these claims; raises TooLarge."""
         access = [[a.kind, a.name, list(a.actions)] for a in claims.access]
         doc = {"aud": self._audience, "exp": claims.exp, "key": claims.key_id, "access": access}
-        text = PREFIX + _b64(json.dumps(doc, separators=(",", ":"), ensure_ascii=True).encode("ascii"))
-        token = f"{text}.{self._mac(text, self._keys[0])}"
+        token = self._seal.close(PREFIX, doc)
         if len(token) > MAX_TOKEN:
             raise TooLarge(f"the token would have {len(token)} characters", expected=f"at most {MAX_TOKEN}", do="ask for fewer scopes at once")
         return token
 
     def verify(self, token: str, now: float) -> Claims:
         """The claims of an unexpired token of this site; raises Unauthenticated with reason token_invalid or token_expired."""
-        wrong = Unauthenticated("the token is not valid here", do="ask the token endpoint for a new one", reason="token_invalid")
-        if len(token) > MAX_TOKEN or not token.isascii() or not token.startswith(PREFIX):
-            raise wrong
-        text, _, mac = token.rpartition(".")
-        if not any([hmac.compare_digest(self._mac(text, key), mac) for key in self._keys]):
-            raise wrong
-        claims = self._claims(text[len(PREFIX) :])
+        claims = self._claims(self._seal.open(PREFIX, token))
         if claims is None:
-            raise wrong
+            raise Unauthenticated("the token is not valid here", do="ask the token endpoint for a new one", reason="token_invalid")
         if claims.exp <= now:
             raise Unauthenticated("the token expired", do="ask the token endpoint for a new one", reason="token_expired")
         return claims
 
-    def _claims(self, text: str) -> Claims | None:
-        """Our own words again; None for what another version, purpose or site signed under the same key."""
-        try:
-            doc = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
-        except (ValueError, binascii.Error, RecursionError):
-            return None
+    def _claims(self, doc: object) -> Claims | None:
+        """Our own words again; None for what another version or site signed under the same key."""
         if not isinstance(doc, dict) or set(doc) != {"aud", "exp", "key", "access"} or doc["aud"] != self._audience:
             return None
         if type(doc["exp"]) is not int or not isinstance(doc["key"], str) or not isinstance(doc["access"], list):
