@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sqlalchemy import Connection
-
 from artifact.errors import Conflict, Invalid
 from artifact.evidence import Entry, Head, decode, lines, verify, verify_proof
 from registry.commands.period import span, when
@@ -228,7 +226,7 @@ def _seal(site: Site, args: argparse.Namespace) -> int:
             raise Conflict(f"{args.file} changed under this command", do="nothing was removed: seal again into another file", reason="seal")
     call = local_call(now)
 
-    def row(conn: Connection, sealed: Sealed) -> None:
+    def row(conn: Any, sealed: Sealed) -> None:
         facts = {"first": sealed.first, "size": sealed.size, "digest": sealed.digest, "file": args.file.name[:200]}
         site.audit.change(conn, call, "audit_seal", "", **facts)
 
@@ -242,7 +240,7 @@ def _seal(site: Site, args: argparse.Namespace) -> int:
 def _accept_fork(site: Site, args: argparse.Namespace) -> int:
     call = local_call(time.time())
 
-    def row(conn: Connection, note: str) -> None:
+    def row(conn: Any, note: str) -> None:
         site.audit.change(conn, call, "audit_fork", "", given_up=note[:4000], why=args.reason[:500])
 
     epoch = site.log.accept_fork(row)
