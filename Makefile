@@ -35,8 +35,8 @@ system:
 	$(call install,docker-registry skopeo ip gcc,docker-registry skopeo iproute2 gcc)
 
 system-test: system
-	$(call install,/usr/sbin/nginx /usr/bin/radosgw /usr/bin/ceph-mon /usr/bin/ceph-osd /usr/bin/ceph-mgr '/usr/lib/postgresql/*/bin/initdb' openssl,\
-	nginx-light radosgw ceph-mon ceph-osd ceph-mgr postgresql openssl)
+	$(call install,/usr/sbin/nginx /usr/bin/radosgw /usr/bin/ceph-mon /usr/bin/ceph-osd /usr/bin/ceph-mgr '/usr/lib/postgresql/*/bin/initdb' openssl '/usr/lib/*/faketime/libfaketime.so.1',\
+	nginx-light radosgw ceph-mon ceph-osd ceph-mgr postgresql openssl faketime)
 
 # Go and x/mod's log and note: the audit log's verifier that is not ours.
 GO := build/go/go/bin/go
