@@ -17,11 +17,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
 
 from artifact.errors import Conflict, Invalid, Mismatch, NotFound, Unavailable
 from artifact.manifest import parse_json
-from registry.database import is_postgresql
+from registry.database import is_postgresql, open_engine, writing
 from registry.home import DATABASE, SITE
 from registry.keyring import FILES, FIRST, Keyring
 from registry.settings import Settings
@@ -234,6 +234,14 @@ def _dump(url: str, target: Path) -> None:
 
 def _load(url: str, source: Path) -> None:
     _run([_tool("pg_restore"), "--exit-on-error", "--single-transaction", "--no-owner", "--no-privileges", str(source)], url)
+    engine = open_engine(url)
+    try:
+        with writing(engine) as conn:  # numbers of the old server's transactions: the new one may be far behind them, and they would wait until then
+            names = "SELECT column_name FROM information_schema.columns WHERE table_schema = current_schema AND table_name = 'audit_pending'"
+            if "xid" in conn.execute(text(names)).scalars().all():
+                conn.execute(text("UPDATE audit_pending SET xid = DEFAULT"))
+    finally:
+        engine.dispose()
 
 
 def _sync(path: Path) -> None:
