@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 
 from artifact import errors
 from artifact.card import head_of, load_yaml
-from artifact.manifest import check_digest, check_path, content_kind, digest_of, parse_json
+from artifact.manifest import check_digest, check_name, check_path, content_kind, digest_of, parse_json
 from artifact.store import Call, Change, File, Upload
 from registry import hub
 from registry.exchange import Exchange
@@ -87,6 +87,8 @@ class HubWriter:
             if verb.startswith("DELETE"):
                 x.guard.upkeep.remove(call, {"name": held, "ref": ""})
                 return repo_id
+            if held.startswith("hf/"):  # there already, or no name of ours at all
+                check_name(repo_id.lower())
             try:
                 x.guard.revisions.create(call, held, repo_id)
             except errors.Conflict as error:
@@ -333,6 +335,8 @@ class HubWriter:
             raise errors.NotFound(f"{oid} has no part {number}", reason="repo")
         upload = await x.sql(lambda: x.guard.revisions.part(call, name, oid, size))
         if upload.offset < lo:
+            async for _ in x.pieces():  # read away, so that the client sees why
+                pass
             raise errors.Conflict(
                 f"part {number} comes before {upload.offset} of {lo} bytes", do="send the parts one after the other", reason="order"
             )

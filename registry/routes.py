@@ -76,15 +76,22 @@ _ADMIN_WORDS = frozenset(
         "require",
     ]
 )
+_AT = r"(?:/v1/hf)?(?:/[^/]+)?"  # where a Hub endpoint may begin
 _HUB = (
-    (re.compile(r"/api/whoami-v2\Z"), Route("hub", "/api/whoami-v2")),
-    (re.compile(r"/api/models/.+/tree/"), Route("hub", "/api/models/{id}/tree/{ref}")),
-    (re.compile(r"/api/models/.+/paths-info/"), Route("hub", "/api/models/{id}/paths-info/{ref}")),
-    (re.compile(r"/api/models/.+/refs\Z"), Route("hub", "/api/models/{id}/refs")),
-    (re.compile(r"/api/models/.+/commits/"), Route("hub", "/api/models/{id}/commits/{ref}")),
-    (re.compile(r"/api/models/."), Route("hub", "/api/models/{id}")),
+    (re.compile(_AT + r"/api/whoami-v2\Z"), Route("hub", "/api/whoami-v2")),
+    (re.compile(_AT + r"/api/repos/(?:create|delete)\Z"), Route("hub", "/api/repos/{verb}")),
+    (re.compile(_AT + r"/api/models/.+/tree/"), Route("hub", "/api/models/{id}/tree/{ref}")),
+    (re.compile(_AT + r"/api/models/.+/paths-info/"), Route("hub", "/api/models/{id}/paths-info/{ref}")),
+    (re.compile(_AT + r"/api/models/.+/refs\Z"), Route("hub", "/api/models/{id}/refs")),
+    (re.compile(_AT + r"/api/models/.+/commits/"), Route("hub", "/api/models/{id}/commits/{ref}")),
+    (re.compile(_AT + r"/api/models/.+/preupload/"), Route("hub", "/api/models/{id}/preupload/{ref}")),
+    (re.compile(_AT + r"/api/models/.+/commit/"), Route("hub", "/api/models/{id}/commit/{ref}")),
+    (re.compile(_AT + r"/api/models/.+/(?:branch|tag)/"), Route("hub", "/api/models/{id}/{kind}/{ref}")),
+    (re.compile(_AT + r"/api/models/."), Route("hub", "/api/models/{id}")),
+    (re.compile(_AT + r"/api/"), Route("hub", "/api/other")),
+    (re.compile(r"/.+\.git/info/lfs/objects/batch\Z"), Route("hub", "/{id}.git/info/lfs/objects/batch")),
+    (re.compile(r"/.+\.git/info/lfs/objects/."), Route("hub", "/{id}.git/info/lfs/objects/{oid}")),
     (re.compile(r"/.+/resolve/.+/."), Route("hub", "/{id}/resolve/{ref}/{path}", "file")),
-    (re.compile(r"/api/"), Route("hub", "/api/other")),
 )
 
 

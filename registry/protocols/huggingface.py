@@ -83,7 +83,9 @@ class HubDoor:
     async def _model(self, x: Exchange, at: hub.Place) -> None:
         parts = at.parts[2:]
         method = "GET" if x.method == "HEAD" else x.method
-        where = next((i for i in range(1, len(parts)) if parts[i] in _WORDS or parts[i] in _UNSERVED), len(parts))
+        # An id has two parts, else one, else more: a model may be called like a route.
+        likely = (2, 1, *range(3, len(parts)))
+        where = next((i for i in likely if i < len(parts) and (parts[i] in _WORDS or parts[i] in _UNSERVED)), len(parts))
         names = at.names("/".join(parts[:where]))
         word, rest = (parts[where] if where < len(parts) else ""), parts[where + 1 :]
         if word in _UNSERVED:
