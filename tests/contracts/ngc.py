@@ -21,7 +21,7 @@ from registry import tables as t
 from registry.catalog import ensure_org
 from registry.settings import Settings
 from registry.wiring import open_site
-from tests.contracts.doors import MANIFEST, Answer, Door, new_site, serving
+from tests.contracts.doors import MANIFEST, Answer, Door, new_site, serving, sha
 
 SIGSTORE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 BUNDLE = b'{"mediaType":"application/vnd.dev.sigstore.bundle.v0.3+json","of":"the vendor"}'
@@ -145,3 +145,17 @@ def fill(door: NgcDoor, data: Path) -> dict[str, str]:
         conn.execute(change.where(t.repository.c.name == "acme/open/free").values(visibility="public"))
         conn.execute(change.where(t.repository.c.name == MIRRORED).values(visibility="private"))
     return digests
+
+
+def push_image(door: NgcDoor, name: str) -> str:
+    """Pushes an image of one architecture as 1.0, and an index of it as 1.1; returns the digest of the first."""
+    base = "application/vnd.oci.image"
+    config = json.dumps({"architecture": "arm64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": []}}).encode()
+    door.main.blob(name, config, "root")
+    descriptor = {"mediaType": f"{base}.config.v1+json", "digest": sha(config), "size": len(config)}
+    digest, raw = door.main.image(name, "1.0", [b"layer of the image"], "root", config=descriptor)
+    entry = {"mediaType": MANIFEST, "digest": digest, "size": len(raw), "platform": {"architecture": "arm64", "os": "linux"}}
+    index = json.dumps({"schemaVersion": 2, "mediaType": f"{base}.index.v1+json", "manifests": [entry]}).encode()
+    done = door.main.ask("PUT", f"/v2/{name}/manifests/1.1", index, "root", Content_Type=f"{base}.index.v1+json")
+    assert done.status == 201, done.body
+    return digest

@@ -18,7 +18,7 @@ from blake3 import blake3
 from registry.home import Home
 from registry.tickets import Ticket, Tickets
 from tests.contracts.doors import sha
-from tests.contracts.ngc import BUNDLE, FILES, GATED, MIRRORED, OWN, NgcDoor, fill, new_ngc_site, ngc_serving
+from tests.contracts.ngc import BUNDLE, FILES, GATED, MIRRORED, OWN, NgcDoor, fill, new_ngc_site, ngc_serving, push_image
 
 pytestmark = pytest.mark.server
 DEMO = "/v2/org/acme/team/vision/models/demo"
@@ -376,20 +376,7 @@ def test_the_main_listener_has_none_of_it(door: NgcDoor) -> None:
 
 @pytest.fixture(scope="module")
 def image(door: NgcDoor) -> str:
-    """An image of two architectures and one of a single one, with its configuration; returns the digest of the second."""
-    config = json.dumps({"architecture": "arm64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": []}}).encode()
-    media = "application/vnd.oci.image.config.v1+json"
-    name = "nvcr.io/nim/meta/app"
-    layers = [b"layer of the image"]
-    door.main.blob(name, config, "root")
-    descriptor = {"mediaType": media, "digest": sha(config), "size": len(config)}
-    digest, raw = door.main.image(name, "1.0", layers, "root", config=descriptor)
-    entry = {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest, "size": len(raw)}
-    platform = {"platform": {"architecture": "arm64", "os": "linux"}}
-    index = json.dumps({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [entry | platform]}).encode()
-    done = door.main.ask("PUT", f"/v2/{name}/manifests/1.1", index, "root", Content_Type="application/vnd.oci.image.index.v1+json")
-    assert done.status == 201, done.body
-    return digest
+    return push_image(door, "nvcr.io/nim/meta/app")
 
 
 def test_images(door: NgcDoor, image: str) -> None:
