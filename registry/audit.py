@@ -208,7 +208,7 @@ class Audit:
             mine: _Waiting | None = None
             if counter.n <= allowed:
                 counter.flushed = counter.n  # these have rows of their own
-                mine = _Waiting(kind, now, json.dumps(row, sort_keys=True))
+                mine = _Waiting(kind, now, _canonical(row))
                 counter.first = counter.first or mine
             first = counter.first
         if first is None or (mine is None and first.done and first.error is None):
@@ -233,7 +233,7 @@ class Audit:
 
     @staticmethod
     def _insert(conn: Connection, kind: str, at: float, row: dict[str, object]) -> None:
-        conn.execute(insert(t.audit_pending).values({"class": kind, "ts": at, "body": json.dumps(row, sort_keys=True)}))
+        conn.execute(insert(t.audit_pending).values({"class": kind, "ts": at, "body": _canonical(row)}))
 
     def rows(self, org: str, after: int, limit: int) -> tuple[list[dict[str, object]], int]:
         """Rows of one organisation's keys behind the cursor `after`, in the log's order, and the cursor to go on from; 0 where there are no more.
@@ -278,7 +278,7 @@ class Audit:
             for row in found:
                 if conn.execute(delete(c).where(c.c.id == row["id"], c.c.n == row["n"])).rowcount:
                     counted = {"counted": True, "n": row["n"], "first": round(row["since"], 3), "last": round(row["last"], 3)}
-                    body = json.dumps(json.loads(row["body"]) | counted, sort_keys=True)
+                    body = _canonical(json.loads(row["body"]) | counted)
                     rows.append({"class": row["class"], "ts": row["last"], "body": body})
             if rows:
                 conn.execute(insert(t.audit_pending), rows)
@@ -305,6 +305,11 @@ class Audit:
         if self._thread is not None:
             self._thread.join(timeout=FLUSH_S)
         self.flush()
+
+
+def _canonical(row: Mapping[str, object]) -> str:
+    """A row's text as it is hashed (docs/format.md section 9)."""
+    return json.dumps(row, sort_keys=True, separators=(",", ":"))
 
 
 def _store_counter(conn: Connection, key: str, kind: str, since: float, last: float, n: int, body: dict[str, object]) -> None:

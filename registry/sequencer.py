@@ -53,23 +53,29 @@ def head_of(conn: Connection) -> Head:
 
 
 def reader(conn: Connection) -> tlog.Reader:
-    """The stored hashes of one database, each by at most one statement; raises Invalid where one is missing."""
+    """The stored hashes of one database, each block of 256 by one statement at most; raises Invalid where one is missing."""
+    blocks: dict[tuple[int, int], dict[int, bytes]] = {}
+
+    def fetched(level: int, n: int) -> dict[int, bytes]:
+        first = n * tlog.TILE
+        if level == 0:
+            leaf = t.audit_leaf.c
+            rows = conn.execute(select(leaf.idx, leaf.leaf_hash).where(leaf.idx >= first, leaf.idx < first + tlog.TILE))
+            return {row.idx: bytes(row.leaf_hash) for row in rows}
+        tile = t.audit_tile.c
+        raw = bytes(conn.execute(select(tile.hashes).where(tile.level == level, tile.n == n)).scalar_one_or_none() or b"")
+        return {first + i // tlog.HASH: raw[i : i + tlog.HASH] for i in range(0, len(raw), tlog.HASH)}
 
     def read(height: int, index: int) -> bytes:
         level, rest = divmod(height, tlog.HEIGHT)
-        first, count = index << rest, 1 << rest
-        if level == 0:
-            leaf = t.audit_leaf.c
-            rows = conn.execute(select(leaf.leaf_hash).where(leaf.idx >= first, leaf.idx < first + count).order_by(leaf.idx)).scalars().all()
-            hashes = [bytes(row) for row in rows]
-        else:
-            tile = t.audit_tile.c
-            raw = conn.execute(select(tile.hashes).where(tile.level == level, tile.n == first // tlog.TILE)).scalar_one_or_none()
-            at = first % tlog.TILE * tlog.HASH
-            part = bytes(raw or b"")[at : at + count * tlog.HASH]
-            hashes = [part[i : i + tlog.HASH] for i in range(0, len(part), tlog.HASH)]
-        if len(hashes) != count:
-            raise Invalid("hashes of the log are missing", expected=f"{count} from {first} at level {level}", do="airlock audit verify", reason="log")
+        wanted = range(index << rest, (index + 1) << rest)
+        at = (level, wanted.start // tlog.TILE)
+        if at not in blocks or wanted[-1] not in blocks[at]:
+            blocks[at] = fetched(*at)
+        hashes = [blocks[at][i] for i in wanted if i in blocks[at]]
+        if len(hashes) != len(wanted):
+            what = f"{len(wanted)} from {wanted.start} at level {level}"
+            raise Invalid("hashes of the log are missing", expected=what, do="restore the newest backup of the database", reason="log")
         return tlog.root_of(hashes)
 
     return read
