@@ -175,7 +175,7 @@ def text(found: Report) -> str:
     if found.ends:
         lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if found.error is not None:
-        lines += entitlement.report(found.error)[0]
+        lines += entitlement.explained(found.error)
     return "\n".join(lines) + "\n"
 
 
@@ -222,8 +222,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.nagios:
             sys.stdout.write(f"UNKNOWN: {error.reason}: {error.what}\n")
             return UNKNOWN
-        lines, status = entitlement.report(error)
-        sys.stderr.write((json.dumps(error.as_dict() | {"exit_code": status}) if args.json else "\n".join(lines)) + "\n")
+        status = EXIT_CODES.get(error.reason, error.exit_code)
+        sys.stderr.write((json.dumps(error.as_dict() | {"exit_code": status}) if args.json else "\n".join(entitlement.explained(error))) + "\n")
         return status
     if args.nagios:
         state, line = nagios(found, args.warning, args.critical)

@@ -137,12 +137,13 @@ def report(error: AirlockError) -> tuple[list[str], int]:
             lines.append(NO_KEY_LINE)
         else:
             lines.append(AUTH_LINE if isinstance(error, Unauthenticated) else PERMISSION_LINE)
-    lines.append(f"cause: {error.what}")
-    if error.expected:
-        lines.append(f"expected: {error.expected}")
-    if error.do:
-        lines.append(f"fix: {error.do}")
-    return lines, EXIT_CODES.get(error.reason, error.exit_code)
+    return lines + explained(error), EXIT_CODES.get(error.reason, error.exit_code)
+
+
+def explained(error: AirlockError) -> list[str]:
+    """Cause, expectation and fix of an error, a line each."""
+    told = (("cause", error.what), ("expected", error.expected), ("fix", error.do))
+    return [f"{name}: {words}" for name, words in told if words]
 
 
 def obtain_lease(remote: Api, choice: Choice, trust: SiteTrust, folder: Path) -> dict[str, object]:

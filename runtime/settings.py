@@ -148,8 +148,10 @@ def from_environment(environ: Mapping[str, str], model: str, *, host: str = "", 
     """Settings of one run; arguments win over the environment; raises Invalid naming the variable."""
     wanted = parse_reference(model)
     registry = environ.get("AIRLOCK_REGISTRY", "").strip().rstrip("/")
-    if registry and not registry.startswith(("http://", "https://")):
+    if registry and "://" not in registry:
         registry = f"https://{registry}"
+    if registry and not registry.startswith(("http://", "https://")):
+        raise Invalid("AIRLOCK_REGISTRY is no http or https URL", expected="http://HOST[:PORT] or https://HOST[:PORT]", do="correct AIRLOCK_REGISTRY")
     level = environ.get("NIM_LOG_LEVEL", "INFO").strip().upper() or "INFO"
     if level not in LOG_LEVELS:
         raise Invalid(f"NIM_LOG_LEVEL is {level[:40]!r}", expected=", ".join(LOG_LEVELS))

@@ -56,7 +56,7 @@ class End:
 
 @dataclass(frozen=True)
 class Standing:
-    """The registry's answer: key, organisation, tier, what ends (key, entitlement, grants), revocation serial, the registry's time and words."""
+    """The registry's answer: key, organisation, tier, what ends (key, entitlement, grants), revocation serial, the registry's time."""
 
     key_id: str
     org: str
@@ -65,7 +65,6 @@ class Standing:
     revocation_serial: int
     ends: tuple[End, ...]
     patterns: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
-    warnings: tuple[str, ...] = ()
 
     def running(self, model: str) -> tuple[End, ...]:
         """The ends that a start of this model depends on: key, entitlement, and of the grants that let it run the one that goes on longest."""
@@ -114,7 +113,6 @@ def parse(doc: Mapping[str, object]) -> Standing:
         serial if type(serial) is int and serial >= 0 else 0,
         tuple(ends),
         patterns,
-        tuple(_texts(doc.get("warnings"))[:20]),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -60,3 +61,11 @@ def test_help_answers_in_half_a_second(lean: Path) -> None:
 def test_a_command_of_another_program_names_the_extra(lean: Path) -> None:
     done = subprocess.run([str(lean / "airlock"), "registry", "serve"], capture_output=True, text=True, env=clean(), cwd="/", check=False)
     assert done.returncode == 2 and "airlock[registry]" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_check_for_monitoring_needs_no_more(lean: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    argv = [str(lean / "airlock"), "entitlement", "check", "--registry", f"http://127.0.0.1:{port}", "--nagios"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=clean() | {"NGC_API_KEY": "nvapi-x"}, cwd="/", check=False)
+    assert done.returncode == 3 and done.stdout.startswith("UNKNOWN: connection_refused: "), done
