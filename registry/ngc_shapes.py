@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from urllib.parse import unquote
 
 from artifact.errors import Invalid, NotFound
 from artifact.manifest import check_name, ngc_name, parse_json
@@ -74,6 +75,23 @@ def _names(parts: Sequence[str], second: Callable[..., str]) -> list[str]:
     if not found or any("/" in part or not part for part in parts):
         raise NotFound(f"{'/'.join(parts)[:100]!r} is no name of an artefact", expected="org/name or org/team/name", reason="name")
     return found
+
+
+def override(raw_path: str, query_string: str) -> list[tuple[list[str], str, str]]:
+    """The model, version and file that a client with NIM_REPOSITORY_OVERRIDE may mean by a path, in the order in which to try them.
+
+    The object is `org/team/model:version?file=path`, plain, escaped, or escaped twice; of a name with % in it the text of one unescaping comes first.
+    """
+    once = unquote(raw_path.lstrip("/"))
+    out = []
+    for text in dict.fromkeys((once, unquote(once))):
+        if query_string and "?" not in text:
+            text += "?" + unquote(query_string)
+        target, mark, path = text.partition("?file=")
+        name, colon, ref = target.partition(":")
+        if mark and colon and path and ref:
+            out.append((name.split("/"), ref, path))
+    return out
 
 
 def when(at: float) -> str:

@@ -121,15 +121,15 @@ class NgcViews:
     def model(self, call: Call, names: Sequence[str]) -> tuple[s.Shown, list[s.Json]]:
         """A model and its versions, the highest first; raises NotFound, Denied."""
         repo, shown = self._read(call, names)
-        found = [v for v in self._library.catalog.details(repo.id, dated=True) if v["commit"] and is_tag(str(v["ref"]))]
+        found = [v for v in self._library.catalog.details(repo.id, dated=True) if v["commit"]]
         if not found and repo.kind != "model":
             raise NotFound(f"{shown.id} is no model", do="ask for it as an image", reason="repo")
         return shown, s.newest_first(found)
 
     def version(self, call: Call, names: Sequence[str], ref: str) -> Version:
-        """One version, by its tag or commit; raises NotFound, Denied."""
+        """One version, by its ref or commit; raises NotFound, Denied."""
         repo, shown = self._read(call, names)
-        found = self._library.catalog.locate(repo.name, ref) if is_tag(ref) else None
+        found = self._library.catalog.locate(repo.name, ref)
         if found is None or not found.digest:
             raise NotFound(f"{shown.id} has no version {ref[:100]!r}", do="list its versions", reason="revision")
         return Version(repo, shown, found, as_revision(found, ref))

@@ -107,7 +107,7 @@ class NgcDoor:
         elif word == "v2" and len(parts) > 1:
             await self._v2(x, parts[1], parts[2:])
         else:
-            raise _no_route()
+            await self._overridden(x)
 
     async def _v2(self, x: Exchange, word: str, rest: list[str]) -> None:
         if word in ("orgs", "users", "products"):
@@ -241,6 +241,19 @@ class NgcDoor:
 
         found, file, content = await x.call(work)
         await self._send(x, found.repo.name, file.digest, content, lambda read: x.call(read))
+
+    async def _overridden(self, x: Exchange) -> None:
+        """A file by the spellings of NIM_REPOSITORY_OVERRIDE: the last of those that its path may mean tells what is not there."""
+        raw, query = x.scope.get("raw_path", b"").split(b"?")[0].decode("latin-1"), x.scope.get("query_string", b"").decode("latin-1")
+        meant = s.override(raw, query)
+        if not meant:
+            raise _no_route()
+        for target, ref, path in meant[:-1]:
+            with suppress(errors.NotFound, errors.Invalid):
+                await self._file(x, s.model_names(_target(target)), ref, check_path(path))
+                return
+        target, ref, path = meant[-1]
+        await self._file(x, s.model_names(_target(target)), ref, check_path(path))
 
     async def _sums(self, x: Exchange, names: list[str], ref: str) -> None:
         """`checksums.blake3` of a version that came without such a file: one line for each file."""

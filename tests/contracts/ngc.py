@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import insert, select, update
 
 from artifact.grant import Grant
 from artifact.manifest import COMMIT, FACTS_TYPE, SOURCE, build_manifest, build_model, canonical_json, digest_of
@@ -32,6 +32,7 @@ FILES = {
     "sub/deep/ranks 0+1 \u00fc%25.bin": os.urandom(70_000),
 }
 OWN, MIRRORED, GATED = "acme/vision/demo", "ngc/nim/meta/llama", "ngc/nim/meta/paid"
+PLUS = "hf-e9f8eff-nim1.5+"
 # name: organisation, tier, patterns, actions, life in seconds
 MORE = {
     "root": ("acme", "enterprise", ("**",), ("pull", "push", "run", "admin"), 0.0),
@@ -144,6 +145,8 @@ def fill(door: NgcDoor, data: Path) -> dict[str, str]:
         conn.execute(change.where(t.repository.c.name == GATED).values(requires_tier="enterprise"))
         conn.execute(change.where(t.repository.c.name == "acme/open/free").values(visibility="public"))
         conn.execute(change.where(t.repository.c.name == MIRRORED).values(visibility="private"))
+        mirrored = conn.execute(select(t.ref).join(t.repository, t.repository.c.id == t.ref.c.repo_id).where(t.repository.c.name == MIRRORED)).one()
+        conn.execute(insert(t.ref).values({**mirrored._mapping, "name": PLUS}))  # a name that is no OCI tag comes with a bundle
     return digests
 
 

@@ -18,7 +18,7 @@ from blake3 import blake3
 from registry.home import Home
 from registry.tickets import Ticket, Tickets
 from tests.contracts.doors import sha
-from tests.contracts.ngc import BUNDLE, FILES, GATED, MIRRORED, OWN, NgcDoor, fill, new_ngc_site, ngc_serving, push_image
+from tests.contracts.ngc import BUNDLE, FILES, GATED, MIRRORED, OWN, PLUS, NgcDoor, fill, new_ngc_site, ngc_serving, push_image
 
 pytestmark = pytest.mark.server
 DEMO = "/v2/org/acme/team/vision/models/demo"
@@ -125,6 +125,14 @@ def test_versions_are_in_the_order_of_their_numbers(door: NgcDoor) -> None:
 def test_a_model_of_another_origin_has_its_ngc_name(door: NgcDoor, path: str, name: str) -> None:
     value = door.get(path, "root")
     assert value["model"]["name"] == name and value["modelVersion"]["totalFileCount"] == len(FILES)
+
+
+def test_a_version_that_is_no_tag(door: NgcDoor) -> None:
+    for spelled in (PLUS, quote(PLUS)):
+        assert door.get(f"{LLAMA}/versions/{spelled}", "root")["modelVersion"]["versionId"] == PLUS
+        assert len(door.get(f"{LLAMA}/{spelled}/files", "root")["urls"]) == len(FILES)
+    assert door.ask("GET", f"{LLAMA}/versions/hf-e9f8eff-nim1.5%20", None, "root").status == 404
+    assert [v["versionId"] for v in door.get(f"{LLAMA}/versions", "root")["modelVersions"]] == [PLUS, "fp16"]
 
 
 def test_version(door: NgcDoor) -> None:

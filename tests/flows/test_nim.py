@@ -1,0 +1,182 @@
+"""The sequences of a NIM container's hub client against the NGC door: each is answered, in the forms and with the refusals that the container reads.
+
+The container is tests/fakes/nim.py: this says that the sequence is answered, not that a NIM works.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blake3 import blake3
+
+from tests.contracts.ngc import PLUS, fill, new_ngc_site, ngc_serving
+from tests.operated import Operated, operated
+
+pytestmark = pytest.mark.server
+NIM = Path(__file__).resolve().parent.parent / "fakes" / "nim.py"
+WEIGHTS = {"config.json": b'{"b":2}', "rank0.engine": os.urandom(400_000), "sub dir/tokenizer+1.json": b"{}", "LICENSE": b""}
+ENGINE, PARAMS = "ngc/nim/meta/engine", "ngc/nim/params"
+PROFILE = "ee0d01" + "0" * 58
+
+
+def manifest(**more: str) -> dict[str, Any]:
+    """A profile that takes its files from two versions of two models, one of them without a team; `more` adds files by their URI."""
+    uris = {path: f"ngc://nim/meta/engine:fp8-1.0?file={path}" for path in WEIGHTS} | {"params/config.json": "ngc://nim/params:1?file=config.json"}
+    sums = {path: blake3(data).hexdigest() for path, data in WEIGHTS.items()} | {"params/config.json": blake3(b'{"p":1}').hexdigest()}
+    files: dict[str, dict[str, str]] = {path: {"uri": uri, "checksum": sums[path]} for path, uri in uris.items()}
+    files |= {path: {"uri": uri} for path, uri in more.items()}
+    return {"schema_version": "2.0", "profiles": [{"id": PROFILE, "tags": {}, "workspace": {"files": files}}]}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
+    data = tmp_path_factory.mktemp("nim") / "data"
+    keys = new_ngc_site(data)
+    with ngc_serving(data, keys) as door:
+        fill(door, data)
+        door.push(ENGINE, "fp8-1.0", WEIGHTS)
+        door.push(PARAMS, "1", {"config.json": b'{"p":1}'})
+    with operated(data, keys, AIRLOCK_TLS="self-signed", AIRLOCK_NGC="127.0.0.1:0") as found:
+        yield found
+
+
+def place(server: Operated) -> str:
+    assert server.told
+    return server.told["ngc"].removeprefix("https://")
+
+
+def lines(server: Operated) -> list[dict[str, Any]]:
+    time.sleep(0.05)
+    return [line for line in server.lines() if line["log"] == "airlock.access" and line.get("door") == "ngc"]
+
+
+def start(server: Operated, folder: Path, who: str | None = "low", what: dict[str, Any] | None = None, **env: str) -> tuple[int, str, list[str]]:
+    """Exit status, what was printed, and the requests that reached the server with their statuses."""
+    file = folder / "model_manifest.json"
+    file.write_text(json.dumps(what or manifest()))
+    given = {"NGC_API_ENDPOINT": place(server), "NGC_AUTH_ENDPOINT": place(server), "NGC_API_SCHEME": "https", "NIM_MODEL_PROFILE": PROFILE}
+    given |= {"NIM_CACHE_PATH": str(folder / "cache"), "NIM_SDK_USE_NATIVE_TLS": "1", "SSL_CERT_FILE": str(server.data / "tls" / "cert.pem")}
+    given |= {"NGC_API_KEY": server.keys[who]} if who else {}
+    before = len(lines(server))
+    done = subprocess.run([sys.executable, "-P", str(NIM), str(file)], capture_output=True, text=True, timeout=120, env=given | env, check=False)
+    asked = [f"{line['method']} {'/dl' if line['path'].startswith('/dl/') else line['path']} {line['status']}" for line in lines(server)[before:]]
+    return done.returncode, done.stdout + done.stderr, asked
+
+
+def cached(folder: Path) -> dict[str, bytes]:
+    hub = folder / "cache" / "ngc" / "hub"
+    return {str(p.relative_to(hub)): p.read_bytes() for p in hub.rglob("*") if p.is_file()} if hub.exists() else {}
+
+
+WHOLE = {f"models--nim--meta--engine/snapshots/fp8-1.0/{path}": data for path, data in WEIGHTS.items()}
+WHOLE |= {"models--nim--params/snapshots/1/config.json": b'{"p":1}'}
+LISTS = ["GET /v2/org/nim/team/meta/models/engine/fp8-1.0/files 200", "GET /v2/org/nim/models/params/1/files 200"]
+
+
+def test_the_sequence_of_the_three_endpoint_variables(server: Operated, tmp_path: Path) -> None:
+    status, said, asked = start(server, tmp_path)
+    assert (status, cached(tmp_path)) == (0, WHOLE), said
+    assert "fetching filemap from: https://" in said
+    assert sorted(asked) == sorted(LISTS + ["GET /dl 200"] * 5)
+
+
+def test_the_listing_by_pages_from_one(server: Operated, tmp_path: Path) -> None:
+    status, said, asked = start(server, tmp_path, PLAY_PAGED="1")
+    assert (status, cached(tmp_path)) == (0, WHOLE), said
+    assert [a for a in asked if "/dl" not in a] == LISTS, "one page is all"
+
+
+def test_a_key_that_is_exchanged_for_a_token(server: Operated, tmp_path: Path) -> None:
+    status, said, asked = start(server, tmp_path, PLAY_TOKEN="1")
+    assert (status, cached(tmp_path)) == (0, WHOLE), said
+    assert asked.count("GET /token 200") == 2 and all(a.endswith(" 200") for a in asked)
+
+
+def test_a_version_that_is_no_tag(server: Operated, tmp_path: Path) -> None:
+    status, said, _ = start(server, tmp_path, what=manifest(plus=f"ngc://nim/meta/llama:{PLUS}?file=config.json"))
+    assert status == 0 and cached(tmp_path)[f"models--nim--meta--llama/snapshots/{PLUS}/config.json"] == b'{"a":1}', said
+
+
+def test_the_second_credential_variable_comes_first(server: Operated, tmp_path: Path) -> None:
+    status, said, _ = start(server, tmp_path, "expired", NGC_CLI_API_KEY=server.keys["low"])
+    assert status == 0, said
+
+
+@pytest.mark.parametrize("kind", ["https", "jfrog"])
+@pytest.mark.parametrize("way", ["plain", "once", "twice"])
+def test_the_spellings_of_the_repository_override(server: Operated, tmp_path: Path, kind: str, way: str) -> None:
+    what = manifest()
+    if way == "plain":  # a blank in a path cannot be sent as it is
+        del what["profiles"][0]["workspace"]["files"]["sub dir/tokenizer+1.json"]
+    status, said, asked = start(server, tmp_path, what=what, NIM_REPOSITORY_OVERRIDE=f"{kind}://{place(server)}/", PLAY_ENCODING=way)
+    assert status == 0, said
+    assert cached(tmp_path) == {k: v for k, v in WHOLE.items() if way != "plain" or "sub dir" not in k}
+    assert all(a.endswith(" 200") for a in asked) and len(asked) == len(cached(tmp_path))
+
+
+def fallback(server: Operated, folder: Path, who: str) -> tuple[int, str, list[str]]:
+    """The container asks for a model whose listing answers 401, then by the two routes that it falls back to."""
+    return start(server, folder, who, PLAY_PAGED="1")
+
+
+def test_a_refused_key_gets_nothing_by_the_fallback_either(server: Operated, tmp_path: Path) -> None:
+    status, said, asked = fallback(server, tmp_path, "expired")
+    assert status == 1 and "Authentication Error" in said and cached(tmp_path) == {}
+    assert {a.rpartition(" ")[2] for a in asked} == {"401"} and any("checksums.blake3" in a for a in asked)
+
+
+def test_the_fallback_of_an_allowed_key(server: Operated, tmp_path: Path) -> None:
+    """The listing is kept from the client, as where a key's organisation is administered elsewhere; both fallback routes answer all the same."""
+    code = (
+        "import runpy, sys, urllib.parse as u\n"
+        "ns = runpy.run_path(sys.argv[1], run_name='fake')\n"
+        "real = ns['Nim'].fetch\n"
+        "def fetch(self, url, *a, **k):\n"
+        "    got = real(self, url, *a, **k)\n"
+        "    if u.urlsplit(url).path.endswith('/files'):\n"
+        "        got.status = 400\n"
+        "    return got\n"
+        "ns['Nim'].fetch = fetch\n"
+        "sys.argv = sys.argv[1:]\n"
+        "sys.exit(ns['main']())\n"
+    )
+    (tmp_path / "fallback.py").write_text(code)
+    (tmp_path / "m.json").write_text(json.dumps(manifest()))
+    given = {"NGC_API_ENDPOINT": place(server), "NIM_MODEL_PROFILE": PROFILE, "NIM_CACHE_PATH": str(tmp_path / "cache"), "PLAY_PAGED": "1"}
+    given |= {"NIM_SDK_USE_NATIVE_TLS": "1", "SSL_CERT_FILE": str(server.data / "tls" / "cert.pem"), "NGC_API_KEY": server.keys["low"]}
+    argv = [sys.executable, "-P", str(tmp_path / "fallback.py"), str(NIM), str(tmp_path / "m.json")]
+    before = len(lines(server))
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=given, check=False)
+    assert (done.returncode, cached(tmp_path)) == (0, WHOLE), done.stderr
+    paths = [line["path"] for line in lines(server)[before:]]
+    assert sum(path.endswith("checksums.blake3") for path in paths) == 2 and sum("/versions/" in path for path in paths) == 2 + len(WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("who", "uri", "words"),
+    [
+        (None, "", "requires an API key, but none was found"),
+        ("expired", "", "Authentication Error"),
+        ("nothing", "ngc://nim/meta/engine:fp8-1.0?file=config.json", "Permission error"),
+        ("low", "ngc://nim/meta/paid:1?file=config.json", "(402)"),
+        ("low", "ngc://nim/meta/absent:1?file=config.json", "(404)"),
+        ("low", "ngc://nim/meta/engine:9?file=config.json", "(404)"),
+    ],
+)
+def test_refusals_as_the_container_tells_them(server: Operated, tmp_path: Path, who: str | None, uri: str, words: str) -> None:
+    what = manifest(x=uri) if uri else manifest()
+    status, said, _ = start(server, tmp_path, who, what)
+    assert status == 1 and words in said and "Traceback" not in said, said
+
+
+def test_without_the_native_store_a_private_authority_is_unknown(server: Operated, tmp_path: Path) -> None:
+    status, said, asked = start(server, tmp_path, NIM_SDK_USE_NATIVE_TLS="0")
+    assert status == 1 and "UnknownIssuer" in said and asked == []
