@@ -44,6 +44,7 @@ LOG = logging.getLogger("airlock.s3")
 T = TypeVar("T")
 _ABSENT = {"NoSuchKey", "NoSuchUpload", "404"}
 _REFUSED = {"SignatureDoesNotMatch", "InvalidAccessKeyId", "AccessDenied", "InvalidToken", "ExpiredToken", "403", "401"}
+_FULL = {"QuotaExceeded", "InsufficientStorage", "InsufficientCapacity", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "507"}
 _CORRUPT = {"BadDigest", "XAmzContentSHA256Mismatch"}
 _TOLD = {"upload_part": "ETag", "create_multipart_upload": "UploadId", "head_object": "ContentLength"}  # without it, no answer
 _PASSING = ("s3_busy", "s3_timeout", "s3_connection", "s3_corrupt")
@@ -107,6 +108,9 @@ def _translate(error: Exception, doing: str, options: Options) -> AirlockError:
         if code in _REFUSED:
             words = f"credentials refused by {where} ({doing}: {code})"
             return Unavailable(words, do="correct the credentials file; it is read again by itself", reason="s3_credentials", code=code)
+        if code in _FULL or status == 507:
+            do = "free space in the object store, or raise the bucket's quota"
+            return Unavailable(f"{where} has no room for more ({doing}: {code or status})", do=do, reason="disk_full", code=code)
         if code == "RequestTimeTooSkewed":
             return Unavailable(f"{where} says that this machine's clock is wrong", do="set the clock", reason="s3_clock", code=code)
         if code == "MissingContentLength" and options.checksums:

@@ -236,6 +236,35 @@ def test_a_slow_store_makes_clients_wait_and_nothing_fails(tmp_path: Path, proxy
         quiet(server)
 
 
+def test_a_store_without_room_refuses_pushes_only_and_they_go_on_when_there_is_room(tmp_path: Path) -> None:
+    bucket = rgw.shared().bucket()
+    with over(tmp_path / "data", s3_url(tmp_path, bucket=bucket)) as server:
+        path = push(server, BIG)
+        half = server.ask("PATCH", server.ask("POST", f"/v2/{REPO}/blobs/uploads/").headers["location"], BIG[::-1][: 9 * MIB])
+        assert half.status == 202
+        rgw.shared().quota(bucket, 48 * MIB)
+        stored: dict[str, bytes] = {}
+
+        def refused() -> Answer | None:
+            raw = os.urandom(MIB)
+            answer = server.ask("POST", f"/v2/{REPO}/blobs/uploads/?digest={sha(raw)}", raw)
+            stored.update({sha(raw): raw} if answer.status == 201 else {})
+            return answer if answer.status != 201 else None
+
+        answer = wait_for(refused, "a refused push")
+        said = answer.json()["errors"][0]
+        assert answer.status == 503 and said["detail"]["reason"] == "disk_full" and "no room" in said["message"], said
+        assert "quota" in said["message"] and rgw.SECRET not in said["message"]
+        assert server.ask("GET", path).body == BIG and server.operator("/healthz")[0] == 200
+        rgw.shared().quota(bucket, 0)
+        wait_for(lambda: refused() is None, "a push that is taken")
+        done = server.ask("PUT", joined(server.ask("GET", half.headers["location"]).headers["location"], sha(BIG[::-1])), BIG[::-1][9 * MIB :])
+        assert done.status == 201, done.body
+        for digest, raw in stored.items():
+            assert server.ask("GET", f"/v2/{REPO}/blobs/{digest}").body == raw
+        quiet(server)
+
+
 @pytest.mark.full
 def test_a_store_that_stalls_is_told_after_its_time(tmp_path: Path, proxy: Unsteady) -> None:
     """Each request to the store waits twice for a minute; a push makes two before it gives up."""

@@ -174,6 +174,14 @@ class Rgw:
         names = ("--uid=test", "--key-type=s3", f"--access-key={access}", f"--secret-key={secret}")
         self._run("radosgw-admin", "-c", f"{self.folder}/ceph.conf", "key", "create", *names)
 
+    def quota(self, bucket: str, size: int) -> None:
+        """Lets a bucket hold so many bytes, which is all the room that a store has for its user; 0 takes the bound away."""
+        where = ("radosgw-admin", "-c", f"{self.folder}/ceph.conf", "quota")
+        names = ("--quota-scope=bucket", f"--bucket={bucket}")
+        if size:
+            self._run(*where, "set", *names, f"--max-size={size}")
+        self._run(*where, "enable" if size else "disable", *names)
+
     @classmethod
     def make(cls) -> Rgw:
         """A fresh running gateway; the caller ends it by remove()."""
