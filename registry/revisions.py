@@ -47,15 +47,15 @@ class Revisions:
     # ---- names
 
     def first(self, call: Call, names: Sequence[str], default: int = -1) -> str:
-        """The first of these names that exists for this caller, else the default one: what is asked about it then is refused."""
+        """The first of these names that holds something for this caller, else the default one: what is asked about it then is refused."""
         if isinstance(call, Sought) and call.ask[:1] == ("hub",) and tuple(dict.fromkeys(call.ask[3:])) == tuple(names):
             if call.found is None:
                 return names[default]
-            if visible(call.principal, call.found.repo.subject):
+            if call.found.repo.kind and visible(call.principal, call.found.repo.subject):
                 return call.found.repo.name
         for name in names:
             repo = self._catalog.repository(name)
-            if repo is not None and visible(call.principal, repo.subject):
+            if repo is not None and repo.kind and visible(call.principal, repo.subject):
                 return repo.name
         return names[default]
 
