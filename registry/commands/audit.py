@@ -214,7 +214,7 @@ def _report(ask: Ask, args: argparse.Namespace) -> int:
 
 
 def _seal(site: Site, args: argparse.Namespace) -> int:
-    ledger, now = Ledger(site.engine, site.log), time.time()
+    ledger, now = Ledger(site.engine, site.log), site.floor.now(time.time())
     unfinished = ledger.clear()  # of a seal that was killed behind its record
     _, vkey, _ = ledger.signed(now)
     head = ledger.sealable(when(args.until, "--until"))
@@ -238,7 +238,7 @@ def _seal(site: Site, args: argparse.Namespace) -> int:
 
 
 def _accept_fork(site: Site, args: argparse.Namespace) -> int:
-    call = local_call(time.time())
+    call = local_call(site.floor.now(time.time()))
 
     def row(conn: Any, note: str) -> None:
         site.audit.change(conn, call, "audit_fork", "", given_up=note[:4000], why=args.reason[:500])

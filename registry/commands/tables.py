@@ -53,7 +53,7 @@ def as_text(report: Mapping[str, Any]) -> str:
     ]
     if report["sealed"]:
         out.append(f"{report['sealed']} entries of the period were sealed into exports and are not counted")
-    if report["leases_recorded"] != report["leases_stored"]:
+    elif report["leases_recorded"] != report["leases_stored"]:
         out.append(f"the log records {report['leases_recorded']} leases, the database holds {report['leases_stored']}: see why")
     for name, (title, columns) in TABLES.items():
         rows, total = report[name]["rows"], report[name]["total"]
