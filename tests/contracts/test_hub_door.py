@@ -157,6 +157,100 @@ def test_resolve_ranges(door: Door, model: str) -> None:
     assert (refused.status, refused.headers["content-range"]) == (416, "bytes */300000")
 
 
+def test_ranges_at_the_edges(door: Door) -> None:
+    push(door, "hf/acme/edges", {"empty": b"", "four": b"1234"}, commit="e" * 40)
+    for value, status, body, told in (
+        ("bytes=0-", 206, b"1234", "bytes 0-3/4"),
+        ("bytes=-2", 206, b"34", "bytes 2-3/4"),
+        ("bytes=-9", 206, b"1234", "bytes 0-3/4"),
+        ("bytes=3-99", 206, b"4", "bytes 3-3/4"),
+        ("bytes=4-", 416, None, "bytes */4"),
+        ("bytes=-0", 416, None, "bytes */4"),
+        ("bytes=3-1", 416, None, "bytes */4"),
+        ("bytes=0-0,2-3", 200, b"1234", None),  # several parts: the whole, as RFC 9110 allows
+        ("bytes=x-", 200, b"1234", None),
+        ("lines=0-1", 200, b"1234", None),
+    ):
+        found = door.ask("GET", "/acme/edges/resolve/main/four", Range=value)
+        assert (found.status, found.headers.get("content-range")) == (status, told) and body in (None, found.body), value
+        assert door.ask("HEAD", "/acme/edges/resolve/main/four", Range=value).status == 200  # a range is for GET alone
+    assert door.ask("GET", "/acme/edges/resolve/main/empty").headers["content-length"] == "0"
+    none = door.ask("GET", "/acme/edges/resolve/main/empty", Range="bytes=0-")
+    assert (none.status, none.headers["content-range"]) == (416, "bytes */0")
+
+
+def test_nothing_tells_of_xet(door: Door, model: str) -> None:
+    for path in (
+        f"/api/models/{model}?blobs=true&expand=xetEnabled",
+        f"/api/models/{model}/tree/main?recursive=true&expand=true",
+        f"/{model}/resolve/main/a",
+    ):
+        found = door.ask("GET", path)
+        assert b"xetHash" not in found.body and not [k for k in found.headers if "xet" in k]
+    for path in FILES:
+        assert not [k for k in door.ask("HEAD", f"/{model}/resolve/main/{path}").headers if "xet" in k or k == "link"]
+
+
+def test_a_tree_with_more_told(door: Door, model: str) -> None:
+    found = door.ask("GET", f"/api/models/{model}/tree/main?expand=True").json()
+    assert {n["lastCommit"]["id"] for n in found} == {COMMIT_ID} and found[0]["securityFileStatus"]["status"] == "unscanned"
+    assert "lastCommit" not in door.ask("GET", f"/api/models/{model}/tree/main?expand=false").json()[0]
+
+
+def test_models_are_listed_to_who_sees_them(door: Door, model: str) -> None:
+    def ids(query: str, who: str = "acme") -> list[str]:
+        return [m["id"] for m in door.ask("GET", f"/api/models{query}", who=who).json()]
+
+    assert model in ids("?author=ACME&limit=1000") and model in ids("?search=CME/m") and ids("?search=nothing") == []
+    page = door.ask("GET", "/api/models?limit=1")
+    assert page.headers["link"].startswith(f"<{door.url}/api/models?limit=1&cursor=") and page.headers["link"].endswith('>; rel="next"')
+    assert door.ask("GET", "/api/models", who=None).status == 401
+
+
+@pytest.mark.parametrize(
+    "path", ["%2e%2e/x", "..%2fx", "a%00b", "%2fetc/passwd", ".git/config", "a%5cb", "%ff", "a%0ab", "x" * 1100, "%ed%a0%80", "config.json/"]
+)
+def test_hostile_paths_are_absent_entries(door: Door, model: str, path: str) -> None:
+    for method in ("HEAD", "GET"):
+        found = door.ask(method, f"/{model}/resolve/main/{path}")
+        assert (found.status, found.headers["x-error-code"], found.headers["x-repo-commit"]) == (404, "EntryNotFound", COMMIT_ID)
+
+
+@pytest.mark.parametrize(
+    "ref", ["..%2f..%2fx", "a%00b", "%ff", "refs%2Fpr%2F1", "x" * 300, "sha256:" + "0" * 64, "%ed%a0%80", "HEAD", "refs%2Fheads%2F"]
+)
+def test_hostile_revisions_are_absent_revisions(door: Door, model: str, ref: str) -> None:
+    found = door.ask("GET", f"/{model}/resolve/{ref}/config.json")
+    assert (found.status, found.headers["x-error-code"]) == (404, "RevisionNotFound")
+    assert door.ask("GET", f"/api/models/{model}/revision/{ref}").status == 404
+
+
+@pytest.mark.parametrize(
+    "repo", ["a--b/c", "..%2f..", "acme%00/m", "%ff/m", "acme/m.git", "a" * 97 + "/m", "acme/../m", "acme//m", ".%2f.", "v2/x", "airlock%2fv1/x"]
+)
+def test_hostile_ids_are_absent_repositories(door: Door, model: str, repo: str) -> None:
+    for path in (f"/api/models/{repo}", f"/api/models/{repo}/tree/main", f"/api/models/{repo}/resolve/main/x"):
+        found = door.ask("GET", path)
+        assert (found.status, found.headers["x-error-code"]) == (404, "RepoNotFound"), path
+
+
+def test_gated_and_private_by_key(door: Door, model: str) -> None:
+    """One who sees the name and may not read it is told that it is gated; to who does not see it, it is not there; listing a page changes nothing."""
+    push(door, "acme/inner", {"a.txt": b"x"}, commit="d" * 40)
+    for path in ("/api/models/acme/inner", "/api/models/acme/inner/auth-check", "/acme/inner/resolve/main/a.txt", "/api/models/acme/inner/tree/main"):
+        for who, status, code in (
+            ("acme", 200, None),
+            ("reader", 403, "GatedRepo"),
+            ("other", 404, "RepoNotFound"),
+            (None, 401, None),
+            ("expired", 401, None),
+        ):
+            for method in ("GET", "HEAD"):
+                found = door.ask(method, path, who=who)
+                assert (found.status, found.headers.get("x-error-code")) == (status, code), (path, who)
+    assert door.ask("PUT", "/api/models/acme/inner").status == 405 and door.ask("POST", "/api/models/acme/inner/settings").status == 501
+
+
 def test_refusals_have_the_code_that_clients_know(door: Door, model: str) -> None:
     cases = [
         (f"/{model}/resolve/main/none.json", "acme", 404, "EntryNotFound"),
