@@ -25,6 +25,7 @@ from runtime.standing import DAY, End
 
 log = logging.getLogger("airlock")
 FIRST_WAIT_S = 5.0  # between two tries after the first failure; doubled each time, up to the watch's period
+REFUSALS = (Denied, Unauthenticated, NotFound)
 STATES = ("valid", "grace", "over", "refused")
 JOIN_S = 1.0
 HEADER = 500  # characters of the warning header
@@ -65,6 +66,8 @@ class Watch:
         self._without_standing = False
         self.known = Known(Lease(0.0))
         self._take(claims, due_now=not fresh)
+        if fresh:
+            self.known = replace(self.known, renewed_at=self._clock.now())
 
     def start(self) -> None:
         """Begins to watch; the first thing is the receipt, then the question what the key has."""
@@ -94,7 +97,7 @@ class Watch:
             self._ask()
         except Unavailable as error:
             self._trouble(error)
-        except (Denied, Unauthenticated, NotFound) as error:
+        except REFUSALS as error:
             self._no(error)
         except AirlockError as error:  # an answer that is none of this site's registry
             self._trouble(error)
@@ -122,7 +125,11 @@ class Watch:
         self._receipt = None
 
     def _renew(self) -> None:
-        claims = entitlement.obtain_lease(self._remote, self._choice, self._trust, self._folder)
+        try:
+            claims = entitlement.obtain_lease(self._remote, self._choice, self._trust, self._folder)
+        except AirlockError as error:
+            self._results["refused" if isinstance(error, REFUSALS) else "failed"] += 1
+            raise
         self._take(claims, due_now=False)
         self._results["ok"] += 1
         self.known = replace(self.known, renewed_at=self._clock.now(), refused="", away="")
@@ -154,14 +161,12 @@ class Watch:
     def _trouble(self, error: AirlockError) -> None:
         """The registry is away, or what answers in its place makes no sense: nothing is taken back, the lease runs down."""
         self._failures += 1
-        self._results["failed"] += 1
         self.known = replace(self.known, away=error.reason)
         self._say(f"the registry does not answer as it should ({error.reason}: {error.what}): the lease is not renewed; {self._stops()}", error)
 
     def _no(self, error: AirlockError) -> None:
         """The registry answers and says no; what it takes back is marked in the cache."""
         self._failures += 1
-        self._results["refused"] += 1
         self._due = time.monotonic()  # what was taken back can be given again: ask for a lease, not only for the standing
         entitlement.refuse_kept(self._folder, self._choice.model, self._choice.ref, self._choice.host, error.reason)
         self.known = replace(self.known, refused=error.reason, away="")
