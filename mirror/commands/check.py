@@ -30,7 +30,8 @@ class Ending:
     def as_json(self) -> dict[str, object]:
         """The item as GET /airlock/v1/expiring shows one."""
         what: dict[str, object] = {"kind": self.kind, "item": self.key.key_id, "org": self.key.org, "name": self.key.name}
-        return what | {"ends": self.ends, "grace_ends": 0, "days": round(self.days, 2), "stops": [{"model": name} for name in self.names]}
+        when: dict[str, object] = {"ends": date(self.ends), "grace_ends": "", "days": round(self.days, 2)}
+        return what | when | {"quiet": False, "stops": [{"model": name} for name in self.names], "notes": ""}
 
 
 def endings(home: MirrorHome, now: float) -> list[Ending]:

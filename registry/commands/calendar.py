@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     if args.nagios:
         return _nagios(items, args.warning, args.critical)
     shown = [{**item, "days": _left(item), "stops": _stops(item)} for item in items]
-    text = table(shown, "kind", "item", "org", "ends", "days", "stops", "notes") if items else f"nothing ends within {args.days} days"
+    text = table(shown, "kind", "item", "name", "org", "ends", "days", "stops", "notes") if items else f"nothing ends within {args.days} days"
     return tell(args, {"now": int(time.time()), "items": items}, text)
 
 
@@ -76,5 +76,5 @@ def _nagios(items: list[dict[str, Any]], warning: float, critical: float) -> int
     first = counted[0]
     words = f"ends in {first['days']:.1f} days" if first["days"] > 0 else f"ended {first['ends']}"
     name = f"{first['kind']} {first['item']}" + (f" of {first['org']}" if first["org"] else "")
-    print(f"{STATES[state]}: {name} {words}, {len(first['stops'])} stop; {len(counted)} ends in all | ends={len(counted)} {figures}")
+    print(f"{STATES[state]}: {name} {words}, what stops then: {len(first['stops'])}; ends in all: {len(counted)} | ends={len(counted)} {figures}")
     return state

@@ -148,8 +148,8 @@ def test_records_and_their_watch(tmp_path: Path) -> None:
     assert "ended 2020-01-01T10:00:00Z" in mirror(home, "check", "--nagios", code=2)
     found = json.loads(mirror(home, "check", "--json"))["items"]
     assert [(i["kind"], i["name"], i["org"], i["ends"]) for i in found] == [
-        ("upstream_key", "hub", "acme-hub", 1577872800),
-        ("upstream_subscription", "nvidia", "acme", 4102444800),
+        ("upstream_key", "hub", "acme-hub", "2020-01-01T10:00:00Z"),
+        ("upstream_subscription", "nvidia", "acme", "2100-01-01T00:00:00Z"),
     ]
     assert "hub     upstream_key" in mirror(home, "check")
     make_repo(tmp_path / "repos")

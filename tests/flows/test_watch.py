@@ -246,3 +246,13 @@ def test_a_site_whose_clock_state_is_deleted_and_set_back(tmp_path: Path) -> Non
         conn.execute(insert(t.clock).values(name="floor", at=0.0))
     with operated(data, keys, **faked(timedelta(days=-365))) as server:
         assert server.ask("GET", f"{ROOT}/whoami", who="expired").status == 401 and ready(server) == ["clock_rollback"]
+
+
+def test_a_clock_that_is_right_is_believed_when_somebody_says_so(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    new_site(data)
+    late = faked(timedelta(days=40))
+    for argv, days in (((), 0), (("--clock-is-right", "--dry-run"), 0), (("--clock-is-right",), 40)):
+        airlock("gc", "--data", str(data), *argv, check=False, **late)
+        with open_site(Settings.load(data, environ={}), background=False) as site:
+            assert abs(site.floor.at - time.time() - days * DAY) < 600, argv
