@@ -1,4 +1,5 @@
-"""Model cards: YAML from outside read safely, and the facts layer of a revision (docs/format.md section 3) made from its README; no I/O.
+"""Model cards: YAML from outside read safely, the facts layer of a revision (docs/format.md section 3) made from its README, and what of its files
+the Hub's clients do not take; no I/O.
 
 Must not be imported by the runtime, which has no YAML.
 """
@@ -6,15 +7,17 @@ Must not be imported by the runtime, which has no YAML.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 import yaml
 
 from artifact.errors import Invalid
 from artifact.manifest import canonical_json
+from artifact.store import File
 
 README = "README.md"
 MAX_CARD = 64 * 1024  # of a README, how much of its beginning is looked at
+HUB_LARGEST = 50_000_000_000  # huggingface_hub refuses to download a larger file over plain HTTP (its constants.py: MAX_HTTP_DOWNLOAD_SIZE)
 
 
 class _Loader(yaml.SafeLoader):
@@ -65,6 +68,16 @@ def facts_of(source: str, readme: bytes) -> bytes:
     if isinstance(tags, list):
         facts["tags"] = [t for t in tags if isinstance(t, str)]
     return canonical_json(facts)
+
+
+def hub_warnings(files: Iterable[File]) -> list[str]:
+    """What to tell of each file that hub clients will refuse to download, with the way out."""
+    return [
+        f"{file.path} has {file.size} bytes, and huggingface_hub, transformers and vLLM by repo id refuse files above 50 GB: save the model in "
+        "smaller shards, or let airlock runtime or an OCI client pull it"
+        for file in files
+        if file.size > HUB_LARGEST
+    ]
 
 
 def head_of(readme: bytes) -> str | None:

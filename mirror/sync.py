@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from artifact import copy, profile
+from artifact.card import hub_warnings
 from artifact.disk import Disk
 from artifact.errors import AirlockError, Invalid, NotFound, Unauthenticated
 from artifact.manifest import (
@@ -52,6 +53,7 @@ class Result:
     names: list[Named] = field(default_factory=list)
     received: int = 0
     error: AirlockError | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, object]:
         """The result for the report; an error in its usual form."""
@@ -59,11 +61,17 @@ class Result:
         out: dict[str, object] = {"source": self.item.source, "status": self.status, "transferred": self.received, "names": names}
         if self.names:
             out["upstream"] = self.names[0].upstream
+        if self.warnings:
+            out["warnings"] = self.warnings
         return out | ({"error": self.error.as_dict()} if self.error else {})
 
 
 def sync(
-    home: MirrorHome, plan: Plan, bar: Callable[[int], copy.Progress] | None = None, environ: Mapping[str, str] = os.environ
+    home: MirrorHome,
+    plan: Plan,
+    bar: Callable[[int], copy.Progress] | None = None,
+    environ: Mapping[str, str] = os.environ,
+    warn: Callable[[str], None] = lambda words: None,
 ) -> dict[str, object]:
     """Brings all items into the home's staging and returns the report; failures of items are in the report, only those of the home are raised.
 
@@ -77,6 +85,9 @@ def sync(
         for i, result in enumerate(results):
             with _failing(result):
                 jobs[i] = _job(result.item, home, records, now, environ)
+                result.warnings = hub_warnings(jobs[i].files)
+            for words in result.warnings:
+                warn(words)  # before the first byte
         for i in list(jobs):
             with _failing(results[i]):
                 jobs[i].follow()
@@ -167,6 +178,7 @@ class _HubJob:
             user, role = self._source.who()
         self._facts = granted.facts(self._snapshot.license, user, "; ".join(w for w in (user and f"user {user}", role and f"role {role}", gate) if w))
         self.size = sum(f.size for f in self._snapshot.files)
+        self.files = tuple(File(f.path, f.digest, f.size) for f in self._snapshot.files)
 
     def follow(self) -> None:
         """Nothing: a Hub's repository names nothing else."""
@@ -203,6 +215,7 @@ class _OciJob:
         self._root = parse_manifest(self._source.read_manifest(item.repository, item.wanted)[1])
         granted.check_license(_license(self._root, disk))
         self.size = oci.graph_size(self._source, item.repository, self._root.digest)
+        self.files = files_of(self._root) if oci.kind_of(self._root) == "model" else ()
         self._profiles = self._find_profiles()
         self._pins: tuple[profile.Pin, ...] = ()
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlencode
 
 from artifact import errors
-from artifact.card import head_of, load_yaml
+from artifact.card import head_of, hub_warnings, load_yaml
 from artifact.manifest import check_digest, check_name, check_path, content_kind, digest_of, parse_json
 from artifact.store import Call, Change, File, Upload
 from registry import hub
@@ -31,7 +31,6 @@ MAX_OBJECTS = 1000
 MAX_BODY = 4 * 1024 * 1024
 PART = 64 * 1024 * 1024
 MAX_PARTS = 1000
-LARGE = 50_000_000_000  # above it hub clients take nothing over plain HTTP
 NO_XET = "This-registry-takes-no-Xet-uploads-yet-set-HF_HUB_DISABLE_XET=1-and-run-again"
 _OID = re.compile(r"[0-9a-f]{64}\Z")
 
@@ -144,16 +143,15 @@ class HubWriter:
         if not isinstance(files, list) or len(files) > MAX_OBJECTS or not all(isinstance(f, dict) for f in files):
             raise errors.Invalid("files is no list", expected=f"at most {MAX_OBJECTS} objects with path and size")
         held = await x.call(lambda call: x.guard.revisions.planned(call, name, ref))
-        answers, large = [], []
+        answers, sized = [], []
         for file in files:
             path, size = file.get("path"), file.get("size")
             if not isinstance(path, str) or type(size) is not int or size < 0:
                 raise errors.Invalid("a file has no path or size", expected='{"path": "config.json", "size": 7}')
             there = held.get(check_path(path))
             answers.append({"path": path, "uploadMode": _mode(path, size, there), "shouldIgnore": False, "oid": hub.etag(there) if there else None})
-            large += [path] if size > LARGE else []
-        headers = {"x-hf-warning": f"size; {large_words(large[0])}"} if large else {}
-        await x.json(200, {"files": answers}, headers)
+            sized.append(File(path, "", size))
+        await x.json(200, {"files": answers}, _too_large(sized))
 
     async def _commit(self, x: Exchange, at: hub.Place, name: str, branch: str) -> None:
         read = _Commit()
@@ -173,12 +171,8 @@ class HubWriter:
             raise errors.Invalid("the commit has no header", expected='a first line {"key": "header", "value": {"summary": "…"}}')
         made = await x.call(lambda call: x.guard.commit(call, name, branch, read.parent, read.changes, read.title))
         url = f"{x.base_url}{at.prefix}/{made.display}/commit/{made.commit}"
-        headers = {"x-hf-warning": f"size; {words}"} if (words := self._large(read.changes)) else {}
+        headers = _too_large([File(c.path, c.digest, c.size or 0) for c in read.changes])
         await x.json(200, {"success": True, "commitOid": made.commit, "commitUrl": url, "hookOutput": ""}, headers)
-
-    @staticmethod
-    def _large(changes: Sequence[Change]) -> str:
-        return next((large_words(c.path) for c in changes if c.size is not None and c.size > LARGE), "")
 
     async def _take(self, x: Exchange, name: str, read: _Commit, lines: Sequence[bytes]) -> None:
         def work(call: Call) -> None:
@@ -403,12 +397,10 @@ def part_size(size: int) -> int:
     return max(PART, -(-size // MAX_PARTS // step) * step)
 
 
-def large_words(path: str) -> str:
-    """What is told of a file that hub clients will not download (docs/operations.md)."""
-    return (
-        f"{path} has more than 50 GB: huggingface_hub, transformers and vLLM refuse to download it over HTTP. "
-        "Save the model in smaller shards, or pull it with airlock runtime, by OCI or by airlock's own puller"
-    )
+def _too_large(files: Sequence[File]) -> dict[str, str]:
+    """What clients show their users of files that they would not download again."""
+    words = hub_warnings(files)
+    return {"x-hf-warning": f"size; {words[0]}"} if words else {}
 
 
 def _mode(path: str, size: int, there: File | None) -> str:

@@ -27,7 +27,12 @@ def main(argv: list[str]) -> int:
     chosen = parser.parse_args(argv)
     if chosen.home is None:
         parser.error("--home DIR or AIRLOCK_MIRROR is needed")
-    report = sync(MirrorHome.open(chosen.home), load(chosen.plan), lambda total: Progress(total, "sync", sys.stderr))
+    report = sync(
+        MirrorHome.open(chosen.home),
+        load(chosen.plan),
+        lambda total: Progress(total, "sync", sys.stderr),
+        warn=lambda words: print(f"warning: {words}", file=sys.stderr, flush=True),
+    )
     print(json.dumps(report, indent=1, sort_keys=True) if chosen.json else _text(report))
     return exit_code(report)
 

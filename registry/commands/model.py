@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from artifact import profile
+from artifact.card import hub_warnings
 from artifact.copy import Progress
 from artifact.digest import hash_fd
 from artifact.errors import Invalid, Mismatch, NotFound, TooLarge, Unauthenticated
@@ -183,6 +184,9 @@ class _Push:
     def run(self, top: Path, wanted: list[dict[str, object]]) -> dict[str, object]:
         """Pushes and returns the report."""
         sources = walk(top)
+        warnings = hub_warnings(File(source.path, "", source.size) for source in sources)
+        for words in warnings:
+            print(f"warning: {words}", file=sys.stderr, flush=True)
         files = self._hash(sources)
         facts = canonical_json({"schema": 1, "source": f"push://{self._name}"})
         notes = {SOURCE: f"push://{self._name}", COMMIT: derived_commit("", files_root(files), "", "")}
@@ -208,6 +212,7 @@ class _Push:
             "bytes": sum(f.size for f in files),
             "sent_bytes": sent,
             "changed": changed,
+            "warnings": warnings,
         }
 
     def _hash(self, sources: list[Source]) -> list[File]:

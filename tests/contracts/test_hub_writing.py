@@ -131,7 +131,7 @@ def test_preupload_tells_modes_and_what_is_there(door: Door) -> None:
     ):
         assert post(door, f"/api/models/{repo}/preupload/main", body).status == 400, body
     huge = post(door, f"/api/models/{repo}/preupload/main", {"files": [{"path": "w.safetensors", "size": 50_000_000_001}]})
-    assert "more than 50 GB" in huge.headers["x-hf-warning"] and "shards" in huge.headers["x-hf-warning"]
+    assert "files above 50 GB" in huge.headers["x-hf-warning"] and "shards" in huge.headers["x-hf-warning"]
     assert post(door, "/api/models/acme/absent/preupload/main", {"files": []}).headers["x-error-code"] == "RepoNotFound"
     assert post(door, f"/api/models/{repo}/preupload/none", {"files": []}).headers["x-error-code"] == "RevisionNotFound"
 
