@@ -169,12 +169,12 @@ class Intake:
 
     def refused(self, conn: Connection, call: Call, item: Found, error: AirlockError, source: str) -> Facts:
         """Records a refusal and returns it as an outcome."""
-        token = item[0] if isinstance(item, tuple) else item.head.token
+        digest = digest_of((item[0] if isinstance(item, tuple) else item.head.token).encode("utf-8", "replace"))
         facts: Facts = {"document": "unknown", "state": "refused"} if isinstance(item, tuple) else _outcome(item, "refused")
         owner = str(facts.get("org", ""))
-        ref = str(facts.get("jti", "")) or digest_of(token.encode())
+        ref = str(facts.get("jti", "")) or digest
         self._audit.change(conn, call, "document_refused", ref, result="denied", reason=error.reason, owner=owner, source=source)
-        return facts | {"digest": digest_of(token.encode()), "reason": error.reason, "what": str(error)}
+        return facts | {"digest": digest, "reason": error.reason, "what": str(error)}
 
     def take(self, conn: Connection, call: Call, found: Document, source: str) -> Facts:
         """Takes one in; raises Denied `expired`, `issuer_revoked`, `revoked`, `serial`, `issuer`, Conflict `document_conflict`, before any change."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -127,6 +128,7 @@ def test_what_is_refused(site: Site) -> None:
     assert refusal(site, altered, Mismatch) == "signature"
     lease = trust.sign_jws(KEY, "lease+jwt", {"iss": "vendor", "sub": "org:acme", "jti": "x", "iat": 1, "nbf": 1, "exp": 9_999_999_999})
     assert refusal(site, lease, Invalid) == "document"
+    assert refusal(site, "\ud800", Invalid) == refusal(site, "x\0", Invalid) == "document"
     for body in ({}, {"document": 5}, {"document": token, "org": "acme"}):
         with pytest.raises(Invalid):
             site.documents.take(local_call(NOW), body)
@@ -167,6 +169,31 @@ def test_of_several_issuers_the_one_counts_that_took_effect_last(site: Site) -> 
     assert counting(site) == jti_of(reseller)
     site.documents.activate(NOW + DAY)
     assert counting(site) == jti_of(renewed)
+
+
+def test_any_order_of_documents_and_days(site: Site) -> None:
+    """Drawn histories of two issuers against the rule told in other words: nothing but a document's own time or its import changes what counts."""
+    seed = random.randrange(1 << 32)
+    draw = random.Random(seed)
+    for n in range(25):
+        org, day, taken, counts = f"org{n}", 0, [], ""
+        for _ in range(7):
+            iss, serial, begins = draw.choice(("vendor", "reseller")), draw.randrange(1, 9), draw.randrange(0, 8)
+            token = licence(site, serial, org=org, iss=iss, begins=NOW + begins * DAY)
+            fits = all(serial > other[1] for other in taken if other[0] == iss)
+            if draw.random() < 0.7 and fits:
+                take(site, token, NOW + day * DAY)
+                taken.append((iss, serial, begins, day, jti_of(token)))
+            else:
+                day += draw.randrange(0, 3)
+                site.documents.activate(NOW + day * DAY)
+            counts, before = "", counts
+            for at in range(day + 1):  # day after day: what begins then takes over, unless a newer one of its issuer has begun
+                for doc in taken:
+                    newer = any(o[0] == doc[0] and o[1] > doc[1] and max(o[2], o[3]) <= at for o in taken)
+                    if max(doc[2], doc[3]) == at and not newer:
+                        counts = doc[4]
+            assert counting(site, org) == counts, (seed, n, day, taken, before)
 
 
 def test_the_site_itself_issues(site: Site) -> None:
