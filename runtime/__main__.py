@@ -172,7 +172,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     watch = Watch(
         choice.client,
         _wanted(choice, profile, settings),
-        choice.trust,
+        lambda: entitlement.read_trust(settings),  # again at each renewal: keys are replaced while models run
         settings.cache / "leases",
         claims,
         every_s=settings.watch_s,

@@ -12,7 +12,8 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class Watch:
         self,
         remote: entitlement.Api,
         choice: entitlement.Choice,
-        trust: SiteTrust,
+        trust: Callable[[], SiteTrust],
         folder: Path,
         claims: Mapping[str, object],
         *,
@@ -57,7 +58,8 @@ class Watch:
         fresh: bool = True,
         receipt: Mapping[str, object] | None = None,
     ) -> None:
-        self._remote, self._choice, self._trust, self._folder, self._every_s = remote, choice, trust, folder, every_s
+        self._remote, self._choice, self._read_trust, self._folder, self._every_s = remote, choice, trust, folder, every_s
+        self._trust = trust()
         self._clock = leases.Clock(folder, number(claims, "iat"))
         self._receipt = {"lease": text(claims, "jti"), **receipt} if receipt else None
         self._stopping = threading.Event()
@@ -125,6 +127,8 @@ class Watch:
         self._receipt = None
 
     def _renew(self) -> None:
+        with suppress(AirlockError):  # a file that is being replaced: the keys of before still count
+            self._trust = self._read_trust()
         try:
             claims = entitlement.obtain_lease(self._remote, self._choice, self._trust, self._folder)
         except AirlockError as error:

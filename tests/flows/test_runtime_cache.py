@@ -231,6 +231,18 @@ def test_serve_starts_warm_with_the_registry_down_and_only_with_its_lease(node: 
     assert expired.returncode == 29 and "the lease expired on" in expired.stderr
 
 
+def test_a_registry_that_fails_at_the_lease_leaves_the_stored_one(node: Node) -> None:
+    given = node.site.lease
+    node.site.lease = lambda body: (503, {"reason": "database_down", "what": "the database does not answer"})
+    first = node.run("serve")
+    assert first.returncode == 9 and "the database does not answer" in first.stderr and "holds no lease" in first.stderr
+    node.site.lease = given
+    assert node.run("serve").returncode == 36
+    node.site.lease = lambda body: (503, {"reason": "database_down", "what": "the database does not answer"})
+    warm = node.run("serve")
+    assert warm.returncode == 36 and "database_down" in warm.stderr and "Lease j1 until" in warm.stderr
+
+
 def test_a_warm_start_verifies_the_cached_release_again(node: Node) -> None:
     assert node.run("serve").returncode == 36
     node.site.close()
