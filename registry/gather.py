@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Select, func, or_, select
 
 from artifact.grant import date
 from registry import tables as t
-from registry.report import MAX_ROWS, SOON_S, Event, Lease, Period, Row, Tally, bounded, gpus
+from registry.report import MAX_UPSTREAM, SOON_S, Event, Lease, Period, Row, Tally, bounded, gpus
 
 PAGE = 5000
 _L, _O, _K, _G, _E, _U = t.audit_leaf.c, t.org.c, t.api_key.c, t.key_grant.c, t.entitlement.c, t.upstream_record.c
@@ -147,7 +147,7 @@ def ending_grants(conn: Connection, period: Period) -> list[Row]:
 def upstream(conn: Connection, period: Period) -> list[Row]:
     """The newest upstream record of each artefact, for an organisation those of its own repositories."""
     newest = select(func.max(_U.id)).group_by(_U.name, _U.ref)
-    wanted = select(t.upstream_record).where(_U.id.in_(newest)).order_by(_U.name, _U.ref).limit(MAX_ROWS)
+    wanted = select(t.upstream_record).where(_U.id.in_(newest)).order_by(_U.name, _U.ref).limit(MAX_UPSTREAM)
     if period.org:
         owned = select(t.repository.c.name).join(t.org, _O.id == t.repository.c.org_id).where(_O.name == period.org)
         wanted = wanted.where(_U.name.in_(owned))

@@ -11,9 +11,9 @@ from typing import Any
 
 from artifact.grant import date
 from registry.plots import bars, legend, short, stacked, steps
+from registry.report import PLOTTED
 
 SHOWN = 60
-PLOTTED = 4
 STYLE = """
 @page { size: A4; margin: 14mm 12mm; }
 * { box-sizing: border-box; }
@@ -202,6 +202,7 @@ def _upstream(report: Row) -> str:
         ("Tier", "", _text("tier")),
         ("Licence", "", _text("license")),
         ("Accepted by", "", _text("accepted_by")),
+        ("Evidence", "w", _text("evidence")),
         ("Subscription ends", "t", lambda row: _moment(row["subscription_end"])),
         ("Fetched", "t", lambda row: _moment(row["fetched"])),
     )

@@ -14,7 +14,7 @@ from artifact.grant import date
 
 DAY_S = 86400.0
 MAX_DAYS = 366
-MAX_PULLS, MAX_ROWS = 5000, 1000
+MAX_PULLS, MAX_ROWS, MAX_UPSTREAM, PLOTTED = 1500, 500, 300, 4  # so that an answer stays below 4 MiB
 MAX_LISTED = 5
 POINTS = 400
 SOON_S = 90 * DAY_S
@@ -128,7 +128,7 @@ class Tally:
 
     def _pull(self, e: Event, n: int) -> None:
         name, _, digest = e.ref.partition("@")
-        digest = str(e.body.get("digest") or "") if e.event == "verified" else digest
+        digest = str(e.body.get("digest") or digest) if e.event == "verified" else digest
         found = self._pulls.setdefault((e.org, e.key_id, name), _Pull())
         found.first, found.last = min(found.first or e.ts, e.ts), max(found.last, e.ts)
         size = _whole(e.body.get("bytes"))
@@ -215,13 +215,13 @@ def bounded(rows: list[Row], most: int = MAX_ROWS) -> Row:
 
 
 def gpus(leases: Iterable[Lease], period: Period) -> list[Row]:
-    """For each licence its peak of GPUs in use at once against the bought number, and the course of it; the highest peak first."""
+    """For each licence its peak of GPUs in use at once against the bought number, the highest first, and of the first four their course."""
     of: dict[tuple[str, str, int], list[Lease]] = {}
     for lease in leases:
         if lease.gpus and lease.end > period.start and lease.start < period.end and lease.end > lease.start:
             of.setdefault((lease.licence, lease.org, lease.bound), []).append(lease)
-    rows = [_licence(*key, found, period) for key, found in of.items()]
-    return sorted(rows, key=lambda row: (-_whole(row["peak"]), str(row["licence"])))
+    rows = sorted((_licence(*key, found, period) for key, found in of.items()), key=lambda row: (-_whole(row["peak"]), str(row["licence"])))
+    return [row if i < PLOTTED else row | {"course": []} for i, row in enumerate(rows)]
 
 
 def _licence(licence: str, org: str, bound: int, leases: list[Lease], period: Period) -> Row:

@@ -19,7 +19,10 @@ TABLES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "denials": ("Denied attempts", ("org", "who", "action", "reason", "attempts", "ref", "first", "last")),
     "unused_keys": ("Keys not used since the beginning", ("key_id", "org", "type", "note", "created", "last_used", "expires")),
     "grants": ("Grants that end", ("grant_id", "org", "to", "models", "actions", "expires", "days")),
-    "upstream": ("Upstream entitlements", ("name", "ref", "source", "upstream_org", "product", "tier", "license", "accepted_by", "subscription_end")),
+    "upstream": (
+        "Upstream entitlements",
+        ("name", "ref", "source", "upstream_org", "product", "tier", "license", "accepted_by", "evidence", "subscription_end"),
+    ),
     "changes": ("Changes", ("event", "count")),
 }
 SHOWN = 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -374,6 +375,17 @@ def test_the_report_of_real_reads(site: Site, tmp_path: Path, capsys: pytest.Cap
         (call.principal.key_id, found["denials"]["rows"][0]["reason"], 1)
     ]
     assert tlog.open_checkpoint(found["evidence"]["checkpoint"], found["evidence"]["key"]).size == found["evidence"]["size"]
+    wish = {"model": "acme/tiny", "ref": "1", "profile_digest": pushed.profiles.digest, "profile_id": pushed.profile_id, "host": "node1"}
+    told = site.guard.lease(call, wish | {"gpu_uuids": ["GPU-1", "GPU-2"]})
+    claims = json.loads(base64.urlsafe_b64decode(str(told["lease"]).split(".")[1] + "=="))
+    site.guard.leasing.verified(call, {"lease": claims["jti"], "digest": pushed.model.digest, "bytes": 5000, "files": 3})
+    assert run(site, "report", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    (row,), (licence,) = found["pulls"]["rows"], found["gpus"]["rows"]
+    assert (row["verified"], row["verified_bytes"], licence["peak"], licence["hosts"]) == (1, 5000, 2, 1)
+    assert licence["licence"] == f"grant {call.principal.grants[0].id}" and found["leases_recorded"] == found["leases_stored"] == 1
+    assert run(site, "prove", tmp_path / "lease", "--lease", claims["jti"]) == 0
+    capsys.readouterr()
     assert run(site, "report", "--csv") == 0 and capsys.readouterr().out.startswith("org,key_id,name,grants,granted,")
     assert run(site, "report", "--html", tmp_path / "r.html") == 0 and "acme/tiny" in (tmp_path / "r.html").read_text()
     assert run(site, "report") == 0 and "Who pulled what" in capsys.readouterr().out

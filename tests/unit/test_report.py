@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from artifact.errors import Invalid
+from artifact.manifest import MAX_MANIFEST_BYTES
 from registry.commands.period import span
 from registry.commands.tables import TABLES, as_csv, as_text
 from registry.page import SHOWN, page
 from registry.plots import bars, nice, stacked, steps
-from registry.report import DAY_S, MAX_PULLS, POINTS, Event, Lease, Period, Tally, bounded, gpus, times
+from registry.report import DAY_S, MAX_PULLS, MAX_ROWS, MAX_UPSTREAM, POINTS, Event, Lease, Period, Tally, bounded, gpus, times
 
 START = 1_700_000_000.0 // DAY_S * DAY_S
 PERIOD = Period(START, START + 10 * DAY_S, now=START + 10 * DAY_S)
@@ -241,3 +242,15 @@ def test_plots_stay_within_their_frame() -> None:
     drawn += steps([[START, 3], [START + 50_000, 900]], 100, START, START + 2 * DAY_S, "t", START + 3 * DAY_S)
     numbers = [float(n) for n in re.findall(r'(?:x|y|x1|x2|y1|y2|height|width)="([0-9.-]+)"', drawn)]
     assert numbers and all(0 <= n <= 720 for n in numbers)
+
+
+def test_the_largest_report_fits_an_answer() -> None:
+    """What a client reads of one answer is bounded (artifact/remote.py): names, references and evidence as long as they may be."""
+    tally = Tally(PERIOD)
+    for i in range(MAX_PULLS + 100):
+        for n in range(7):
+            tally.add(event(i, org="o" * 100, key_id=f"key-{i:016x}", ref=f"{'n' * 255}@sha256:{n:064x}", grant=f"grant-{n:016x}"))
+        tally.add(event(i, result="denied", key_id=f"key-{i:016x}", org="o" * 100, reason="entitlement_expired", ref="r" * 600))
+    made = report(rows=MAX_ROWS + 5, words="w" * 60) | tally.result()
+    made["upstream"] = bounded([dict.fromkeys(TABLES["upstream"][1], "u" * 200) | {"evidence": "e" * 2000}] * MAX_UPSTREAM)
+    assert len(json.dumps(made)) < MAX_MANIFEST_BYTES
