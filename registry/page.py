@@ -18,6 +18,7 @@ STYLE = """
 @page { size: A4; margin: 14mm 12mm; }
 * { box-sizing: border-box; }
 body { font: 10pt/1.4 system-ui, "DejaVu Sans", "Liberation Sans", sans-serif; color: #222; max-width: 186mm; margin: 8mm auto; padding: 0 4mm; }
+@media print { body { margin: 0; padding: 0; max-width: none; } }
 h1 { font-size: 18pt; margin: 0; } h2 { font-size: 12.5pt; margin: 8mm 0 1mm; border-bottom: 1px solid #bbb; break-after: avoid; }
 h3 { font-size: 10pt; margin: 4mm 0 0; font-weight: 600; break-after: avoid; overflow-wrap: anywhere; }
 p { margin: 1.5mm 0; } .dim { color: #666; } .bad { color: #c53030; font-weight: 600; }
