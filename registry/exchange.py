@@ -150,7 +150,7 @@ class Exchange:
         def work() -> T:
             call = self.guard.caller(self.key() if key is None else key, self.note["request_id"], time.time(), self.address, ask)
             self.note["key_id"] = call.principal.key_id
-            if call.redirect and self.guard.beside_store(self.headers.get("host", "")):
+            if call.redirect and "authorization" in self.headers and self.guard.beside_store(self.headers.get("host", "")):
                 call = dataclasses.replace(call, redirect=False)
             self._caller = call
             found = verb(call)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from registry.home import Home
 from registry.tickets import Ticket, Tickets
 from tests.contracts.doors import sha
 from tests.contracts.ngc import BUNDLE, FILES, GATED, MIRRORED, OWN, PLUS, NgcDoor, fill, new_ngc_site, ngc_serving, push_image
+from tests.contracts.stores import s3_url
 
 pytestmark = pytest.mark.server
 DEMO = "/v2/org/acme/team/vision/models/demo"
@@ -435,3 +437,17 @@ def test_guests_read_what_is_public_where_the_site_says_so(tmp_path: Path) -> No
         assert door.ask("GET", "/v2/models/acme/vision/demo", None, None, **guest).status == 401
         assert door.ask("GET", f"/v2/models/{MIRRORED.removeprefix('ngc/')}", None, None, **guest).status == 401, "private"
         assert door.ask("GET", f"/v2/models/{GATED.removeprefix('ngc/')}/versions/1", None, None).status == 401
+
+
+def test_a_ticket_leads_to_the_object_store(tmp_path: Path) -> None:
+    """Where bytes may be redirected a ticket answers 307, which needs no key either."""
+    data, env = tmp_path / "data", {"AIRLOCK_BLOBS": s3_url(tmp_path)}
+    with ngc_serving(data, new_ngc_site(data, **env), **env) as door:
+        door.push(OWN, "1.10")
+        for path in FILES:
+            found = door.bytes_of(url_of(door, path))
+            assert found.status == 307 and found.headers["location"].startswith("http://") and found.body == b""
+            with urllib.request.urlopen(found.headers["location"], timeout=30) as answer:
+                assert answer.read() == FILES[path]
+        lines = door.ask("GET", f"{DEMO}/versions/1.10/files/checksums.blake3").body.decode().splitlines()
+        assert dict(reversed(line.split("  ", 1)) for line in lines) == {path: blake3(raw).hexdigest() for path, raw in FILES.items()}
