@@ -535,8 +535,9 @@ def test_a_cut_upload_goes_on_where_it_stopped_also_in_another_process(door: Doo
             done = again.ask("PUT", f"{place}?digest={sha(data)}")
             assert done.status == 201 and again.ask("GET", done.headers["location"]).body == data
             command = [str(Path(sys.executable).parent / "airlock"), "registry", "serve", "--data", str(door.data), "--port", "0"]
-            second = subprocess.run(command, capture_output=True, text=True, timeout=60)
-            assert second.returncode == 8 and "another server is using" in second.stderr
+            if (door.data / "registry.db").exists():  # over PostgreSQL there may be any number
+                second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+                assert second.returncode == 8 and "another server is using" in second.stderr
             taken = subprocess.run([*command[:-3], str(tmp_path), "--port", str(again.port)], capture_output=True, text=True, timeout=60)
             assert taken.returncode == 9 and "cannot listen" in taken.stderr
         finally:
