@@ -38,7 +38,7 @@ _VERBS: dict[str, tuple[str, str]] = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    end = f"example: {_VERBS['issue'][1]}"
+    end = f"example: {_VERBS['issue'][1]}; beside these: airlock entitlement check, airlock entitlement calendar"
     parser = argparse.ArgumentParser(prog="airlock entitlement", description="Entitlements as signed documents.", epilog=end)
     words = parser.add_subparsers(dest="verb", required=True, metavar="|".join(_VERBS))
     made = {verb: words.add_parser(verb, help=text, epilog=f"example: {example}") for verb, (text, example) in _VERBS.items()}
