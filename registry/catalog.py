@@ -198,6 +198,13 @@ class Catalog:
         with self.reading() as conn:
             return [(row.digest, row.size) for row in conn.execute(found.order_by(M.c.digest).limit(limit))]
 
+    def subjects(self, repo_id: int, kinds: Iterable[str]) -> set[str]:
+        """The digests that a manifest of one of these artifact types has as its subject in this repository."""
+        link = t.repo_manifest
+        found = select(M.c.subject).join(link, link.c.manifest_id == M.c.id).where(link.c.repo_id == repo_id, M.c.artifact_type.in_(list(kinds)))
+        with self.reading() as conn:
+            return {digest for digest in conn.execute(found).scalars() if digest}
+
     def manifests(self, digests: Iterable[str]) -> list[tuple[Descriptor, bytes]]:
         """These manifests with their bytes, in byte order of their digests."""
         found = select(M.c.digest, M.c.media_type, M.c.artifact_type, M.c.size, M.c.raw).where(M.c.digest.in_(list(digests)))

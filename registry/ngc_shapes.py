@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TypeVar
 from urllib.parse import unquote
 
 from artifact.errors import Invalid, NotFound
 from artifact.manifest import check_name, ngc_name, parse_json
 from artifact.store import File
 
+T = TypeVar("T")
 Json = dict[str, object]
 ORIGINS = ("ngc/", "nvcr.io/")  # what the canonical name of an artefact has in front of the name that NGC's clients know
 READ_ROLE = "REGISTRY_READ"
@@ -99,7 +101,7 @@ def when(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
 
-def page_of(items: Sequence[Json], index: int, size: int) -> tuple[Sequence[Json], Json]:
+def page_of(items: Sequence[T], index: int, size: int) -> tuple[Sequence[T], Json]:
     """One page of a listing and its paginationInfo; the only page is also page 1, since some clients count from there."""
     size = max(1, size)
     pages = max(1, -(-len(items) // size))
@@ -117,19 +119,24 @@ def _semver(text: str) -> list[tuple[int, int, str]]:
     return [*parts, (0, 1, "")]  # a release comes behind its candidates
 
 
-def model(shown: Shown, versions: Sequence[Json], signed: bool = False) -> Json:
+def model(shown: Shown, versions: Sequence[Json]) -> Json:
     """A model, its latest version being the one that was set last."""
     last: Mapping[str, object] = max(versions, key=lambda v: (float(str(v["at"])), str(v["ref"])), default={"ref": "", "bytes": 0, "at": 0.0})
     times = [float(str(v["at"])) for v in versions] or [0.0]
     out = shown.named() | {"canGuestDownload": shown.guest, "latestVersionIdStr": last["ref"], "latestVersionSizeInBytes": last["bytes"]}
-    out |= {"hasSignedVersion": signed, "labels": [], "licenseTerms": [], "productNames": [shown.product] if shown.product else []}
+    out |= {
+        "hasSignedVersion": any(v["signed"] for v in versions),
+        "labels": [],
+        "licenseTerms": [],
+        "productNames": [shown.product] if shown.product else [],
+    }
     out |= dict.fromkeys(("application", "framework", "modelFormat", "precision", "shortDescription", "description"), "")
     return out | {"createdDate": when(min(times)), "updatedDate": when(max(times))}
 
 
-def version(facts: Json, signed: bool) -> Json:
+def version(facts: Json) -> Json:
     """A version, which is always whole here."""
-    out: Json = {"versionId": facts["ref"], "status": "UPLOAD_COMPLETE", "storageVersion": "V2", "isSigned": signed, "policy": []}
+    out: Json = {"versionId": facts["ref"], "status": "UPLOAD_COMPLETE", "storageVersion": "V2", "isSigned": facts["signed"], "policy": []}
     return out | {"totalFileCount": facts["files"], "totalSizeInBytes": facts["bytes"], "createdDate": when(float(str(facts["at"])))}
 
 

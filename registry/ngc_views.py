@@ -41,9 +41,9 @@ class Version:
     located: Located
     revision: Revision
 
-    def facts(self, files: Sequence[File]) -> s.Json:
+    def facts(self, files: Sequence[File], signed: bool) -> s.Json:
         """What a version's object tells."""
-        return {"ref": self.revision.ref, "files": len(files), "bytes": sum(f.size for f in files), "at": self.revision.at}
+        return {"ref": self.revision.ref, "files": len(files), "bytes": sum(f.size for f in files), "at": self.revision.at, "signed": signed}
 
 
 class NgcViews:
@@ -121,7 +121,8 @@ class NgcViews:
     def model(self, call: Call, names: Sequence[str]) -> tuple[s.Shown, list[s.Json]]:
         """A model and its versions, the highest first; raises NotFound, Denied."""
         repo, shown = self._read(call, names)
-        found = [v for v in self._library.catalog.details(repo.id, dated=True) if v["commit"]]
+        signed = self._library.catalog.subjects(repo.id, SIGNATURES)
+        found = [v | {"signed": v["digest"] in signed} for v in self._library.catalog.details(repo.id, dated=True) if v["commit"]]
         if not found and repo.kind != "model":
             raise NotFound(f"{shown.id} is no model", do="ask for it as an image", reason="repo")
         return shown, s.newest_first(found)

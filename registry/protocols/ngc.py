@@ -134,7 +134,7 @@ class NgcDoor:
         """What is below one organisation, and maybe one of its teams."""
         if rest[1:] == ["teams"]:
             teams = await x.call(lambda call: x.guard.ngc.teams(call, rest[0]), ask=BADGE)
-            await self._page(x, "teams", [{"id": i, "name": team} for i, team in enumerate(teams, 1)])
+            await self._page(x, "teams", [*enumerate(teams, 1)], lambda team: {"id": team[0], "name": team[1]})
             return
         owner, below = (rest[:1], rest[1:]) if rest[1] != "team" else ([rest[0], rest[2] if len(rest) > 2 else ""], rest[3:])
         if below[:1] == ["models"] and len(below) > 1:
@@ -144,9 +144,9 @@ class NgcDoor:
         else:
             raise _no_route()
 
-    async def _page(self, x: Exchange, name: str, items: Sequence[s.Json], size: int = PAGE, **more: object) -> None:
-        here, pages = s.page_of(items, x.number("page-number", 0, 10**9), x.number("page-size", size, MOST_PAGE))
-        await self._say(x, {name: list(here), "paginationInfo": pages, **more})
+    async def _page(self, x: Exchange, name: str, items: Sequence[T], form: Callable[[T], s.Json], **more: object) -> None:
+        here, pages = s.page_of(items, x.number("page-number", 0, 10**9), x.number("page-size", PAGE, MOST_PAGE))
+        await self._say(x, {name: [form(item) for item in here], "paginationInfo": pages, **more})
 
     # ---- the caller itself
 
@@ -163,7 +163,7 @@ class NgcDoor:
     async def _own(self, x: Exchange, parts: list[str]) -> None:
         if parts == ["orgs"]:
             me = await x.call(x.guard.whoami)
-            await self._page(x, "organizations", [{"id": 1, "name": me["org"], "displayName": me["org"], "type": "ENTERPRISE"}])
+            await self._page(x, "organizations", [me["org"]], lambda org: {"id": 1, "name": org, "displayName": org, "type": "ENTERPRISE"})
         elif parts == ["users", "me"]:
             await self._say(x, await x.call(x.guard.ngc.user, ask=BADGE))
         elif parts == ["products"]:
@@ -181,7 +181,7 @@ class NgcDoor:
             await self._say(x, {"model": s.model(shown, versions), "modelVersions": []})
         elif rest == ["versions"]:
             shown, versions = await x.call(lambda call: x.guard.ngc.model(call, names))
-            await self._page(x, "modelVersions", [s.version(v, False) for v in versions], model=s.model(shown, versions))
+            await self._page(x, "modelVersions", versions, s.version, model=s.model(shown, versions))
         elif len(rest) == 2 and rest[0] != "versions" and rest[1] == "files":
             await self._urls(x, target, rest[0])
         elif rest[0] == "versions":
@@ -195,18 +195,18 @@ class NgcDoor:
 
             def look(call: Call) -> s.Json:
                 found = views.version(call, names, ref)
-                signed = views.signature(found) is not None
-                facts = found.facts(views.files(found))
-                return {"model": s.model(found.shown, [facts], signed), "modelVersion": s.version(facts, signed)}
+                facts = found.facts(views.files(found), views.signature(found) is not None)
+                return {"model": s.model(found.shown, [facts]), "modelVersion": s.version(facts)}
 
             await self._say(x, await x.call(look))
         elif rest == ["files"]:
 
-            def listing(call: Call) -> list[s.Json]:
+            def listing(call: Call) -> tuple[float, list[File]]:
                 found = views.version(call, names, ref)
-                return [s.model_file(f, found.revision.at) for f in views.files(found)]
+                return found.revision.at, views.files(found)
 
-            await self._page(x, "modelFiles", await x.call(listing))
+            at, files = await x.call(listing)
+            await self._page(x, "modelFiles", files, lambda file: s.model_file(file, at))
         elif rest == ["signature"]:
             await self._signature(x, names, ref)
         elif rest == ["files", SUMS]:

@@ -120,7 +120,9 @@ def test_model(door: NgcDoor) -> None:
 
 def test_versions_are_in_the_order_of_their_numbers(door: NgcDoor) -> None:
     value = door.get(f"{DEMO}/versions?page-size=1000&sort-order=SEMVER_DESC")
-    assert [v["versionId"] for v in value["modelVersions"]] == ["1.10", "1.0"] and value["paginationInfo"]["totalResults"] == 2
+    assert [(v["versionId"], v["isSigned"]) for v in value["modelVersions"]] == [("1.10", True), ("1.0", False)] and value["paginationInfo"][
+        "totalResults"
+    ] == 2
 
 
 @pytest.mark.parametrize(("path", "name"), [(f"{LLAMA}/versions/fp16", "llama"), ("/v2/org/hf/team/acme/models/m/versions/main", "m")])
