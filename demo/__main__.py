@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from demo import closed, connected, refusals
+from demo import closed, connected, entitled, refusals
 from demo.stage import ROOT, Stage, StepFailed
 from demo.world import World
 
@@ -17,6 +17,7 @@ ACTS: tuple[tuple[str, tuple[Callable[[Stage, World], None], ...]], ...] = (
     ("the connected side", (connected.upstreams, connected.train, connected.publish, connected.carry)),
     ("the closed side", (closed.air_gap, closed.receive, closed.llama, closed.minilm, closed.warm)),
     ("what is refused", (refusals.all_of,)),
+    ("who is entitled to what", (entitled.all_of,)),
 )
 
 

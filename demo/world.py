@@ -35,6 +35,7 @@ class World:
     minilm_ref: str = "main"
     minilm_name: str = MINILM_NAME
     air_gap: bool = False
+    instance: str = ""
 
     @property
     def answer(self) -> str:
@@ -45,6 +46,11 @@ class World:
     def connected(self) -> Path:
         """The connected side's folder."""
         return self.stage.folder / "connected"
+
+    @property
+    def issuer(self) -> Path:
+        """The private key of the connected side's issuer of entitlements."""
+        return self.connected / "issuer.pem"
 
     @property
     def medium(self) -> Path:

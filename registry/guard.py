@@ -360,7 +360,7 @@ class Guard(Registry, Files):
         return as_revision(found, ref), self._library.files_page(found, prefix, after, limit)
 
     def commit(self, call: Call, repo: str, branch: str, parent: str | None, changes: Sequence[Change], title: str = "") -> Revision:
-        """Puts a new revision on a branch; raises NotFound `not_visible`, `revision`, `entry` or `manifest_blob`, Denied, Conflict, Invalid, TooLarge."""
+        """Puts a new revision on a branch; raises NotFound, Denied, Conflict, Invalid, TooLarge."""
         check_ref(branch)
         allowed = self._allow_push(call, repo)
         with self._recorded(call, repo):
