@@ -92,6 +92,13 @@ def test_documents_come_in_with_the_names(site: Site, mirror: MirrorHome, tmp_pa
     assert not again["imported"] and [state for _, _, state in told(again)] == ["known"] * 3
 
 
+@pytest.mark.parametrize(("ahead", "moves"), [(3600, True), (40 * 86400, False)])
+def test_the_floor_follows_a_senders_time_but_not_a_wrong_clock(site: Site, mirror: MirrorHome, tmp_path: Path, ahead: int, moves: bool) -> None:
+    pack(mirror, tmp_path / "disk", NOW + ahead)
+    assert import_bundle(site, tmp_path / "disk", NOW)["imported"]
+    assert (site.floor.at == int(NOW + ahead)) is moves and site.floor.at < NOW + 86400
+
+
 def test_a_refused_document_is_told_and_stops_nothing_else(site: Site, mirror: MirrorHome, tmp_path: Path) -> None:
     other = trust.generate_key()
     unknown, foreign, good = licence(site, 9, key=other), licence(site, 2, aud="another"), licence(site, 1)
