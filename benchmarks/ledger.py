@@ -140,9 +140,12 @@ def measure(report: Report, database: Postgres | None, count: int, asked: int) -
     """The rows of one database."""
     name = "PostgreSQL" if database else "SQLite"
     with scratch() as folder, opened(folder, database, count) as (site, env):
-        took = proofs(site, asked)
-        report.row(name, f"{count:,}", "inclusion proof, ms: median, slowest", f"{statistics.median(took):.1f}, {max(took):.1f}", "")
-        report.at_most(f"{name}: inclusion proof, the slowest of {asked}, ms", max(took), PROOF_MS)
+        cpu = time.process_time()
+        took = sorted(proofs(site, asked))
+        cpu, most = (time.process_time() - cpu) * 1000 / asked, took[asked * 95 // 100]
+        what = f"{statistics.median(took):.1f}, {most:.1f}, {took[-1]:.1f}, {cpu:.1f}"
+        report.row(name, f"{count:,}", "inclusion proof, ms: median, 95th percentile, slowest, CPU", what, "")
+        report.at_most(f"{name}: inclusion proof, 95th percentile of {asked}, ms", most, PROOF_MS)
         for what, days in (("month", 30), ("quarter", 91), ("year", 365)):
             seconds, cpu, entries = report_s(site, START, START + days * DAY_S)
             report.row(name, f"{entries:,}", f"report of a {what}, s: on the wall, CPU", f"{seconds:.2f}, {cpu:.2f}", "")
