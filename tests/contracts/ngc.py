@@ -121,7 +121,7 @@ def new_ngc_site(data: Path, **env: str) -> dict[str, str]:
 @contextmanager
 def ngc_serving(data: Path, keys: dict[str, str], **env: str) -> Iterator[NgcDoor]:
     """Starts the registry with the NGC listener on a free port."""
-    with serving(data, keys, AIRLOCK_NGC="127.0.0.1:0", **env) as main:
+    with serving(data, keys, **{"AIRLOCK_NGC": "127.0.0.1:0", **env}) as main:
         assert main.process.stdout is not None
         line = main.process.stdout.readline()
         assert line.startswith("NGC API on http"), line

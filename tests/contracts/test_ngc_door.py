@@ -453,3 +453,13 @@ def test_a_ticket_leads_to_the_object_store(tmp_path: Path) -> None:
                 assert answer.read() == FILES[path]
         lines = door.ask("GET", f"{DEMO}/versions/1.10/files/checksums.blake3").body.decode().splitlines()
         assert dict(reversed(line.split("  ", 1)) for line in lines) == {path: blake3(raw).hexdigest() for path, raw in FILES.items()}
+
+
+def test_behind_a_proxy_urls_are_those_that_clients_are_told(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    told = {"AIRLOCK_NGC": "0.0.0.0:0", "AIRLOCK_NGC_URL": "https://ngc.site.test:8443/", "AIRLOCK_PUBLIC_URL": "https://registry.site.test"}
+    with ngc_serving(data, new_ngc_site(data), **told) as door:
+        door.push("acme/open/free", "1")
+        urls = door.get("/v2/org/acme/team/open/models/free/1/files")["urls"]
+        assert all(url.startswith("https://ngc.site.test:8443/dl/atk1.") for url in urls)
+        assert door.main.ask("GET", "/v2/org/acme/team/open/models/free/1/files").status == 404, "a listener on every address is known by its port"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from artifact.errors import AirlockError, Invalid, NotFound
 from artifact.manifest import is_name, ngc_name
 from registry import ngc_shapes as s
+from registry.routes import route
 
 PART = st.text("ab0x2d5f-_.", min_size=1, max_size=8)
 
@@ -107,3 +108,20 @@ def test_any_query_is_read_or_refused(text: str) -> None:
         s.query(json.dumps({"query": text})).takes(s.Shown("a", "b", "c"))
     except AirlockError:
         pass
+
+
+@pytest.mark.parametrize(
+    ("path", "template"),
+    [
+        ("/dl/atk1.x.y", "/dl/{ticket}"),
+        ("//v2/org/a/team/b/models/m/1/files", "/v2/…/models/{model}/{version}/files"),
+        ("/v2/models/a/m/versions/1/files", "/v2/…/models/{model}/versions/{version}/files"),
+        ("/v2/org/a/models/m/versions/1/files/d/e", "/v2/…/models/{model}/versions/{version}/files/{path}"),
+        ("/v2/org/a/models/m", "/v2/…/models/{model}/…"),
+        ("/v2/org/a/repos/i/images", "/v2/…/repos/{image}/…"),
+        ("/v2/org/a/teams", "other"),
+        ("/nim/m:1", "other"),
+    ],
+)
+def test_figures_name_no_artefact_and_no_ticket(path: str, template: str) -> None:
+    assert (route(path, "ngc").door, route(path, "ngc").template) == ("ngc", template)
