@@ -5,6 +5,7 @@ The reads are in tests/unit/test_lookup.py. A number that goes up is a decision,
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -114,6 +115,21 @@ def test_a_manifest(costs: Costs, layers: int) -> None:
     # Besides the removal: is it a manifest, do profiles name it (both before the transaction and in it), or an index of an immutable repository?
     costs.bound(12 + 5, 202, "DELETE", place + m.digest_of(again))
     costs.bound(8 + 2, 202, "DELETE", f"/v2/{R}/blobs/{m.digest_of(more[0])}")
+
+
+@pytest.mark.parametrize("files", [1, 200])
+def test_a_commit_of_the_hub(costs: Costs, files: int) -> None:
+    """What was uploaded before is committed at the same cost, however much it is; each object of a batch is looked up."""
+    raws = [f"{files} {n}".encode() for n in range(files)]
+    for raw in raws:
+        costs.whole(R, raw)
+    batch = {"operation": "upload", "objects": [{"oid": m.digest_of(raw)[7:], "size": len(raw)} for raw in raws]}
+    costs.bound(6 + files, 200, "POST", f"/{R}.git/info/lfs/objects/batch", json.dumps(batch).encode())
+    lines = [{"key": "header", "value": {"summary": "words"}}]
+    lines += [{"key": "lfsFile", "value": {"path": f"{n}.bin", "oid": m.digest_of(raw)[7:], "size": len(raw)}} for n, raw in enumerate(raws)]
+    body = "\n".join(map(json.dumps, lines)).encode()
+    for most in (60, 11):  # of which 44 store the facts layer and the config; what changes nothing stores nothing
+        costs.bound(most, 200, "POST", f"/api/models/{R}/commit/main", body)
 
 
 def test_a_token(costs: Costs) -> None:
