@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from artifact.errors import Invalid, NotFound, Unauthenticated
-from artifact.grant import READER, Access, visible
+from artifact.grant import READER, Access, Decision, visible
 from artifact.manifest import Manifest, is_digest, is_tag, parse_json, parse_manifest
 from artifact.store import Call, Descriptor, File, Revision
 from registry import ngc_shapes as s
@@ -91,7 +91,11 @@ class NgcViews:
         """A token that reads what its key may read, and its life in seconds; raises Unauthenticated."""
         if call.principal.access is not None:
             raise Unauthenticated("a token is not exchanged for another", do="present the API key", reason="token_invalid")
-        return self._admission.sign(call, (Access(READER, "ngc", ("pull", "list", "*")),), TOKEN_S)
+        access = Access(READER, "ngc", ("pull", "list", "*"))
+        token = self._admission.sign(call, (access,), TOKEN_S)
+        if call.principal.key_id:
+            self._library.audit.read(call.under(Decision(True, "ok")), str(access), "token", 0, "token")
+        return token
 
     # ---- models
 

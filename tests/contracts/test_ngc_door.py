@@ -316,6 +316,22 @@ def test_a_revoked_key_ends_its_tickets_and_every_route(door: NgcDoor) -> None:
     assert ask_caller(door, door.main.keys["brief"])[0] == 401
 
 
+def test_reads_by_a_ticket_and_tokens_are_recorded(door: NgcDoor) -> None:
+    key = door.main.ask("GET", "/airlock/v1/whoami", None, "person").json()["key_id"]
+    assert door.bytes_of(url_of(door, "config.json", "person")).status == 200
+    assert door.ask("GET", "/token?service=ngc", None, "person").status == 200
+    rows: list[Any] = []
+    after = 0
+    while True:
+        page = door.main.ask("GET", f"/airlock/v1/audit?limit=1000&after={after}", None, "root").json()
+        rows += page["items"]
+        if not page["items"] or page["after"] == after or not page["after"]:
+            break
+        after = page["after"]
+    mine = {(row.get("event") or row.get("action"), str(row.get("ref", ""))) for row in rows if row.get("key_id") == key}
+    assert any(OWN in ref for _, ref in mine) and any("group:ngc" in ref for _, ref in mine), mine
+
+
 def test_no_ticket_is_logged(door: NgcDoor) -> None:
     url = url_of(door, "config.json")
     assert door.bytes_of(url).status == 200

@@ -43,7 +43,6 @@ def main() -> None:
         "signature": lambda *a, **k: client.registry.model.download_version_signature(*a, **k),
         "images": lambda *a, **k: list(client.registry.image.list(*a, **k)),
         "image": lambda *a, **k: client.registry.image.info(*a, **k),
-        "image_key": lambda: client.registry.image.get_publickey(),
     }
     out = []
     for verb, arguments in steps:
