@@ -18,6 +18,7 @@ import pytest
 from tests.contracts.doors import Door, new_site, serving, sha
 from tests.contracts.stores import s3_url
 from tests.contracts.test_hub_door import COMMIT_ID, push
+from tests.fakes.unsteady import Unsteady
 from tests.flows.test_clients import contents
 from tests.services.clients import client
 
@@ -44,8 +45,15 @@ class Client:
     def python(self) -> Path:
         return Path(sys.executable) if self.version == "2.4" else client(f"hub-{self.version}")
 
+    endpoint: str = ""  # where it is not the registry itself
+
     def run(self, *argv: str, who: str | None = "acme", prefix: str = "", **env: str) -> subprocess.CompletedProcess[str]:
-        given = {"PATH": "/usr/bin:/bin", "HOME": str(self.home), "HF_HOME": str(self.home / "hf"), "HF_ENDPOINT": self.door.url + prefix}
+        given = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(self.home),
+            "HF_HOME": str(self.home / "hf"),
+            "HF_ENDPOINT": (self.endpoint or self.door.url) + prefix,
+        }
         given |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
         given |= {"HF_TOKEN": self.door.keys[who]} if who else {}
         before = len(self.lines())
@@ -176,6 +184,38 @@ def test_each_failure_is_the_exception_that_users_know(hub: Client) -> None:
     assert found["write"] == "HfHubHTTPError" and found["gated"] == "RepositoryNotFoundError"
     mine = hub.play("failures", repo="acme/fifty", gated="acme/none")
     assert mine["file"] in ("EntryNotFoundError", "RemoteEntryNotFoundError") and mine["revision"] == "RevisionNotFoundError"
+
+
+@pytest.fixture
+def proxy(door: Door) -> Iterator[Unsteady]:
+    made = Unsteady(door.port)
+    yield made
+    made.close()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("version", MODERN)
+def test_a_stream_that_is_cut_goes_on_where_it_was(door: Door, tmp_path: Path, proxy: Unsteady, version: str) -> None:
+    data = {"big.safetensors": os.urandom(40_000_000)}
+    push(door, f"acme/cut-{version}", data, commit="b" * 40)
+    proxy.plan("half", r"GET /.*/resolve/")
+    hub = Client(version, door, tmp_path, endpoint=proxy.url)
+    assert contents(Path(hub.play("snapshot", repo=f"acme/cut-{version}"))) == data
+    gets = [status for what, status in hub.asked if what.startswith("GET") and "/resolve/" in what]
+    assert gets == [200, 206]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("version", MODERN)
+def test_an_upload_whose_answers_are_lost_is_made_once(door: Door, tmp_path: Path, source: Path, proxy: Unsteady, version: str) -> None:
+    proxy.plan("lose_answer", r"PUT /.*/info/lfs/")
+    proxy.plan("lose_answer", r"POST /.*/commit/")
+    repo, hub = f"acme/lost-{version}", Client(version, door, tmp_path, endpoint=proxy.url)
+    runs = [hub.hf("upload", repo, str(source), ".", HF_HUB_DISABLE_XET="1").returncode for _ in range(2)]
+    assert runs == [1, 0] and proxy.count("PUT /") == 2  # the client sends an object again by itself, a commit its user
+    listed = door.ask("GET", f"/api/models/{repo}/commits/main").json()
+    assert len(listed) == 2  # the first, empty one, and the upload's
+    assert contents(Path(Client("2.4", door, tmp_path / "other").play("snapshot", repo=repo))) == FILES
 
 
 @pytest.mark.full
