@@ -188,6 +188,14 @@ def test_a_new_repository_and_who_may_make_one(site: Site, call: Call) -> None:
         site.guard.revisions.create(call, "nobody/x", "nobody/x")
 
 
+def test_a_manifest_above_four_mebibytes_is_refused_by_that_name(site: Site, call: Call) -> None:
+    blob = put(site, call, R, b"same").digest
+    changes = [Change(f"{'x' * 400}/{n}", blob, 4) for n in range(5000)]
+    with pytest.raises(TooLarge, match="the manifest has") as refused:
+        site.guard.commit(call, R, "main", None, changes)
+    assert refused.value.reason == "files" and "4194304" in refused.value.expected
+
+
 def test_an_upload_url_is_of_one_object_and_one_living_key(site: Site, call: Call) -> None:
     oid = "a" * 64
     text = site.guard.revisions.upload_url(call, R, oid, 7)

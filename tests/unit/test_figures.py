@@ -104,6 +104,12 @@ def test_a_template_holds_nothing_of_the_path(path: str) -> None:
         ("/airlock/v1/catalog/acme/m", "/airlock/v1/catalog/…"),
         ("/airlock/v1/nothing", "other"),
         ("/hf/x/resolve/main/a/b", "/{id}/resolve/{ref}/{path}"),
+        ("/v1/hf/acme/m/resolve/main/a", "/{id}/resolve/{ref}/{path}"),
+        ("/acme/api/models/maker/tiny/tree/main", "/api/models/{id}/tree/{ref}"),
+        ("/v1/hf/acme/api/models/tiny/commit/main", "/api/models/{id}/commit/{ref}"),
+        ("/api/models/acme/m/tag/v1", "/api/models/{id}/{kind}/{ref}"),
+        ("/acme/m.git/info/lfs/objects/batch", "/{id}.git/info/lfs/objects/batch"),
+        ("/acme/m.git/info/lfs/objects/0123/7", "/{id}.git/info/lfs/objects/{oid}"),
     ],
 )
 def test_templates(path: str, template: str) -> None:
