@@ -205,11 +205,16 @@ def authenticate(principal: Principal, now: float) -> Decision:
     """Whether a key whose HMAC matched is alive, and its organisation and member with it (decisions.md section 5, second row)."""
     if not principal.key_id:
         return refused("key_absent")
-    for reason, at in (("key_revoked", principal.revoked_at), ("key_expired", principal.expires), ("org_closed", principal.closed_at)):
-        if at and at <= now:
+    # What was taken back is gone whatever its date says: another server's clock, or ours of then, may be ahead of now.
+    ends = (
+        ("key_revoked", principal.revoked_at, True),
+        ("key_expired", principal.expires, principal.expires <= now),
+        ("org_closed", principal.closed_at, True),
+        ("member_disabled", principal.disabled_at, True),
+    )
+    for reason, at, over in ends:
+        if at and over:
             return refused(reason, at=date(at), org=principal.org)
-    if principal.disabled_at and principal.disabled_at <= now:
-        return refused("member_disabled", at=date(principal.disabled_at), org=principal.org)
     return Decision(True, "ok")
 
 
@@ -388,7 +393,7 @@ def _document(principal: Principal, subject: Subject, action: str, now: float) -
     if found is None:
         return refused("entitlement_absent", name=name, org=org) if principal.entitled_only else None
     ids = {"entitlement": found.jti} if found.jti else None
-    if found.revoked_at and found.revoked_at <= now:
+    if found.revoked_at:
         return refused("entitlement_revoked", ids, org=org, at=date(found.revoked_at))
     if found.not_before > now:
         return refused("entitlement_not_yet", ids, org=org, at=date(found.not_before))

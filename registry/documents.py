@@ -212,13 +212,14 @@ class Intake:
         self._check(conn, call, found, newest)
         if conn.execute(select(t.revocation.c.at).where(t.revocation.c.kind == "jti", t.revocation.c.value == head.jti)).first():
             raise Denied(f"the entitlement {head.jti} was revoked", do="ask its issuer for another one", reason="revoked")
-        org_id = ensure_org(conn, found.org, call.now)
+        at = max(self._floor.sure(call.now), head.iat)  # what once counted goes on to count: not by a wall clock that is far ahead
+        org_id = ensure_org(conn, found.org, at)
         people.org_of(conn, found.org)
         columns: Facts = {name: json.dumps(getattr(given, name)) for name in ("models", "actions", "products", "environments")}
         columns |= {name: getattr(given, name) for name in ("jti", "serial", "tier", "gpus", "not_before", "expires", "grace_s")}
         columns |= {"org_id": org_id, "issuer": head.issuer, "kid": head.kid, "max_keys": found.max_keys, "iat": head.iat}
-        conn.execute(insert(t.entitlement).values(token=head.token, source=source, at=call.now, **columns))
-        began = settle(conn, org_id, call.now) == head.jti
+        conn.execute(insert(t.entitlement).values(token=head.token, source=source, at=at, **columns))
+        began = settle(conn, org_id, at) == head.jti
         facts: Facts = {"owner": found.org, "issuer": head.issuer, "kid": head.kid, "serial": head.serial, "begins": head.begins, "ends": head.ends}
         facts |= {"tier": given.tier, "gpus": given.gpus, "models": [*given.models], "source": source}
         self._audit.change(conn, call, "entitlement_import", head.jti, **facts)

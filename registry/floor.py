@@ -58,6 +58,10 @@ class Floor:
         """The time that ends are judged by: the wall clock's, never below the floor."""
         return wall if wall > self._at else self._at
 
+    def sure(self, now: float) -> float:
+        """The time by which is done what is not taken back: that one, or the floor where it is too far ahead to be believed."""
+        return self._at if self.doubt(now) == "clock_ahead" else now
+
     def raise_to(self, signed: float) -> None:
         """Takes a time that a verified signature vouches for, such as a document's `iat`."""
         if self._at < signed <= MAX_DATE:

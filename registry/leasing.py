@@ -125,9 +125,7 @@ class Leasing(Desk):
         if who is None:
             raise _No(refused("key_invalid"))
         who = replace(who, access=call.principal.access, entitled_only=call.principal.entitled_only)
-        # Somebody else's clock may be ahead of this call's: what has ended in the rows has ended.
-        now = max(call.now, who.revoked_at, who.closed_at, who.disabled_at, who.entitlement.revoked_at if who.entitlement else 0.0)
-        way = self._way(conn, who, org_id, wish, subjects, profile, now)
+        way = self._way(conn, who, org_id, wish, subjects, profile, call.now)
         iat = int(call.now)
         ends = [int(way.until)] if way.until else []
         exp = min([iat + self._life_s, *ends])  # a lease never outlives the key, the grant and the entitlement it was given under
@@ -146,19 +144,29 @@ class Leasing(Desk):
     def _way(
         self, conn: Connection, who: Principal, org_id: int, wish: Wish, subjects: list[Subject], profile: tuple[str, str], now: float
     ) -> Decision:
-        """The first of the grants that gives the run and has GPUs left, with the earliest end; raises _No."""
-        rest = [run_ways(who, subject, now, profile)[0] for subject in subjects[1:]]
-        no: Decision | None = next((d for d in rest if not d.allow), None)
+        """One yes to the run: a grant with GPUs left for the model and for the weights of its profile, to the first of their ends; raises _No.
+
+        It is counted under the grant with the fewest GPUs, and under the entitlement where either asks for one.
+        """
+        every = [run_ways(who, subject, now, profile) for subject in subjects]
+        no = next((ways[0] for ways in every if not ways[0].allow), None)
         if no is not None:
             raise _No(no)
         under_document = leases.gpus_leased(conn, org_id, now, wish) if wish.gpus else 0
-        for way in run_ways(who, subjects[0], now, profile):
-            if not way.allow:
-                raise _No(way)
+        chosen = [self._free(conn, who, org_id, wish, ways, under_document, now) for ways in every]
+        found = min(chosen, key=lambda way: gpu_bounds(who, way).grant or float("inf"))
+        ids = {kind: value for way in (*chosen, found) for kind, value in way.ids.items()}
+        return replace(found, ids=ids, until=min((way.until for way in chosen if way.until), default=0.0))
+
+    @staticmethod
+    def _free(conn: Connection, who: Principal, org_id: int, wish: Wish, ways: list[Decision], under_document: int, now: float) -> Decision:
+        """The first of these grants that has GPUs left; raises _No."""
+        no: Decision | None = None
+        for way in ways:
             under_grant = leases.gpus_leased(conn, org_id, now, wish, grant_id=way.ids["grant"]) if wish.gpus and "grant" in way.ids else 0
             found = decide_gpus(gpu_bounds(who, way), len(wish.gpus), under_grant, under_document)
             if found.allow:
-                return replace(way, until=min((d.until for d in (way, *rest) if d.until), default=0.0))
+                return way
             no = no or replace(found, ids=way.ids, action="run")
         raise _No(no or refused("no_grant", name=wish.model))
 

@@ -72,7 +72,7 @@ class Watch:
         floor = self._site.floor
         steps: tuple[tuple[str, Callable[[], object]], ...] = (
             ("the clock", lambda: floor.tick(wall)),
-            ("documents", lambda: self._site.guard.documents.activate(floor.now(wall))),
+            ("documents", lambda: self._site.guard.documents.activate(floor.sure(floor.now(wall)))),
             ("the audit log", lambda: self._look(floor.now(wall))),
             ("notices", lambda: self.notify(floor.now(wall))),
         )

@@ -164,7 +164,7 @@ def open_site(settings: Settings, *, background: bool = True) -> Site:
     )
     floor = Floor.load(engine, audit, home.created)
     documents = Documents(engine, entitlements, audit, home=home, floor=floor)
-    documents.activate(floor.now(time.time()))
+    documents.activate(floor.sure(floor.now(time.time())))
     blobs = open_blobs(settings.blobs_url, settings.data)
     library = Library(catalog, blobs, audit, settings.upload_ttl_s, settings.blob_lease_s)
     policy = Policy(settings.anonymous, settings.token_life_s, settings.redirect, settings.stream_to, settings.entitlements == "required")

@@ -112,10 +112,15 @@ def push_model(site: Site, call: Call, name: str, ref: str, files: dict[str, byt
     listed = [File(path, put(site, call, name, raw).digest, len(raw), path in lfs) for path, raw in files.items()]
     raw = m.build_model(listed, Descriptor(m.FACTS_TYPE, facts.digest, facts.size), {m.SOURCE: f"push://{name}"})
     model = site.guard.push(call, name, raw, m.MANIFEST, refs=[ref])
-    document = profile.build(name, model.digest, [{"tags": {"llm_engine": "vllm", "precision": "bf16", "tp": "1", "device": "cpu"}}], 5000)
+    return Pushed(name, model, *push_profiles(site, call, name, ref, name, model), files)
+
+
+def push_profiles(site: Site, call: Call, name: str, ref: str, weights: str, model: Descriptor) -> tuple[Descriptor, str]:
+    """The profile manifest of `name` with one profile that runs `weights`, and the profile's id."""
+    document = profile.build(weights, model.digest, [{"tags": {"llm_engine": "vllm", "precision": "bf16", "tp": "1", "device": "cpu"}}], 5000)
     home = name + "/profiles"
     put(site, call, home, m.EMPTY_BYTES)
     layer = put(site, call, home, document)
     raw = m.build_manifest(m.PROFILES_TYPE, [Descriptor(m.PROFILES_TYPE, layer.digest, layer.size).as_json()], {})
     profiles = site.guard.push(call, home, raw, m.MANIFEST, refs=[ref])
-    return Pushed(name, model, profiles, profile.parse(document).profiles[0].id, files)
+    return profiles, profile.parse(document).profiles[0].id

@@ -98,7 +98,7 @@ def test_model_of() -> None:
         (replace(ACME, expires=NOW), TINY, "pull", False, "key_expired", False),
         (replace(ACME, expires=NOW + 1), TINY, "pull", True, "ok", True),
         (replace(ACME, revoked_at=NOW), TINY, "pull", False, "key_revoked", False),
-        (replace(ACME, revoked_at=NOW + 1), TINY, "pull", True, "ok", True),
+        (replace(ACME, revoked_at=NOW + 1), TINY, "pull", False, "key_revoked", False),  # by a clock that was ahead
         (replace(ACME, revoked_at=NOW - 5, expires=NOW - 9), TINY, "pull", False, "key_revoked", False),
         (replace(ACME, grants=(Grant(("acme/*",), ("push",)),)), TINY, "create", True, "ok", True),
         (replace(ACME, grants=(Grant(("acme/*",), ("push",)),)), TINY, "delete", True, "ok", True),

@@ -21,6 +21,7 @@ from artifact.grant import Principal, Subject, decide, decide_gpus, gpu_bounds, 
 from artifact.store import Call
 from registry import tables as t
 from registry.library import local_call
+from registry.watch import Watch
 from registry.wiring import Site, open_site
 from tests.site import BACKENDS, call_of, make_key, running_site
 
@@ -148,6 +149,20 @@ def test_a_document_takes_over_when_it_begins(site: Site) -> None:
     take(site, licence(site, 9, begins=NOW + 30 * DAY), NOW + 12 * DAY)
     assert counting(site) == jti_of(next_)
     assert [row["ref"] for row in audit(site) if row["event"] == "entitlement_begin"] == [jti_of(next_)]
+
+
+def test_a_clock_that_is_far_ahead_lets_nothing_take_over(site: Site) -> None:
+    """What took over stays, so one bad minute must not put a document in force that begins next year (section 8: forward 10 years, then back)."""
+    held, next_ = licence(site, 7), licence(site, 8, begins=NOW + 40 * DAY)
+    take(site, held)
+    take(site, next_)
+    failed = list[object]()
+    Watch(site).round(NOW + 3650 * DAY, lambda *error: failed.append(error))
+    take(site, licence(site, 9, begins=NOW + 50 * DAY, ends=NOW + 5000 * DAY), NOW + 3650 * DAY)
+    assert not failed and counting(site) == jti_of(held) and states(site) == {7: "valid", 8: "later", 9: "later"}
+    site.floor.raise_to(NOW + 45 * DAY)  # as a signed document does
+    Watch(site).round(NOW + 45 * DAY, lambda *error: failed.append(error))
+    assert not failed and counting(site) == jti_of(next_)
 
 
 def test_one_that_was_overtaken_never_takes_over(site: Site) -> None:

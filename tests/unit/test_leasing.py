@@ -26,7 +26,7 @@ from registry.leases import Wish
 from registry.library import local_call
 from registry.people import add_grant
 from registry.wiring import Site
-from tests.site import BACKENDS, Pushed, call_of, make_key, push_model, running_site
+from tests.site import BACKENDS, Pushed, call_of, make_key, push_model, push_profiles, running_site
 
 NOW = float(int(time.time()))
 RIGHTS: dict[str, Any] = {"org": "acme", "tier": "enterprise", "models": ["**"], "gpus": 8, "expires": "365d"}
@@ -150,6 +150,30 @@ def test_gpus_of_a_grant_are_counted_by_themselves(site: Site, pushed: Pushed) -
     with pytest.raises(Denied) as caught:
         lease(site, call, pushed, "node-4")
     assert "the grant" in caught.value.what and caught.value.reason == "gpus_exceeded"
+
+
+def test_another_name_for_the_weights_frees_no_gpu(site: Site, pushed: Pushed) -> None:
+    """A profile below an own name that runs somebody else's weights is counted under what gives those: entitlement and grant."""
+    own_key = make_key(site, "acme", "acme/**", actions=("push", "pull", "run"), tier="enterprise")
+    with site.catalog.writing() as conn:
+        org_id = conn.execute(select(t.org.c.id).where(t.org.c.name == "acme")).scalar_one()
+        narrow = add_grant(conn, org_id, Grant(("hf/**",), ("pull", "run"), gpus=2), NOW)
+    call = call_of(site, own_key)
+    push_model(site, call, "acme/mine", "1")
+    profiles, profile_id = push_profiles(site, call, "acme/mine", "2", pushed.name, pushed.model)
+    mine = replace(pushed, name="acme/mine", profiles=profiles, profile_id=profile_id)
+    assert {lease(site, call, mine, f"node-{n}")["grant_id"] for n in range(2)} == {narrow}
+    with pytest.raises(Denied) as caught:
+        lease(site, call, mine, "node-3")
+    assert caught.value.reason == "gpus_exceeded" and "the grant" in caught.value.what
+    jti = issue(site, gpus=1)
+    with pytest.raises(Denied):
+        lease(site, call, pushed, "node-3")
+    later = replace(call_of(site, own_key), now=NOW + 2 * 86400)
+    assert lease(site, later, mine, "node-4")["ent_jti"] == jti
+    with pytest.raises(Denied) as caught:
+        lease(site, later, mine, "node-5")
+    assert "the entitlement" in caught.value.what
 
 
 def test_return_frees_and_is_final(site: Site, pushed: Pushed) -> None:

@@ -154,12 +154,24 @@ def test_words_hold_what_they_are_given_as_it_is() -> None:
         (replace(grant(models=("**",), actions=("admin",)), entitlement=None, entitled_only=True), NIM, "push"),  # the site's own work
         (replace(grant(models=("**",), actions=("auditor",)), entitlement=None, entitled_only=True), NIM, "auditor"),
         (doc(expires=NOW - 5, grace_s=6), NIM, "run"),
-        (replace(KEY, closed_at=NOW + 1, disabled_at=NOW + 1), NIM, "run"),
         (doc(environments=("production",)), NIM, "run"),
     ],
 )
 def test_what_is_allowed(who: Principal, what: Subject, action: str) -> None:
     assert decide(who, what, action, NOW).allow
+
+
+@pytest.mark.parametrize(
+    ("who", "reason"),
+    [
+        (replace(KEY, revoked_at=NOW + 1), "key_revoked"),
+        (replace(KEY, closed_at=NOW + 1), "org_closed"),
+        (replace(KEY, disabled_at=NOW + 1), "member_disabled"),
+        (doc(revoked_at=NOW + 1), "entitlement_revoked"),
+    ],
+)
+def test_what_was_taken_back_by_a_clock_that_is_ahead_is_gone_at_once(who: Principal, reason: str) -> None:
+    assert decide(who, NIM, "pull", NOW).reason == reason
 
 
 def test_required_own_weights_need_the_document_too() -> None:
