@@ -186,7 +186,8 @@ class Revisions:
         """The upload of a file that comes in several requests: one for each key, repository and file, so that a later run goes on with it."""
         allowed = self._allow_push(call, name)
         upload_id = hashlib.sha256("\n".join((call.principal.key_id, name, oid)).encode()).hexdigest()
-        try:
-            return self._library.resume(allowed, name, upload_id)
-        except NotFound:
-            return self._library.uploads.begin(allowed, name, digest=f"sha256:{oid}", size=size, algorithm="sha256", upload_id=upload_id)
+        with self._recorded(call, name):
+            try:
+                return self._library.resume(allowed, name, upload_id)
+            except NotFound:
+                return self._library.uploads.begin(allowed, name, digest=f"sha256:{oid}", size=size, algorithm="sha256", upload_id=upload_id)
