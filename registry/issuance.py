@@ -29,6 +29,7 @@ SITE_ORG = "site"
 ENVIRONMENTS = ("", "dev", "production")
 RIGHTS = ("models", "actions", "not_before", "grace", "environment", "gpus", "profiles")
 DEFAULT_LIFE = "90d"
+MAX_OVERLAP_S = 90 * 86400  # while it lasts there is one key more than max_keys counts
 
 
 def _prefix(body: Body) -> str:
@@ -171,6 +172,8 @@ class Issuance(Desk):
         only(body, "key_id", "overlap", "expires", "prefix")
         key_id, overlap, prefix = text(body, "key_id"), life(body, "overlap", "7d"), _prefix(body)
         ends = moment(body, "expires", call.now) if "expires" in body else None
+        if overlap > MAX_OVERLAP_S:
+            raise Invalid("the overlap is too long", expected="at most 90d", do="two keys, where two are wanted for long", reason="overlap")
         held = self._admin(call, call.principal.org)
 
         def work(conn: Connection) -> Facts:

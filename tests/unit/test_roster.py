@@ -311,6 +311,7 @@ def test_rotation_overlaps_and_keeps_every_right(root: Acts) -> None:
     root("create_member", org="acme", name="bot", kind="robot")
     key_id, key = root.new_key(org="acme", member="bot", models=["acme/m"], gpus=3, profiles=["tp*"], expires="30d", note="ci")
     root("create_grant", org="acme", member="bot", models=["acme/n"])
+    refused(Invalid, "overlap", lambda: root("rotate_key", key_id=key_id, overlap="91d"))
     made = root("rotate_key", key_id=key_id, overlap="7d", expires="90d", prefix="nvapi-acme-")
     old, new = call_of(root.site, key).principal, call_of(root.site, str(made["key"])).principal
     assert sorted((g.models, g.gpus, g.profiles) for g in old.grants) == sorted((g.models, g.gpus, g.profiles) for g in new.grants)
