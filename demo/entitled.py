@@ -61,7 +61,7 @@ def revocation(stage: Stage, w: World) -> None:
         check = [AIRLOCK, "entitlement", "check", "--registry", w.site]
         stage.run(check, env={"NGC_API_KEY": str(key["key"])}, closed=True, uid=UID)
     with stage.step("revocation: the issuer's list, carried by a bundle"):
-        revoke = [AIRLOCK, "entitlement", "revoke", "--key", str(key["key_id"]), "--issuer-key", str(w.issuer), "--site", w.instance]
+        revoke = [AIRLOCK, "entitlement", "revoke", "--key", str(key["key_id"]), "--issuer-key", str(w.issuer)]
         stage.run([*revoke, "--to", str(made)])
         crossing(stage, w, made)
     refused(stage, w, "the key that the bundle revoked", str(key["key"]), "the API key was revoked on", 23)

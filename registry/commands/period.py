@@ -26,11 +26,11 @@ def span(month: str | None, start: str | None, end: str | None, now: float) -> t
     if end and not start:
         raise Invalid("--to without --from", expected="both, or --month", reason="period")
     if start:
-        return date(when(start, "--from")), date(when(end, "--to") if end else now)
+        return date(when(start, "--from")), date(when(end, "--to") if end else now + 1)
     text = month or datetime.fromtimestamp(now, UTC).strftime("%Y-%m")
     if not re.fullmatch(r"[0-9]{4}-[0-9]{2}", text):
         raise Invalid(f"--month {text[:40]!r} is no month", expected="2026-11", reason="period")
     first = when(f"{text}-01", "--month")
     year, number = divmod(int(text[:4]) * 12 + int(text[5:]), 12)
     last = when(f"{year:04}-{number + 1:02}-01", "--month")
-    return date(first), date(last if month else now)
+    return date(first), date(last if month else now + 1)  # texts are whole seconds, and this one belongs to the period

@@ -93,7 +93,7 @@ def test_every_verb_of_the_interfaces_is_written_out() -> None:
 def test_every_public_verb_is_in_the_table(site: Site, pushed: Pushed) -> None:
     public = {n for n, f in inspect.getmembers(Guard, inspect.isfunction) if not n.startswith("_")}
     assert public - set(verbs(site, pushed)) == {
-        *("caller", "attach", "recorded", "token", "ping", "whoami", "standing", "list", "catalog_list", "served", "beside_store")
+        *("caller", "attach", "recorded", "token", "ping", "whoami", "standing", "list", "catalog_list", "served", "beside_store", "open_log")
     }
 
 

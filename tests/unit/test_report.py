@@ -142,8 +142,8 @@ def test_a_long_course_is_thinned_and_keeps_its_peak() -> None:
 def test_periods() -> None:
     now = START + 5 * DAY_S + 7
     assert span("2026-12", None, None, now) == ("2026-12-01T00:00:00Z", "2027-01-01T00:00:00Z")
-    assert span(None, None, None, now) == ("2023-11-01T00:00:00Z", "2023-11-19T00:00:07Z")
-    assert span(None, "2023-11-03", None, now) == ("2023-11-03T00:00:00Z", "2023-11-19T00:00:07Z")
+    assert span(None, None, None, now) == ("2023-11-01T00:00:00Z", "2023-11-19T00:00:08Z")
+    assert span(None, "2023-11-03", None, now) == ("2023-11-03T00:00:00Z", "2023-11-19T00:00:08Z")
     assert span(None, "2023-11-03T01:02:03Z", "2023-11-04", now)[0] == "2023-11-03T01:02:03Z"
     for bad in (("2026-13", None, None), ("26-1", None, None), ("2026-01", "2026-01-01", None), (None, None, "2026-01-01"), (None, "now", None)):
         with pytest.raises(Invalid):
