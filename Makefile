@@ -59,7 +59,7 @@ test: system-test setup engine
 	$(BIN)/python -m pytest -m 'not full'
 
 test-fast: setup
-	$(BIN)/python -m pytest -n 2 -m 'not server and not engine and not full'
+	$(BIN)/python -m pytest -n 2 -q tests/unit -m 'not server and not engine and not full and not slow'
 
 test-full: system-full setup engine
 	$(BIN)/python -m pytest

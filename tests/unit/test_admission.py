@@ -35,6 +35,7 @@ def admission(site: Site, **policy: object) -> Admission:
     return Admission(site.entitlements, Lookup(site.engine), site.audit, site.home, replace(Policy(), **policy), site.floor)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("redirect", "networks", "address", "expected"),
     [

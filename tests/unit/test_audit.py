@@ -56,6 +56,7 @@ def together(*works: object) -> list[BaseException]:
     return raised
 
 
+@pytest.mark.slow
 def test_first_reads_of_many_threads_share_transactions_and_keep_their_order(site: Site) -> None:
     commits: list[int] = []
     event.listen(site.engine, "commit", lambda _conn: commits.append(1))
@@ -94,6 +95,7 @@ def test_nobody_is_let_through_while_the_row_cannot_be_stored(site: Site) -> Non
     assert len(stored(site)) == 1
 
 
+@pytest.mark.slow
 @SQLITE_ONLY
 def test_a_read_waits_no_longer_than_its_bound(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(a, "WAIT_S", 1.0)

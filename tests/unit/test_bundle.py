@@ -155,6 +155,7 @@ def test_import_makes_everything_visible_once(mirror: MirrorHome, site: Site, tm
     assert (claims["iss"], claims["sub"], claims["sequence"]) == (site.home.instance, f"sender:{mirror.id}", 1)
 
 
+@pytest.mark.slow
 def test_bundles_out_of_order_and_one_lost(mirror: MirrorHome, site: Site, tmp_path: Path) -> None:
     digests = []
     for i in (1, 2, 3, 4):
@@ -185,6 +186,7 @@ def test_a_gap_is_refused_naming_the_digest_unless_the_store_holds_it(mirror: Mi
     assert import_bundle(site, tmp_path / "disk", NOW)["imported"]
 
 
+@pytest.mark.slow
 def test_promote_signs_once_and_a_later_import_keeps_both_signatures(mirror: MirrorHome, site: Site, tmp_path: Path) -> None:
     stage_model(mirror, "acme/m", "1", {"w.safetensors": b"weights"})
     profiles = mirror.names()[1]
@@ -269,6 +271,7 @@ def test_homes_refuse_to_be_made_twice_or_to_pin_another(mirror: MirrorHome, tmp
     assert oct((tmp_path / "site").stat().st_mode & 0o777) == "0o700" == oct(secrets.stat().st_mode & 0o777)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True])
 def test_profiles_of_another_model_are_not_signed(mirror: MirrorHome, site: Site, tmp_path: Path, inside: bool) -> None:
     """The document names another model as its own (`inside`: only one of its profiles does, and the store lacks that model)."""

@@ -92,6 +92,7 @@ def test_documents_come_in_with_the_names(site: Site, mirror: MirrorHome, tmp_pa
     assert not again["imported"] and [state for _, _, state in told(again)] == ["known"] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ahead", "moves"), [(3600, True), (40 * 86400, False)])
 def test_the_floor_follows_a_senders_time_but_not_a_wrong_clock(site: Site, mirror: MirrorHome, tmp_path: Path, ahead: int, moves: bool) -> None:
     pack(mirror, tmp_path / "disk", NOW + ahead)
@@ -118,6 +119,7 @@ def test_a_refused_document_is_told_and_stops_nothing_else(site: Site, mirror: M
     assert not again["imported"] and serials(site) == [1, 9], "the same bundle once more, its issuer pinned meanwhile"
 
 
+@pytest.mark.slow
 def test_an_altered_document_refuses_the_whole_bundle(site: Site, mirror: MirrorHome, tmp_path: Path) -> None:
     token = licence(site, 1)
     altered = token[:-10] + ("A" if token[-10] != "A" else "B") + token[-9:]

@@ -14,6 +14,7 @@ from artifact.store import File
 from tests.conftest import AIRLOCK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("readme", "card"),
     [

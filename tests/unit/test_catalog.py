@@ -68,6 +68,7 @@ def test_pragmas(site: Site) -> None:
         assert {name: conn.exec_driver_sql(f"PRAGMA {name}").scalar_one() for name in wanted} == wanted
 
 
+@pytest.mark.slow
 def test_migrate_again_and_from_two_processes(tmp_path: Path) -> None:
     Home.open(tmp_path / "data", create=True)
     settings = Settings.load(tmp_path / "data", environ={})
@@ -126,6 +127,7 @@ def test_lfs_files_are_known_by_their_pointer(site: Site) -> None:
     assert file.lfs and file.git_oid == lfs_pointer_oid(file.digest, 1000) == hashlib.sha1(b"blob %d\0" % len(pointer) + pointer).hexdigest()
 
 
+@pytest.mark.slow
 def test_revisions_by_version_commit_and_main(site: Site) -> None:
     key = call_of(site, make_key(site, "acme"))
     first = push_model(site, key, "acme/tiny", "1")
@@ -208,6 +210,7 @@ def test_stated_digest_and_type_must_fit(site: Site) -> None:
             site.guard.push(call, "acme/one", raw, m.MANIFEST, refs=[ref])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v2/x", "api/x", "airlock/x", "Acme/x", "acme//x", "acme/../x", "acme/x/", "", "a" * 256])
 def test_names_that_are_refused(site: Site, name: str) -> None:
     call = local_call(0)
@@ -335,6 +338,7 @@ def test_an_upload_of_which_the_bytes_are_gone_is_unknown(site: Site) -> None:
     assert caught.value.reason == "upload" and rows(site, t.upload) == 0
 
 
+@pytest.mark.slow
 def test_text_that_no_database_holds(site: Site) -> None:
     call = call_of(site, make_key(site, "acme"))
     push_model(site, call, "acme/tiny", "1")
@@ -435,6 +439,7 @@ def test_the_catalog_of_a_repository_is_json(site: Site) -> None:
     assert [(r["ref"], r["files"], r["bytes"]) for r in only] == [("1", 3, sum(map(len, pushed.files.values())))]
 
 
+@pytest.mark.slow
 def test_ten_thousand_files(site: Site) -> None:
     call = call_of(site, make_key(site, "acme"))
     put(site, call, "acme/big", m.EMPTY_BYTES)

@@ -69,6 +69,7 @@ def test_ctrl_c_says_that_the_command_resumes(capsys: pytest.CaptureFixture[str]
     assert "resumes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv", [["key"], ["mirror", "init"], ["mirror", "sync"], ["bundle", "pack"], ["bundle", "import"], ["promote"], ["catalog"], ["runtime"]]
 )

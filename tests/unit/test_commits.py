@@ -90,6 +90,7 @@ def test_what_changes_nothing_and_what_came_before_is_no_new_commit(site: Site, 
     assert [c for c, _, _ in site.guard.revisions.history(call, R, second, 9)] == [second.commit, first.commit]
 
 
+@pytest.mark.slow
 def test_of_commits_at_once_none_is_lost(site: Site, call: Call) -> None:
     site.guard.commit(call, R, "main", None, [change(site, call, "a.txt", b"a")])
     changes = [change(site, call, f"{n}.txt", f"{n}".encode()) for n in range(4)]
@@ -114,6 +115,7 @@ def test_of_commits_at_once_none_is_lost(site: Site, call: Call) -> None:
     assert len(site.guard.revisions.history(call, R, head, 99)) == 5
 
 
+@pytest.mark.slow
 def test_rules_of_a_push_hold_for_a_commit(site: Site, call: Call) -> None:
     one, two = change(site, call, "a.txt", b"a"), change(site, call, "b.txt", b"b")
     maker = call_of(site, make_key(site, "acme", actions=("create",)))
@@ -188,6 +190,7 @@ def test_a_new_repository_and_who_may_make_one(site: Site, call: Call) -> None:
         site.guard.revisions.create(call, "nobody/x", "nobody/x")
 
 
+@pytest.mark.slow
 def test_a_manifest_above_four_mebibytes_is_refused_by_that_name(site: Site, call: Call) -> None:
     blob = put(site, call, R, b"same").digest
     changes = [Change(f"{'x' * 400}/{n}", blob, 4) for n in range(5000)]

@@ -53,6 +53,7 @@ def get(host: BlobHost, digest: str, size: int, disk: Disk, workers: int = 4, pr
     return fetch(lambda lo, hi: remote.stream("a/b", digest, lo, hi), digest, size, disk, progress, workers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, SMALL, 5 * SMALL + 1])
 @pytest.mark.parametrize("workers", [1, 4])
 def test_fetch(host: BlobHost, tmp_path: Path, size: int, workers: int) -> None:
@@ -67,6 +68,7 @@ def test_fetch(host: BlobHost, tmp_path: Path, size: int, workers: int) -> None:
     assert list((tmp_path / "partial").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [900, 3 * SMALL])
 @pytest.mark.parametrize("fault", ["cut", "short", "503", "wrong_range"])
 def test_faults_are_retried_from_where_they_broke(host: BlobHost, tmp_path: Path, fault: str, size: int) -> None:
@@ -168,6 +170,7 @@ def image(host: BlobHost, repo: str, *tags: str, layers: int = 3, subject: str =
     return host.manifest(repo, doc, *tags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("api", [True, False])
 def test_a_graph_is_copied_with_its_signatures(host: BlobHost, tmp_path: Path, api: bool) -> None:
     host.referrers = api
@@ -198,6 +201,7 @@ def test_a_graph_with_a_missing_leaf_stores_no_root(host: BlobHost, tmp_path: Pa
     assert Disk(tmp_path).size(root) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 10, 999, 1001, 3 * SMALL + 7])
 def test_push_blob(host: BlobHost, tmp_path: Path, size: int) -> None:
     path = tmp_path / "f"
@@ -212,6 +216,7 @@ def test_push_blob(host: BlobHost, tmp_path: Path, size: int) -> None:
     assert list((tmp_path / "state").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_push_goes_on_after_cuts_and_a_dropped_upload(host: BlobHost, tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(os.urandom(5 * SMALL))

@@ -247,6 +247,7 @@ def test_a_deadlock_is_run_again(url: str) -> None:
     engine.dispose()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["a\0b", "\ud800", 2**63, 2**80])
 def test_values_that_no_column_holds_are_the_senders_fault(empty: Settings, value: object) -> None:
     migrate(empty)
@@ -358,6 +359,7 @@ def fill_0003(conn: Connection) -> None:
         conn.execute(text(statement.replace(":", "\\:")))
 
 
+@pytest.mark.slow
 def test_no_right_grows_and_no_event_is_lost_on_the_way_down(empty: Settings) -> None:
     migrate(empty, "0001")
     engine = d.open_engine(empty.database_url)
@@ -403,6 +405,7 @@ def test_a_newer_database_and_unknown_revisions(empty: Settings) -> None:
     assert isinstance(error, Conflict) and error.reason == "schema" and "9999" in str(error)
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_migrate_once(empty: Settings) -> None:
     code = "import sys; from registry.settings import Settings; from registry.wiring import migrate; migrate(Settings.load(sys.argv[1]))"
     env = {**os.environ, "AIRLOCK_DATABASE": empty.database}
@@ -411,6 +414,7 @@ def test_processes_that_start_at_once_migrate_once(empty: Settings) -> None:
     open_site(empty, background=False).close()
 
 
+@pytest.mark.slow
 def test_one_server_over_sqlite_and_any_number_over_postgresql(empty: Settings) -> None:
     with sole_server(empty):
         if empty.database:
@@ -438,6 +442,7 @@ def test_no_second_database_appears_beside_the_first(tmp_path: Path, url: str) -
     assert isinstance(failure(lambda: open_site(Settings.load(tmp_path / "fresh", environ={"AIRLOCK_DATABASE": "sqlite:///x.db"}))), Invalid)
 
 
+@pytest.mark.slow
 def test_sqlite_that_another_process_holds_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(d, "BUSY_TIMEOUT_S", 1)
     Home.open(tmp_path / "data", create=True)

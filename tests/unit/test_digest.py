@@ -90,6 +90,7 @@ def test_sha512_and_strangers() -> None:
         digest.new("sha512", b"x", 1)
 
 
+@pytest.mark.slow
 def test_counts_beyond_four_gib_of_bits() -> None:
     # 2^32 bits are 512 MiB: the carry into the high word; hashed from one small buffer
     block = bytes(1024 * 1024)

@@ -114,6 +114,7 @@ def test_patterns_that_are_refused(site: Site, pattern: str) -> None:
         make_key(site, "acme", pattern)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["*", "**", "acme/*", "acme/**", "hf/meta/llama-*", "*/tiny"])
 def test_patterns_that_are_accepted(site: Site, pattern: str) -> None:
     assert well_formed(make_key(site, "acme", pattern))
@@ -160,6 +161,7 @@ def airlock(site: Site, *argv: str) -> Done:
     return Done(status, out.getvalue(), err.getvalue())
 
 
+@pytest.mark.slow
 def test_the_console_script(site: Site) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("AIRLOCK")} | {"AIRLOCK_DATA": str(site.settings.data)}
     env["AIRLOCK_DATABASE"] = site.settings.database

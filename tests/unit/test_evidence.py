@@ -88,6 +88,7 @@ def test_a_whole_export() -> None:
     assert verify(lines(Head(NAME, 0, 0), [signed([], 0)]), vkey()).size == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 39), st.integers(0, 39), st.sampled_from(["removed", "renumbered", "swapped", "altered", "both", "text_gone"]))
 def test_a_changed_log_is_refused_at_its_first_bad_entry(i: int, j: int, how: str) -> None:

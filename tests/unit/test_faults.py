@@ -65,6 +65,7 @@ def test_a_name_that_does_not_resolve() -> None:
     assert found.reason == "dns" and "the name registry.no-such-site.invalid does not resolve" in found.what and "DNS" in found.do
 
 
+@pytest.mark.slow
 def test_nobody_answers_in_time() -> None:
     with listening() as port:
         found = fault(f"http://127.0.0.1:{port}", timeout_s=0.3)

@@ -24,6 +24,7 @@ PATHS = st.one_of(
 )
 
 
+@pytest.mark.slow
 def test_a_check_that_hangs_is_told_within_its_bound_and_not_begun_twice() -> None:
     release, begun = threading.Event(), []
 
@@ -43,6 +44,7 @@ def test_a_check_that_hangs_is_told_within_its_bound_and_not_begun_twice() -> No
     assert check.ask(60) == "done"
 
 
+@pytest.mark.slow
 def test_a_check_that_fails_raises_what_it_raised_and_is_asked_again() -> None:
     answers = iter([Unavailable("away"), Unavailable("still away")])
 

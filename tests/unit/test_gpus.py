@@ -89,6 +89,7 @@ def test_no_library_is_a_cpu_node() -> None:
     assert facts["cpu"] and not facts["simulated"] and facts["gpus"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "words", "advice"),
     [
@@ -103,6 +104,7 @@ def test_a_failing_library_is_an_error_and_never_a_cpu_node(node: Node, config: 
     assert told["reason"] == "gpu" and words in told["what"] and advice in told["do"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("library")  # it needs a compiler too
 @pytest.mark.parametrize("kind", ["damaged", "incomplete", "unreadable"])
 def test_a_library_that_does_not_load_is_no_cpu_node(tmp_path: Path, kind: str) -> None:
@@ -118,6 +120,7 @@ def test_a_library_that_does_not_load_is_no_cpu_node(tmp_path: Path, kind: str) 
     assert told["reason"] == "gpu" and "NVML failed: " in told["what"] and "cannot be loaded" in told["do"]
 
 
+@pytest.mark.slow
 def test_a_hanging_gpu_ends_at_the_deadline_and_is_named(node: Node) -> None:
     began = time.monotonic()
     told = node("gpu\ngpu\ndelay_ms=60000\n", 1)

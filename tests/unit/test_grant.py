@@ -203,6 +203,7 @@ def denials(p: Principal, s: Subject) -> list[tuple[Principal, Subject]]:
     return out
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(principals, subjects, actions)
 def test_adding_a_denial_never_widens(p: Principal, s: Subject, action: str) -> None:
@@ -213,6 +214,7 @@ def test_adding_a_denial_never_widens(p: Principal, s: Subject, action: str) -> 
         assert visible(p, s) or not visible(less, stricter), (less, stricter)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(principals, subjects, names, actions)
 def test_renaming_never_widens_beyond_the_patterns(p: Principal, s: Subject, name: str, action: str) -> None:
@@ -228,6 +230,7 @@ def test_renaming_never_widens_beyond_the_patterns(p: Principal, s: Subject, nam
         assert not after.allow
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(principals, names.filter(lambda n: not n.endswith("/profiles") and n != "profiles"), orgs, actions)
 def test_a_profile_manifest_is_decided_as_its_model(p: Principal, name: str, org: str, action: str) -> None:
@@ -235,6 +238,7 @@ def test_a_profile_manifest_is_decided_as_its_model(p: Principal, name: str, org
     assert (model.allow, model.reason, model.visible) == (beside.allow, beside.reason, beside.visible)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(principals, subjects, actions)
 def test_a_yes_is_complete(p: Principal, s: Subject, action: str) -> None:

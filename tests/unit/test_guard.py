@@ -122,6 +122,7 @@ def test_visible_but_not_entitled(site: Site, pushed: Pushed) -> None:
         assert caught.value.reason == "no_grant" and caught.value.do, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("actions", "allowed"),
     [
@@ -190,6 +191,7 @@ def test_a_call_that_outlived_its_key_is_refused(site: Site, pushed: Pushed) -> 
         site.guard.list(Call(Principal()))
 
 
+@pytest.mark.slow
 def test_whoami(site: Site) -> None:
     call = call_of(site, make_key(site, "acme", tier="enterprise", expires=4_000_000_000))
     assert site.guard.whoami(call) == {"key_id": call.principal.key_id, "org": "acme", "tier": "enterprise", "expires": "2096-10-02T07:06:40Z"}
@@ -276,6 +278,7 @@ def test_mount_needs_the_right_to_pull_the_source(site: Site, pushed: Pushed) ->
     assert site.guard.mount(wide, "acme/x", m.digest_of(b"none"), "acme/tiny") is None
 
 
+@pytest.mark.slow
 def test_a_blob_is_read_through_its_own_repository_only(site: Site, pushed: Pushed) -> None:
     _, file = site.guard.file(call_of(site, make_key(site, "acme")), "acme/tiny", "1", "config.json")
     beta = call_of(site, make_key(site, "beta"))
@@ -414,6 +417,7 @@ def lease_body(pushed: Pushed, **more: object) -> dict[str, object]:
     return {**body, "gpu_uuids": ["GPU-1"], **more}
 
 
+@pytest.mark.slow
 def test_lease(site: Site, pushed: Pushed) -> None:
     now = float(int(time.time()))
     call = call_of(site, make_key(site, "acme"), now)
@@ -492,6 +496,7 @@ def test_a_model_manifest_is_no_profile_manifest(site: Site, pushed: Pushed) -> 
         site.guard.lease(call, lease_body(pushed, profile_digest=pushed.model.digest))
 
 
+@pytest.mark.slow
 def test_parallel_pushes_and_reads(site: Site, pushed: Pushed) -> None:
     calls = {org: call_of(site, make_key(site, org)) for org in ("acme", "beta")}
     failed: list[Exception] = []

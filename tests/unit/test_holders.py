@@ -217,6 +217,7 @@ def test_ids_are_in_the_rows_of_reads_tokens_and_denials(site: Site, people: Peo
     ]
 
 
+@pytest.mark.slow
 def test_the_same_read_under_another_grant_is_another_row(site: Site, people: People) -> None:
     pushed = push_model(site, call_of(site, make_key(site, "acme")), "acme/own", "1")
     with site.catalog.writing() as conn:
@@ -307,6 +308,7 @@ def scans(step: str) -> bool:
     return "Seq Scan on" in step and any(f"Seq Scan on {name}" in step for name in ("api_key", "key_grant", "team_member"))
 
 
+@pytest.mark.slow
 def test_a_scan_would_be_noticed(site: Site, people: People) -> None:
     """The test above is able to fail: the same plans without the indexes by which grants are found."""
     crowd(site, people)

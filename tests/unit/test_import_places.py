@@ -113,6 +113,7 @@ def test_import_into_a_store_elsewhere(mirror: MirrorHome, site: Site, tmp_path:
     assert again["imported"] and content(site, "acme/m", "1", "config.json") == b"{}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["rot", "gone", "short", "missing", "moved", "size"])
 def test_the_bundle_that_brought_it_heals_what_was_damaged(mirror: MirrorHome, site: Site, tmp_path: Path, harm: str) -> None:
     stage_model(mirror, "acme/m", "1", {"w.safetensors": WEIGHTS})

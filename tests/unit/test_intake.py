@@ -186,6 +186,7 @@ def test_of_several_issuers_the_one_counts_that_took_effect_last(site: Site) -> 
     assert counting(site) == jti_of(renewed)
 
 
+@pytest.mark.slow
 def test_any_order_of_documents_and_days(site: Site) -> None:
     """Drawn histories of two issuers against the rule told in other words: nothing but a document's own time or its import changes what counts."""
     seed = random.randrange(1 << 32)
@@ -273,6 +274,7 @@ def test_a_revoked_document_is_refused_before_it_arrives(site: Site) -> None:
     assert refusal(site, token) == "revoked"
 
 
+@pytest.mark.slow
 def test_documents_of_a_revoked_signing_key_are_refused_from_then_on(site: Site) -> None:
     known, other = licence(site, 7), trust.generate_key()
     pem = trust.public_pem(other)

@@ -66,6 +66,7 @@ def test_every_rule_has_a_violation_here() -> None:
     assert set(rules()) == set(VIOLATIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contract", VIOLATIONS)
 def test_a_violation_is_seen(tree: Path, contract: str) -> None:
     path, line = VIOLATIONS[contract]

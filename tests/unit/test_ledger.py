@@ -65,6 +65,7 @@ def exported(site: Site, path: Path) -> tuple[list[bytes], str]:
     return path.read_bytes().splitlines(keepends=True), site.log.verifier(1)
 
 
+@pytest.mark.slow
 def test_export_and_verify_by_the_commands(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill(site, PAGE + 50)
     kept = site.log.sign(time.time())
@@ -89,6 +90,7 @@ def test_export_and_verify_by_the_commands(site: Site, tmp_path: Path, capsys: p
     assert run(site, "checkpoint") == 0 and tlog.open_checkpoint(capsys.readouterr().out, told["key"]).size >= found.size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["body", "leaf", "both", "removed", "last"])
 def test_an_altered_database_is_refused(site: Site, tmp_path: Path, how: str) -> None:
     """What one with the database's password and without the key can do to the rows; the kept checkpoint file is removed, as he would."""
@@ -180,6 +182,7 @@ def test_proofs_by_number_request_and_lease(site: Site, tmp_path: Path, capsys: 
     assert shown["jti"] == "ab" * 16
 
 
+@pytest.mark.slow
 def test_who_may_read_the_log(site: Site) -> None:
     keys = {
         "admin": make_key(site, "site", "**", actions=("admin",)),
@@ -235,6 +238,7 @@ def test_bad_questions(site: Site) -> None:
             desk.proof(call, **query)
 
 
+@pytest.mark.slow
 def test_ten_thousand_entries_stream_in_little_memory(site: Site, tmp_path: Path) -> None:
     fill(site, 10_000, ref="acme/m@sha256:" + "a" * 64, note="x" * 200)
     book = ledger(site)
@@ -264,6 +268,7 @@ def bodies(site: Site) -> int:
         return int(conn.execute(select(func.count()).select_from(t.audit_leaf).where(t.audit_leaf.c.body.is_not(None))).scalar_one())
 
 
+@pytest.mark.slow
 def test_sealed_entries_are_in_their_export_alone(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill(site, 600, at=1000.0)
     site.log.sign(time.time())
@@ -355,6 +360,7 @@ def test_a_seal_killed_behind_its_record_is_finished_by_the_next(site: Site, tmp
     assert left == ledger(site).sealed() >= first + 50
 
 
+@pytest.mark.slow
 def test_the_report_of_real_reads(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key = make_key(site, "acme", "acme/**")
     call = call_of(site, key)

@@ -111,6 +111,7 @@ def test_a_head_of_what_the_sweep_took_is_a_404(site: Site, call: Call) -> None:
         site.guard.stat(call, R, digest)
 
 
+@pytest.mark.slow
 def test_a_manifest_without_links_is_a_candidate_and_one_pushed_again_is_not(site: Site, call: Call) -> None:
     first = image(site, call, "a")
     image(site, call, "a", repo="acme/second")
@@ -189,6 +190,7 @@ def test_two_uploads_of_one_digest_at_once_store_one_object(site: Site, call: Ca
     assert len(all_rows(site, t.repo_blob)) == 3 and all_rows(site, t.garbage) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["gone", "short"])
 @pytest.mark.parametrize("generation", [0, 1, 9])
 def test_a_push_heals_a_blob_whose_bytes_are_gone(site: Site, call: Call, damage: str, generation: int) -> None:
@@ -320,6 +322,7 @@ def test_a_manifest_by_sha512_names_blobs_by_sha512(site: Site, call: Call) -> N
 # ---- refs
 
 
+@pytest.mark.slow
 def test_the_history_of_a_tag(site: Site, call: Call) -> None:
     first, second = image(site, call, "v"), image(site, at(call, 1), "v", n=2)
     image(site, at(call, 2), "v", n=2)  # the same again moves nothing
@@ -445,6 +448,7 @@ def signed(site: Site, call: Call, *signers: str, over: str | None = None, ref: 
     return site.guard.push(call, R, m.build_manifest("", layers, {}), m.MANIFEST, refs=[ref], over=over).digest
 
 
+@pytest.mark.slow
 def test_a_signature_is_added_and_never_pushed_over(site: Site, call: Call) -> None:
     signed(site, call, "a")
     both = signed(site, call, "a", "b")
@@ -549,6 +553,7 @@ def test_what_a_full_disk_refused_counts_against_no_quota(site: Site, call: Call
     assert again.commit(m.digest_of(b"y" * 8000)).size == 8000
 
 
+@pytest.mark.slow
 def test_referrers_come_in_pages_by_number(site: Site, call: Call) -> None:
     subject = image(site, call, "v")
     count = MAX_REFERRERS + 5

@@ -76,6 +76,7 @@ def hub_asks(pushed: Pushed) -> list[Ask]:
     return [("hub", ref, path, *names) for names in triples for ref in refs for path in ("config.json", "none", "")]
 
 
+@pytest.mark.slow
 def test_of_several_names_the_first_that_exists_is_found(site: Site, pushed: Pushed, keys: list[str]) -> None:
     with site.catalog.writing() as conn:
         repo = site.catalog.repository("acme/tiny")
@@ -92,6 +93,7 @@ def test_of_several_names_the_first_that_exists_is_found(site: Site, pushed: Pus
         assert found == (catalog.file(first, ref, path) if first else None), ask
 
 
+@pytest.mark.slow
 def test_the_joint_statement_is_the_two_of_it(site: Site, pushed: Pushed, keys: list[str]) -> None:
     with site.catalog.writing() as conn:
         repo = site.catalog.repository("acme/tiny")
@@ -125,6 +127,7 @@ def test_every_key_is_the_same_either_way(site: Site, pushed: Pushed, keys: list
     assert site.entitlements.principal(keys[2]).grants == ()  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_reads_of_the_doors_cost_one_statement(site: Site, pushed: Pushed) -> None:
     key = make_key(site, "acme")
     token = site.guard.token(call_of(site, key), ())[0]
@@ -237,6 +240,7 @@ def served(site: Site, method: str, path: str, key: str, body: bytes = b"", port
     return answers[0]
 
 
+@pytest.mark.slow
 def test_statements_of_whole_requests(site: Site, pushed: Pushed) -> None:
     key = make_key(site, "acme")
     token = site.guard.token(call_of(site, key), parse_scopes(["repository:acme/tiny:pull"]))[0]

@@ -65,6 +65,7 @@ def test_caller_info_is_one_statement(site: Site, seen: list[str]) -> None:
     assert status == 401 and not any("api_key" in text for text in seen), "what cannot be a key costs no statement"
 
 
+@pytest.mark.slow
 def test_statements_of_a_download(site: Site, seen: list[str]) -> None:
     key = make_key(site, "acme", "acme/**")
     push_model(site, call_of(site, key), "acme/x", "1", {f"f{n}": os.urandom(10) for n in range(50)})

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import oras.client
+import pytest
 from oras.utils import extract_targz
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -66,6 +67,7 @@ def test_extract_targz_follows_a_symlink_out_of_the_directory(tmp_path: Path) ->
     assert (outside / "pwn").read_bytes() == b"EVIL"
 
 
+@pytest.mark.slow
 def test_basic_credentials_go_to_whatever_realm_the_registry_names() -> None:
     seen: list[str] = []
 
@@ -87,6 +89,7 @@ def test_basic_credentials_go_to_whatever_realm_the_registry_names() -> None:
     assert "Basic " + base64.b64encode(b"user:secret").decode() in seen
 
 
+@pytest.mark.slow
 def test_pull_writes_bytes_that_do_not_match_their_digest(tmp_path: Path) -> None:
     layer = {
         "mediaType": "application/octet-stream",

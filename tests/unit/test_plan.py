@@ -119,6 +119,7 @@ def test_files(tmp_path: Path) -> None:
         load(tmp_path / "bin.yaml")
 
 
+@pytest.mark.slow
 @given(st.text(max_size=300))
 def test_no_text_gives_anything_but_a_plan_or_an_expected_error(text: str) -> None:
     try:

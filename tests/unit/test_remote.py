@@ -61,6 +61,7 @@ def test_ranges(host: BlobHost) -> None:
         joined(remote.stream("a/b", "sha256:" + "1" * 64, 0, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "error", "reason"),
     [
@@ -86,6 +87,7 @@ def test_a_whole_answer_to_a_whole_range_is_taken(host: BlobHost) -> None:
     assert joined(RemoteRegistry(host.url).stream("a/b", digest, 0, 1000)) == data
 
 
+@pytest.mark.slow
 def test_a_manifest_is_named_by_its_bytes(host: BlobHost) -> None:
     digest = host.manifest("a/b", IMAGE, "1")
     remote = RemoteRegistry(host.url)
@@ -126,6 +128,7 @@ def test_keys_are_sent_as_basic_and_refusals_keep_their_reason() -> None:
     host.close()
 
 
+@pytest.mark.slow
 def test_the_token_of_nvcr_io() -> None:
     host = BlobHost(key=KEY, token="t" * 20)
     digest = host.add(b"xyz")

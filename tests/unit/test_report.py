@@ -244,6 +244,7 @@ def test_plots_stay_within_their_frame() -> None:
     assert numbers and all(0 <= n <= 720 for n in numbers)
 
 
+@pytest.mark.slow
 def test_the_largest_report_fits_an_answer() -> None:
     """What a client reads of one answer is bounded (artifact/remote.py): names, references and evidence as long as they may be."""
     tally = Tally(PERIOD)

@@ -166,6 +166,7 @@ def test_one_more_holder_never_makes_more_go(found: tuple[list[Tag], list[Versio
         assert less <= versions_gone
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(repositories())
 def test_what_stays_is_whole(found: tuple[list[Tag], list[Version], Rule]) -> None:
@@ -180,6 +181,7 @@ def test_what_stays_is_whole(found: tuple[list[Tag], list[Version], Rule]) -> No
     assert all(subject_of_tag(t.name) in left for t in tags if t.name not in tags_gone and subject_of_tag(t.name) in here)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(repositories(), st.integers(1, 4))
 def test_parts_are_the_plan_in_pieces_that_are_whole_alone(found: tuple[list[Tag], list[Version], Rule], most: int) -> None:
@@ -196,6 +198,7 @@ def test_parts_are_the_plan_in_pieces_that_are_whole_alone(found: tuple[list[Tag
         assert not any(v.subject in away for v in left if v.subject in here and v.digest not in own)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(repositories(), st.sampled_from(["a", "b", "", *map(d, NAMES)]), st.booleans())
 def test_removal_leaves_what_something_else_names(found: tuple[list[Tag], list[Version], Rule], ref: str, along: bool) -> None:
@@ -278,6 +281,7 @@ def test_run_takes_what_the_dry_run_said(site: Site) -> None:
     assert site.collector.run(late).tags == 0
 
 
+@pytest.mark.slow
 def test_model_stays_while_a_profile_names_it(site: Site) -> None:
     key = make_key(site, "acme", "**", actions=("pull", "push", "admin"))
     first = call_of(site, key)
@@ -318,6 +322,7 @@ def test_removal_tells_what_profiles_name_and_is_exact(site: Site) -> None:
     assert before - after == real["bytes"]
 
 
+@pytest.mark.slow
 def test_what_nobody_dated_is_old_from_now_on(site: Site) -> None:
     key = make_key(site, "acme", "**", actions=("pull", "push", "admin"))
     call = call_of(site, key)
@@ -379,6 +384,7 @@ def pin(site: Site, call: Call, repo: str, name: str, digest: str) -> Descriptor
     return site.guard.push(call, repo, raw, m.MANIFEST, refs=["p"])
 
 
+@pytest.mark.slow
 def test_only_profiles_of_the_same_owner_and_of_the_site_hold_a_manifest(site: Site) -> None:
     root = call_of(site, make_key(site, "acme", "**", actions=("pull", "push", "admin")))
     pusher = call_of(site, make_key(site, "acme", "acme/**", actions=("pull", "push")))
@@ -413,6 +419,7 @@ def test_only_profiles_of_the_same_owner_and_of_the_site_hold_a_manifest(site: S
     site.guard.delete(pusher, "acme/b", images["acme/b"].digest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["rot", "bytes", "row"])
 def test_a_profile_document_that_cannot_be_read_pins_everything(tmp_path: Path, harm: str) -> None:
     with running_site(tmp_path) as site:

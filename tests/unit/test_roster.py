@@ -133,6 +133,7 @@ ESCAPES: list[tuple[str, Mapping[str, object]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("verb", "body"), ESCAPES)
 def test_an_administrator_of_one_organisation_stays_inside(lead: Acts, verb: str, body: dict[str, object]) -> None:
     before = len(Acts(lead.site).list("keys")) + len(Acts(lead.site).list("grants"))
@@ -142,6 +143,7 @@ def test_an_administrator_of_one_organisation_stays_inside(lead: Acts, verb: str
     assert [e for e in events(lead.site) if e["class"] == "C" and e["reason"] == "action_missing"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["is_admin", "role", "hmac", "org_id", "revoked_at", "actions ", "member_id"])
 def test_fields_that_a_body_has_no_business_with_are_refused(lead: Acts, field: str) -> None:
     refused(Invalid, "body", lambda: lead("create_key", models=["acme/m"], expires="1d", **{field: True}))
@@ -327,6 +329,7 @@ def test_rotation_overlaps_and_keeps_every_right(root: Acts) -> None:
     refused(Conflict, "key_revoked", lambda: root("rotate_key", key_id=other))
 
 
+@pytest.mark.slow
 def test_the_pepper_is_replaced_under_the_keys(root: Acts) -> None:
     """Keys of the old pepper are accepted, rewritten outside of the read, and outlive the old one's removal; new ones never needed it."""
     site = root.site
@@ -404,6 +407,7 @@ def test_pages(root: Acts) -> None:
     assert {k["key_id"] for k in first["items"]} & {k["key_id"] for k in rest["items"]} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("verb", "body"),
     [

@@ -300,6 +300,7 @@ def test_a_damaged_checkpoint_file_is_no_missing_one(site: Site) -> None:
     assert opened(site, site.log.sign(time.time())).size == 3
 
 
+@pytest.mark.slow
 def test_the_thread_sequences_and_signs_at_its_end(site: Site) -> None:
     errors: list[Exception] = []
     site.log.start(errors.append)

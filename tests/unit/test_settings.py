@@ -87,6 +87,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
         Settings.load(tmp_path, environ={})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in specs() if n != "data"])
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(min_size=1, max_size=30))

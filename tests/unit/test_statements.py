@@ -82,6 +82,7 @@ def image(layers: int, note: str) -> tuple[bytes, list[bytes]]:
     return m.build_manifest("a/b", listed, {"n": note}), blobs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [10, 3_000_000])
 def test_an_upload(costs: Costs, size: int) -> None:
     data = os.urandom(size)
@@ -98,6 +99,7 @@ def test_a_mount(costs: Costs) -> None:
     costs.bound(6, 202, "POST", path + "acme/none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 200])
 def test_a_manifest(costs: Costs, layers: int) -> None:
     """The blobs of a manifest are looked up and written together, however many there are."""
@@ -117,6 +119,7 @@ def test_a_manifest(costs: Costs, layers: int) -> None:
     costs.bound(8 + 2, 202, "DELETE", f"/v2/{R}/blobs/{m.digest_of(more[0])}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", [1, 200])
 def test_a_commit_of_the_hub(costs: Costs, files: int) -> None:
     """What was uploaded before is committed at the same cost, however much it is; each object of a batch is looked up."""

@@ -101,6 +101,7 @@ def test_environment_is_exactly_the_given_one_and_group_is_its_own(tmp_path: Pat
     assert engine.log.lines[0] == "['MARK', 'PATH'] True /dev/null"
 
 
+@pytest.mark.slow
 def test_an_engine_that_never_gets_ready_is_ended_at_the_deadline(tmp_path: Path) -> None:
     began = time.monotonic()
     engine = _run(_launch(tmp_path, "import time; time.sleep(99)"), tmp_path, ready_s=0.3)

@@ -127,6 +127,7 @@ def test_shared_blob_stays_for_the_other_repository(site: Site, call: Call) -> N
         site.guard.read(call, REPO, digest(b"shared"))  # its own link is gone with its manifest
 
 
+@pytest.mark.slow
 def test_lease_of_a_mount_and_of_a_head(site: Site, key: str, call: Call) -> None:
     push(site, call, REPO, b"shared", tag="v1")
     put(site, call, "acme/second", b"skipped")
@@ -241,6 +242,7 @@ def test_uploads_that_nobody_continued(site: Site, call: Call) -> None:
         site.guard.resume(call, REPO, upload.id)
 
 
+@pytest.mark.slow
 def test_many_batches_end(site: Site, call: Call) -> None:
     for n in range(23):
         push(site, call, f"acme/r{n % 3}", b"layer %d" % n, tag=f"v{n}")
@@ -285,6 +287,7 @@ def test_dry_run_stops_no_writer(site: Site, call: Call) -> None:
     assert len(site.guard.refs(call, "acme/meanwhile").items) == len(looked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("days", [400, 8, -1, -400])
 def test_clock_that_jumped_takes_nothing_until_somebody_says_it_is_right(site: Site, call: Call, days: int) -> None:
     kept = push(site, call, REPO, b"kept", tag="v1")
@@ -364,6 +367,7 @@ site.collector.run(now, progress=kill)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["uploads", "retention", "manifests", "blobs", "unlinked", "bytes"])
 def test_kill_at_every_step_is_finished_by_the_next_run(site: Site, call: Call, phase: str) -> None:
     old = push(site, call, REPO, b"old", tag="old")
@@ -410,6 +414,7 @@ def test_one_run_at_a_time_and_a_dead_one_is_followed(site: Site, call: Call) ->
     assert site.collector.status()["running"] is False
 
 
+@pytest.mark.slow
 def test_schedule_counts_from_the_last_run_of_whoever(site: Site, call: Call) -> None:
     put(site, call, REPO, b"lonely")
     with site.catalog.writing() as conn:

@@ -86,6 +86,7 @@ def dangling(site: Site) -> dict[str, int]:
     return {words: n for words, n in found.items() if n}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_soak(site: Site) -> None:
     seed = int(os.environ.get("AIRLOCK_TEST_SEED", random.SystemRandom().randrange(1_000_000)))

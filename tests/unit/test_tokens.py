@@ -168,6 +168,7 @@ def test_a_token_opens_before_its_end_and_never_after(exp: int, now: float) -> N
         assert reason(token, now) == "token_expired"
 
 
+@pytest.mark.slow
 @given(st.one_of(st.text(max_size=200), st.binary(max_size=200).map(lambda raw: PREFIX + raw.decode("latin-1"))))
 def test_no_text_is_a_token(text: str) -> None:
     assert reason(text) == "token_invalid"
@@ -218,6 +219,7 @@ kinds = st.sampled_from(["repository", "registry", "repository(plugin)", "x", ""
 scopes = st.one_of(st.tuples(kinds, names, st.lists(words, max_size=4).map(",".join)).map(":".join), st.text(max_size=30))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(scopes, max_size=8), st.sets(st.tuples(names, words)))
 def test_what_is_granted_was_asked_and_is_allowed(texts: list[str], allowed: set[tuple[str, str]]) -> None:

@@ -63,6 +63,7 @@ def items(receiver: Receiver) -> list[tuple[str, int]]:
 # ---- once
 
 
+@pytest.mark.slow
 def test_each_threshold_once_across_restarts(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     now = time.time()
     end = now + 70 * DAY_S
@@ -169,6 +170,7 @@ def test_without_a_secret_there_is_no_signature(site: Site) -> None:
         assert "x-airlock-signature" not in receiver.got[0].headers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answers", "reason", "tries"),
     [((500,), "status", 3), ((404,), "status", 3), (("redirect",), "redirect", 3), (("slow",), "timeout", 3), (("drip",), "timeout", 3)],
@@ -197,6 +199,7 @@ def test_a_receiver_that_fails_is_told_and_tried_again_later(
         assert notices(site) == [("grant", "grant-1", 7, True)] and len(receiver.got) == tries + 1
 
 
+@pytest.mark.slow
 def test_a_receiver_that_is_away(site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PAUSE_S", 0.01)
     grant(site, "acme", "grant-1", time.time() + 5 * DAY_S)
@@ -239,6 +242,7 @@ def test_what_no_longer_ends_is_not_sent_late_and_old_news_is_no_news(site: Site
     assert notices(site) == [("grant", "grant-1", 7, True), ("grant", "grant-2", 7, False)]
 
 
+@pytest.mark.slow
 def test_many_are_sent_in_parts(site: Site) -> None:
     now = time.time()
     for n in range(module.BATCH + 5):
@@ -251,6 +255,7 @@ def test_many_are_sent_in_parts(site: Site) -> None:
         assert len(json.loads(receiver.got[-1].body)["items"]) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [None, b"", b"short", b"x" * 5000])
 def test_a_secret_that_is_none_is_told_and_nothing_is_sent_unsigned(
     site: Site, secret: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, content: bytes | None

@@ -264,36 +264,42 @@ MANY = settings(max_examples=3000, deadline=None, database=None, derandomize=Tru
 walls = st.lists(texts((*ENDS, NOW + 151, NOW - 500)), min_size=2, max_size=6).map(tuple)
 
 
+@pytest.mark.slow
 @FEW
 @given(cases)
 def test_a_denial_never_widens(case: Case) -> None:
     a_denial_never_widens(decide, case)
 
 
+@pytest.mark.slow
 @FEW
 @given(cases)
 def test_a_later_hour_never_widens(case: Case) -> None:
     later_never_widens(decide, case)
 
 
+@pytest.mark.slow
 @FEW
 @given(cases, walls)
 def test_a_clock_that_is_set_back_never_widens(case: Case, times: tuple[float, ...]) -> None:
     back_never_widens(decide, case, times)
 
 
+@pytest.mark.slow
 @FEW
 @given(cases)
 def test_another_name_never_widens(case: Case) -> None:
     another_name_never_widens(decide, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weak", [weak_document, weak_tier, weak_union, weak_end])
 def test_the_denials_catch_a_weak_decision(weak: Decide) -> None:
     with pytest.raises(AssertionError):
         MANY(given(cases)(lambda case: a_denial_never_widens(weak, case)))()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weak", [weak_document, weak_end])
 def test_the_hours_catch_a_weak_decision(weak: Decide) -> None:
     with pytest.raises(AssertionError):
@@ -330,6 +336,7 @@ def weak_gpus(bound: GpuBounds, wanted: int, of_grant: int, of_entitlement: int)
 uses = st.tuples(st.integers(0, 4), st.integers(0, 8), st.integers(0, 8))
 
 
+@pytest.mark.slow
 @FEW
 @given(st.builds(GpuBounds, bounds, bounds), uses)
 def test_lower_gpu_bounds_never_widen(bound: GpuBounds, used: tuple[int, int, int]) -> None:
