@@ -193,7 +193,7 @@ lease_gpu = Table(
     metadata,
     Column("host", Text, primary_key=True),
     Column("gpu_uuid", Text, primary_key=True),
-    Column("jti", Text, ForeignKey("lease.jti"), nullable=False, index=True),
+    Column("jti", Text, ForeignKey("lease.jti"), primary_key=True, index=True),  # several models may share a GPU
 )
 audit_pending = Table(
     "audit_pending",

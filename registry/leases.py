@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy import Connection, and_, delete, func, insert, or_, select, tuple_, update
 
 from artifact.errors import NotFound
 from artifact.grant import date
@@ -40,19 +40,23 @@ def hold(conn: Connection, org: str) -> tuple[int, int]:
 
 
 def gpus_leased(conn: Connection, org_id: int, now: float, wish: Wish, *, grant_id: str = "") -> int:
-    """GPUs (host and GPU) of the organisation's leases that are neither over nor returned, but for those wished: what is renewed counts once.
+    """GPUs (host and GPU, each once) of the organisation's leases that are neither over nor returned, but for those wished: they are counted anew.
 
     Under that grant, or with none under any entitlement. A revoked lease counts to its end: what it let start may still run.
     """
     g, lease = t.lease_gpu.c, t.lease.c
     living = (lease.org_id == org_id, lease.exp > now, lease.returned_at == 0)
     under = lease.grant_id == grant_id if grant_id else lease.ent_jti != ""
-    found = select(func.count()).select_from(t.lease_gpu.join(t.lease, lease.jti == g.jti)).where(*living, under)
-    return int(conn.execute(found.where(or_(g.host != wish.host, g.gpu_uuid.not_in(wish.gpus)))).scalar_one())
+    found = select(g.host, g.gpu_uuid).select_from(t.lease_gpu.join(t.lease, lease.jti == g.jti)).where(*living, under)
+    others = found.where(or_(g.host != wish.host, g.gpu_uuid.not_in(wish.gpus))).distinct().subquery()
+    return int(conn.execute(select(func.count()).select_from(others)).scalar_one())
 
 
 def add(conn: Connection, org_id: int, serial: int, wish: Wish, **columns: Any) -> None:
-    """A lease's row, replacing what the same (host, GPU) held, or on a CPU node what that host held for the same model and key."""
+    """A lease's row, replacing the model's own one on the same (host, GPU), or on a CPU node what that host held for the same model and key.
+
+    Another model's lease of the same GPU stands on: its right is in use until it is returned or over.
+    """
     jti, lease = columns["jti"], t.lease.c
     values = {name: getattr(wish, name) for name in ("model", "model_digest", "profile_digest", "profile_id", "host")}
     conn.execute(insert(t.lease).values(org_id=org_id, serial=serial, gpus=json.dumps(wish.gpus), **values, **columns))
@@ -62,9 +66,11 @@ def add(conn: Connection, org_id: int, serial: int, wish: Wish, **columns: Any) 
         conn.execute(update(t.lease).where(*same, lease.exp > columns["iat"], lease.replaced_by == "", lease.jti != jti).values(replaced_by=jti))
         return
     g = t.lease_gpu
-    taken = (g.c.host == wish.host, g.c.gpu_uuid.in_(wish.gpus))
-    conn.execute(update(t.lease).where(lease.jti.in_(select(g.c.jti).where(*taken))).values(replaced_by=jti))
-    conn.execute(delete(g).where(*taken))
+    here = (g.c.host == wish.host, g.c.gpu_uuid.in_(wish.gpus))
+    mine = (lease.org_id == org_id, lease.model == wish.model)
+    conn.execute(update(t.lease).where(lease.jti.in_(select(g.c.jti).where(*here)), *mine).values(replaced_by=jti))
+    gone = or_(and_(*mine), lease.exp <= columns["iat"], lease.returned_at != 0)
+    conn.execute(delete(g).where(*here, select(lease.jti).where(lease.jti == g.c.jti, gone).exists()))
     conn.execute(insert(g), [{"host": wish.host, "gpu_uuid": gpu, "jti": jti} for gpu in wish.gpus])
 
 

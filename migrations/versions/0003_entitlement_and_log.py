@@ -58,6 +58,7 @@ def upgrade() -> None:
     """Adds them; grants that were a key's stay its own."""
     _people()
     _documents()
+    _leased("host", "gpu_uuid", "jti")
     _log()
 
 
@@ -116,6 +117,22 @@ def _people() -> None:
     )
     op.drop_table("key_grant_before")
     _next_id("key_grant")
+
+
+def _leased(*key: str) -> None:
+    """Makes the table of leased GPUs anew with this key; of several leases of one GPU a narrower key keeps one."""
+    rows = op.get_bind().execute(sa.text("SELECT host, gpu_uuid, MAX(jti) AS jti FROM lease_gpu GROUP BY host, gpu_uuid")).all()
+    op.drop_table("lease_gpu")
+    made = op.create_table(
+        "lease_gpu",
+        sa.Column("host", sa.Text(), nullable=False),
+        sa.Column("gpu_uuid", sa.Text(), nullable=False),
+        sa.Column("jti", sa.Text(), nullable=False),
+        sa.ForeignKeyConstraint(["jti"], ["lease.jti"], name="fk_lease_gpu_jti"),
+        sa.PrimaryKeyConstraint(*key),
+    )
+    op.create_index("ix_lease_gpu_jti", "lease_gpu", ["jti"])
+    op.bulk_insert(made, [{"host": row.host, "gpu_uuid": row.gpu_uuid, "jti": row.jti} for row in rows])
 
 
 def _next_id(table: str) -> None:
@@ -333,6 +350,7 @@ def downgrade() -> None:
     _next_id("key_grant")
     op.create_index("ix_key_grant_api_key_id", "key_grant", ["api_key_id"])
     op.drop_index("ix_api_key_member_id", "api_key")
+    _leased("host", "gpu_uuid")
     for table in TABLES:
         op.drop_table(table)
     for table, column in ADDED:

@@ -93,6 +93,7 @@ def test_what_a_lease_says(site: Site, pushed: Pushed) -> None:
     assert event["exp"] == found["exp"] == found["iat"] + 86400
 
 
+@pytest.mark.slow
 def test_twenty_at_once_get_eight(site: Site, pushed: Pushed) -> None:
     """gpus=8 and twenty requests of one GPU: exactly eight get one, the others are told what is in use, and no serial is missing (A37)."""
     key = key_of(site)
@@ -176,6 +177,25 @@ def test_another_name_for_the_weights_frees_no_gpu(site: Site, pushed: Pushed) -
     assert "the entitlement" in caught.value.what
 
 
+def test_a_shared_gpu_stays_counted(site: Site, pushed: Pushed) -> None:
+    """Own weights, or another organisation's runtime, on the same host and GPU take no lease of an entitlement out of the count."""
+    key, other = make_key(site, "acme", "**", actions=("pull", "push", "run"), tier="enterprise"), key_of(site, "beta")
+    own = push_model(site, call_of(site, key), "acme/mine", "1")
+    issue(site, gpus=1)
+    call = call_of(site, key)
+    first = lease(site, call, pushed)
+    assert lease(site, call, own)["ent_jti"] == "" and lease(site, call_of(site, other), pushed)["ent_jti"] == ""
+    assert not row(site, first["jti"]).replaced_by
+    with pytest.raises(Denied) as caught:
+        lease(site, call, pushed, "node-2")
+    assert "1 of 1" in caught.value.what
+    again = lease(site, call, pushed)
+    assert row(site, first["jti"]).replaced_by == again["jti"], "its own model's renewal does replace it"
+    site.guard.leasing.give_back(call, {"jti": again["jti"]})
+    assert lease(site, call, pushed, "node-2")
+
+
+@pytest.mark.slow
 def test_return_frees_and_is_final(site: Site, pushed: Pushed) -> None:
     key = key_of(site)
     call = call_of(site, key)
@@ -210,6 +230,7 @@ def test_revocation_marks_and_counts_to_the_end(site: Site, pushed: Pushed) -> N
     assert site.guard.leasing.leases(lead)["items"][0]["state"] == "revoked"  # type: ignore[index]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["key", "grant", "entitlement", "list"])
 def test_what_is_revoked_takes_its_leases_along(site: Site, pushed: Pushed, what: str) -> None:
     key = key_of(site)
