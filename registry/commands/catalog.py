@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
-from artifact.errors import Denied, Invalid, Unauthenticated
+from artifact.errors import Denied, Invalid
 from artifact.grant import TIERS, date, model_of
 from artifact.manifest import check_name, check_ref, is_digest
 from artifact.remote import RemoteRegistry
@@ -82,10 +82,17 @@ def _one(remote: RemoteRegistry, args: argparse.Namespace) -> tuple[object, str]
         lines.append(f"{'reason:':<12}{found.get('reason', '')}")
     needs = [f"{word} {found[key]}" for word, key in (("tier", "requires_tier"), ("product", "requires_product")) if found.get(key)]
     lines.append(f"{'requires:':<12}{', '.join(needs) or 'nothing'}")
-    with suppress(Denied, Unauthenticated):  # what bundles told is its auditor's to see
-        found["upstream"] = _pages(remote, f"upstream?name={quote(check_name(args.name), safe='')}")
-        lines += [_upstream(row) for row in found["upstream"]]
+    if _auditor(remote):  # of whoever else it would be a denial
+        with suppress(Denied):
+            found["upstream"] = _pages(remote, f"upstream?name={quote(check_name(args.name), safe='')}")
+            lines += [_upstream(row) for row in found["upstream"]]
     return found, "\n".join([*lines, _table(_rows(found))])
+
+
+def _auditor(remote: RemoteRegistry) -> bool:
+    """Whether this key may look at what bundles told of upstreams."""
+    standing: dict[str, Any] = remote.api("GET", "/airlock/v1/standing", None)
+    return any({"auditor", "admin"} & set(grant["actions"]) for grant in standing["grants"])
 
 
 def _pages(remote: RemoteRegistry, path: str) -> list[dict[str, Any]]:

@@ -204,6 +204,9 @@ def test_what_the_mirror_knew_is_shown_and_changed_at_the_site(tmp_path: Path) -
         shown = run("show", name)
         assert "requires:   tier enterprise, product nv-ai-enterprise" in shown and "account acme-hub, key " in shown and "licence mit" in shown
         assert "upstream:" not in run("show", name, who="small")
+        size = door.ask("GET", "/airlock/v1/audit/checkpoint", who="boss").json()["size"]
+        entries = door.ask("GET", f"/airlock/v1/audit/entries?size={size}&limit=1000", who="boss").body
+        assert b"require" in entries and b"denied" not in entries  # who may not look does not ask
         assert {row["name"] for row in json.loads(run("show", name, "--json"))["upstream"]} == {name}
         page = door.ask("GET", "/airlock/v1/upstream?limit=1", who="boss").json()
         assert len(page["items"]) == 1 and page["after"] == page["items"][0]["id"]
