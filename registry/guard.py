@@ -64,7 +64,7 @@ class Guard(Registry, Files):
         self._desk = desk = (library.catalog.engine, entitlements, audit, self._office, self._refuse)
         self.roster, self.issuance, self.documents = Roster(*desk), Issuance(*desk), Documents(*desk, home=home, floor=floor)
         self.revisions = Revisions(library, entitlements, home, floor, self._allow, self._allow_push, self._recorded)
-        self.leasing = Leasing(*desk, library=library, home=home, life_s=lease_life_s, grace_s=lease_grace_s)
+        self.leasing = Leasing(*desk, library=library, home=home, floor=floor, life_s=lease_life_s, grace_s=lease_grace_s)
         self._admission = Admission(entitlements, Lookup(library.catalog.engine), audit, home, policy or Policy(), floor)
         self.ngc = NgcViews(library, self._admission, self._allow, self._seen, home)
 

@@ -29,6 +29,7 @@ from registry.database import reading, retried
 from registry.desk import Desk, Gate, Refuse, local_office, never
 from registry.documents import revocation_serial
 from registry.entitlements import Entitlements
+from registry.floor import Floor
 from registry.holders import caller, principal_of
 from registry.home import Home
 from registry.leases import Wish
@@ -82,11 +83,12 @@ class Leasing(Desk):
         *,
         library: Library,
         home: Home,
+        floor: Floor,
         life_s: int = 86400,
         grace_s: int = 3 * 86400,
     ) -> None:
         super().__init__(engine, entitlements, audit, gate, refuse)
-        self._library, self._home, self._life_s, self._grace_s = library, home, life_s, grace_s
+        self._library, self._home, self._floor, self._life_s, self._grace_s = library, home, floor, life_s, grace_s
 
     def lease(self, call: Call, body: Body, admit: Admit) -> Facts:
         """A signed lease for one model, profile and set of GPUs (docs/format.md section 8); raises Invalid, NotFound, Denied."""
@@ -126,9 +128,9 @@ class Leasing(Desk):
             raise _No(refused("key_invalid"))
         who = replace(who, access=call.principal.access, entitled_only=call.principal.entitled_only)
         way = self._way(conn, who, org_id, wish, subjects, profile, call.now)
-        iat = int(call.now)
+        iat, now = int(self._floor.sure(call.now)), int(call.now)  # what is signed raises a runtime's floor for good
         ends = [int(way.until)] if way.until else []
-        exp = min([iat + self._life_s, *ends])  # a lease never outlives the key, the grant and the entitlement it was given under
+        exp = min([now + self._life_s, *ends])  # a lease never outlives the key, the grant and the entitlement it was given under
         document = who.entitlement if "entitlement" in way.ids else None
         under: dict[str, str] = {"ent_jti": document.jti if document else "", "grant_id": way.ids.get("grant", "")}
         under["environment"] = next((g.environment or "production" for g in who.grants if g.id == under["grant_id"]), "")
@@ -137,7 +139,7 @@ class Leasing(Desk):
         more = {"jti": jti, "serial": serial, "profile": wish.profile_id, "gpus": len(wish.gpus), "gpu_uuids": [*wish.gpus], "host": wish.host}
         more |= {"exp": exp, "environment": under["environment"]}
         self._audit.change(conn, replace(call, decision=way), "lease", f"{wish.model}@{wish.model_digest}", **more)
-        given = claims | {"jti": jti, "iat": iat, "nbf": iat - SKEW_S, "exp": exp, "renew_after": iat + (exp - iat) * 15 // 100}
+        given = claims | {"jti": jti, "iat": iat, "nbf": iat - SKEW_S, "exp": exp, "renew_after": iat + (exp - now) * 15 // 100}
         given |= under | {"ent_serial": document.serial if document else 0, "lease_serial": serial}
         return given | {"revocation_serial": revocation_serial(conn)}
 

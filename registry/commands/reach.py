@@ -86,7 +86,7 @@ def _path(path: str, query: Mapping[str, object]) -> str:
 def _local(site: Site, method: str, path: str, body: Mapping[str, object] | None, query: Mapping[str, object]) -> dict[str, Any]:
     desk = (site.engine, site.entitlements, site.audit)
     auditor = Auditor(Ledger(site.engine, site.log), site.entitlements, site.audit)
-    leasing = Leasing(*desk, library=site.library, home=site.home)
+    leasing = Leasing(*desk, library=site.library, home=site.home, floor=site.floor)
     ends = Expiring(*desk, certificate=tls.served(site.settings))
     parts = cast(Guard, _Parts(Roster(*desk), Issuance(*desk), auditor, site.documents, leasing, ends))
     call, given = local_call(site.floor.now(time.time())), _Given({name: str(value) for name, value in query.items() if value})

@@ -336,6 +336,17 @@ def test_a_lease_ends_with_the_first_of_its_rights(site: Site, pushed: Pushed) -
     assert lease(site, call, pushed)["exp"] == NOW + 4200, "grace is still a right, with a warning"
 
 
+def test_a_clock_that_is_far_ahead_signs_no_time_of_its_own(site: Site, pushed: Pushed) -> None:
+    """A runtime's lowest time rises by a lease's `iat` for good: two bad months here must not end every start there."""
+    key = key_of(site)
+    near = lease(site, call_of(site, key, NOW + 20 * 86400), pushed)
+    assert near["iat"] == NOW + 20 * 86400
+    call = call_of(site, key, NOW + 60 * 86400)
+    far = lease(site, call, pushed)
+    assert NOW - 3600 < far["iat"] <= NOW + 3600 and far["exp"] == int(call.now) + 86400 and far["renew_after"] - far["iat"] == 12960
+    assert far["nbf"] < far["iat"] and site.floor.at < NOW + 3600
+
+
 def test_rows(site: Site) -> None:
     make_key(site, "acme")
     wish = Wish("acme/tiny", "sha256:m", "sha256:p", "p1", "h1", ("GPU-1",))
