@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import Connection, Engine, delete, insert, select, text, update
+from sqlalchemy import Connection, Engine, delete, func, insert, select, text, update
 
 from artifact import tlog
 from artifact.errors import AirlockError, Conflict, Invalid, NotFound, Unavailable
@@ -31,9 +32,11 @@ LATE_S = 300.0  # an event that waits longer is told: something holds the databa
 FILE = "audit.checkpoint"
 ONE_AT_A_TIME = 0x6169726C6F67  # the advisory lock of PostgreSQL that one batch holds; any number that is always the same
 LOG = logging.getLogger("airlock.audit")
-# Numbers are given before the commit: a row is taken only when no transaction that might still bring an earlier one is running.
+# Numbers are given before the commit: a row is taken only when no transaction that might still bring an earlier one is running. One that is seen
+# and is of a transaction to come was restored by hand from another server, whose numbers are not this one's.
 _SETTLED = text(
-    'SELECT id, "class" AS kind, ts, body FROM audit_pending WHERE xid < pg_snapshot_xmin(pg_current_snapshot()) ORDER BY id LIMIT :batch'
+    'SELECT id, "class" AS kind, ts, body FROM audit_pending '
+    "WHERE xid < pg_snapshot_xmin(pg_current_snapshot()) OR xid >= pg_snapshot_xmax(pg_current_snapshot()) ORDER BY id LIMIT :batch"
 )
 
 
@@ -44,6 +47,15 @@ class Head:
     size: int
     nodes: bytes
     epoch: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The checkpoint outside the database: which life of the log it is of, what it says, and its text."""
+
+    epoch: int
+    checkpoint: tlog.Checkpoint
+    note: str
 
 
 def head_of(conn: Connection) -> Head:
@@ -93,7 +105,6 @@ class Sequencer:
         self._engine, self._file, self._name, self._key = engine, folder / FILE, name, key
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._signed_at = 0.0
         self.fork = ""  # why nothing is signed any more
 
     def name_of(self, epoch: int) -> str:
@@ -155,9 +166,10 @@ class Sequencer:
 
     def sign(self, now: float) -> str:
         """Signs a checkpoint over all that is in the log, unless there is one, and returns it; raises Conflict `audit_fork`, Unavailable."""
+        kept = self._kept()
         with reading(self._engine) as conn:
             head = head_of(conn)
-            self._demand_history(conn, head)
+            self._demand_history(conn, head, kept)
             found = _newest(conn, head.epoch)
             if found and tlog.open_checkpoint(found, self.verifier(head.epoch)).size == head.size:
                 return found
@@ -174,36 +186,45 @@ class Sequencer:
         retried(self._engine, store)
         return note
 
-    def _demand_history(self, conn: Connection, head: Head) -> None:
-        """Returns only where the database holds all that was signed; raises Conflict `audit_fork`."""
-        kept = self._kept(head.epoch)
-        try:
-            whole = kept is None or (kept.size <= head.size and root_at(conn, kept.size) == kept.root)
-        except Invalid:
-            whole = False
-        if not whole and kept is not None:
-            self.fork = f"a checkpoint over {kept.size} entries was signed, and the database has another history of {head.size}"
+    def _demand_history(self, conn: Connection, head: Head, kept: Kept | None) -> None:
+        """Returns only where the database holds all that was signed; raises Conflict `audit_fork`.
+
+        `kept` was read before the head: another process may sign a longer log at any moment.
+        """
+        fork = ""
+        if kept is not None and kept.epoch >= head.epoch:  # of an earlier life the database was given up
+            size = kept.checkpoint.size
+            try:
+                whole = kept.epoch == head.epoch and size <= head.size and root_at(conn, size) == kept.checkpoint.root
+            except Invalid:
+                whole = False
+            fork = "" if whole else f"a checkpoint over {size} entries was signed, and the database has another history of {head.size}"
+        self.fork = fork
+        if fork:
             raise Conflict(
-                f"the audit log was put back: {self.fork}",
+                f"the audit log was put back: {fork}",
                 expected=f"the log that {self._file} vouches for",
                 do="restore the newest backup of the database; what is lost for good is accepted by airlock audit accept-fork",
                 reason="audit_fork",
             )
-        self.fork = ""
 
-    def _kept(self, epoch: int) -> tlog.Checkpoint | None:
-        """The checkpoint outside the database, of this life of the log; a damaged file is an error, never no checkpoint."""
+    def _kept(self) -> Kept | None:
+        """The checkpoint outside the database, None before the first; a damaged file is an error, never no checkpoint; raises Unavailable."""
         try:
             note = self._file.read_text("utf-8")
         except FileNotFoundError:
             return None
         except (OSError, UnicodeError) as error:
             raise Unavailable(f"{self._file} cannot be read", do="restore it from the backup of the data directory", reason="log") from error
-        if note.split("\n", 1)[0] != self.name_of(epoch):
-            return None  # of the life before
-        return tlog.open_checkpoint(note, self.verifier(epoch))
+        found = re.fullmatch(re.escape(self._name) + "(?:/([1-9][0-9]{0,8}))?", note.split("\n", 1)[0])
+        if found is None:
+            do = "put the newest checkpoint that an auditor kept there under that name"
+            raise Unavailable(f"{self._file} holds no checkpoint of this site's log", expected=f"one of {self._name}", do=do, reason="log")
+        epoch = int(found[1] or 1)
+        return Kept(epoch, tlog.open_checkpoint(note, self.verifier(epoch)), note)
 
     def _keep(self, note: str) -> None:
+        """Replaces the file outside the database."""
         temporary = self._file.with_name(f".{FILE}.{os.getpid()}.{threading.get_ident()}.partial")
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -223,17 +244,18 @@ class Sequencer:
 
         Raises NotFound where nothing contradicts the database.
         """
-        note = self._file.read_text("utf-8") if self._file.exists() else ""
+        kept = self._kept()
 
         def begin(conn: Connection) -> int:
             head = head_of(conn)
             try:
-                self._demand_history(conn, head)
+                self._demand_history(conn, head, kept)
             except Conflict:
-                row(conn, note)
-                if not conn.execute(update(t.audit_head).where(t.audit_head.c.id == 1).values(epoch=head.epoch + 1)).rowcount:
-                    conn.execute(insert(t.audit_head).values(id=1, size=0, nodes=b"", epoch=head.epoch + 1))
-                return head.epoch + 1
+                row(conn, kept.note if kept else "")
+                epoch = max(head.epoch, kept.epoch if kept else 0) + 1  # a backup from before an accepted fork must not take that one's name
+                if not conn.execute(update(t.audit_head).where(t.audit_head.c.id == 1).values(epoch=epoch)).rowcount:
+                    conn.execute(insert(t.audit_head).values(id=1, size=0, nodes=b"", epoch=epoch))
+                return epoch
             raise NotFound("the audit log is whole: there is no fork to accept", do="airlock audit verify", reason="log")
 
         epoch = retried(self._engine, begin)
@@ -248,20 +270,28 @@ class Sequencer:
         self._thread.start()
 
     def _run(self, on_error: Callable[[Exception], None]) -> None:
-        unsigned = SIGN_EVENTS  # what was left by the last process is signed first
+        signed_at: float | None = None  # at first there is a look at the history, also where nothing is new
         told = ""
         while not self._stop.wait(EVERY_S):
             try:
-                unsigned += self.settle()
-                if unsigned >= SIGN_EVENTS or (unsigned and time.monotonic() - self._signed_at >= SIGN_S):
+                self.settle()
+                unsigned = self._unsigned()
+                if signed_at is None or unsigned >= SIGN_EVENTS or (unsigned and time.monotonic() - signed_at >= SIGN_S):
                     self.sign(time.time())
-                    unsigned, self._signed_at = 0, time.monotonic()
+                    signed_at = time.monotonic()
                 told = ""
             except Exception as error:  # noqa: BLE001 - the top of a thread: rows wait, and the next round tries again
                 reason = error.reason if isinstance(error, AirlockError) else type(error).__name__
                 if reason != told and reason != "log_moved":
                     told = reason
                     on_error(error)
+
+    def _unsigned(self) -> int:
+        """How many entries no checkpoint covers, whichever process put them into the log."""
+        with reading(self._engine) as conn:
+            head = head_of(conn)
+            newest = conn.execute(select(func.max(t.audit_checkpoint.c.size)).where(t.audit_checkpoint.c.epoch == head.epoch)).scalar()
+        return head.size - int(newest or 0)
 
     def close(self) -> None:
         """Ends the thread; what waits is sequenced and signed, unless the log is forked or the database away."""

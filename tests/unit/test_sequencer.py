@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import delete, func, insert, select, text, update
+from sqlalchemy import Connection, delete, func, insert, select, text, update
 
 from artifact import tlog
-from artifact.errors import Conflict, Invalid, NotFound
+from artifact.errors import Conflict, Invalid, Mismatch, NotFound, Unavailable
+from registry import sequencer
 from registry import tables as t
-from registry.sequencer import BATCH, FILE, head_of, reader, root_at
+from registry.sequencer import BATCH, FILE, Head, Sequencer, head_of, reader, root_at
 from registry.wiring import Site
 from tests.site import BACKENDS, SQLITE_ONLY, running_site
 
@@ -260,6 +261,54 @@ def test_a_database_that_was_put_back_signs_nothing_more(site: Site, tmp_path: P
         site.log.accept_fork(row)
 
 
+@SQLITE_ONLY
+def test_a_backup_from_before_an_accepted_fork_is_a_fork_too(site: Site) -> None:
+    """Else a second history would be signed under the first name, or under that of the accepted one."""
+    fill(site, 10)
+    site.log.sign(time.time())
+    with site.catalog.writing() as conn:
+        conn.execute(update(t.audit_head).values(epoch=2))
+    fill(site, 3)
+    second = opened(site, site.log.sign(time.time()))
+    assert second.origin == site.home.audit_name + "/2" and second.size == 13
+    with site.catalog.writing() as conn:
+        conn.execute(update(t.audit_head).values(epoch=1))
+    with pytest.raises(Conflict) as told:
+        site.log.sign(time.time())
+    assert told.value.reason == "audit_fork" and tlog.open_checkpoint((site.home.path / FILE).read_text(), site.log.verifier(2)) == second
+    assert site.log.accept_fork(lambda conn, note: None) == 3 and not site.log.fork
+    assert opened(site, site.log.sign(time.time())).origin == site.home.audit_name + "/3"
+
+
+def test_another_process_that_signs_at_this_moment_is_no_fork(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(site, 10)
+    site.log.sign(time.time())
+    other = Sequencer(site.engine, site.home.path, site.home.audit_name, site.home.audit_key)
+
+    def slow(conn: Connection) -> Head:
+        found = head_of(conn)
+        monkeypatch.undo()
+        fill(site, 5)
+        other.sign(time.time())
+        return found
+
+    wait_for(site, '{"n": "x"}')
+    site.log.settle()
+    monkeypatch.setattr(sequencer, "head_of", slow)
+    assert opened(site, site.log.sign(time.time())).size == 11 and not site.log.fork
+    assert opened(site, site.log.sign(time.time())).size == 16
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("site", [BACKENDS[1]], indirect=True)
+def test_rows_of_another_server_that_were_restored_by_hand_enter_the_log(site: Site) -> None:
+    wait_for(site, '{"n": 1}')
+    with site.catalog.writing() as conn:
+        conn.execute(text("UPDATE audit_pending SET xid = '4000000000000'"))  # as a dump of a server that is years older says
+    wait_for(site, '{"n": 2}')
+    assert site.log.settle() == 2 and bodies_of(site) == ['{"n": 1}', '{"n": 2}']
+
+
 def opened_old(site: Site, note: str) -> tlog.Checkpoint:
     return tlog.open_checkpoint(note, site.log.verifier(1))
 
@@ -294,10 +343,30 @@ def test_a_damaged_checkpoint_file_is_no_missing_one(site: Site) -> None:
     site.log.sign(time.time())
     text_ = (site.home.path / FILE).read_text()
     (site.home.path / FILE).write_text(text_.replace("\n3\n", "\n2\n"))
-    with pytest.raises(Exception, match="does not verify"):
+    with pytest.raises(Mismatch, match="does not verify"):
         site.log.sign(time.time())
+    for damaged in ("", text_[:3], text_.replace("airlock-", "another-")):
+        (site.home.path / FILE).write_text(damaged)
+        with pytest.raises(Unavailable, match="no checkpoint of this site's log"):
+            site.log.sign(time.time())
     (site.home.path / FILE).unlink()
     assert opened(site, site.log.sign(time.time())).size == 3
+
+
+def test_the_thread_signs_what_another_put_into_the_log(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequencer, "EVERY_S", 0.02)
+    monkeypatch.setattr(sequencer, "SIGN_S", 0.05)
+    errors: list[Exception] = []
+    fill(site, 1)
+    site.log.start(errors.append)
+    for size in (1, 4):
+        end = time.monotonic() + 60
+        while (not site.log.newest() or opened(site).size < size) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert opened(site).size == size and not errors
+        wait_for(site, *(json.dumps({"n": i}) for i in range(3)))
+        Sequencer(site.engine, site.home.path, site.home.audit_name, site.home.audit_key).settle()
+    site.log.close()
 
 
 @pytest.mark.slow
