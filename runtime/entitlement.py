@@ -154,6 +154,9 @@ def obtain_lease(remote: Api, choice: Choice, trust: SiteTrust, folder: Path) ->
     except NotFound as error:
         if error.reason in ("profile", "model"):  # the name is seen, what hangs on it is not there
             raise
+        if error.reason == NotFound.code:  # no registry of ours says no without its reason: a proxy before one that is away takes nothing back
+            do = "see what answers in the registry's place (AIRLOCK_REGISTRY, a proxy before it)"
+            raise Unavailable(error.what, expected="an answer of an Airlock registry", do=do, reason="connection") from error
         raise invisible(f"{choice.model}:{choice.ref}") from error
     except Unauthenticated as error:
         raise known(error) from error

@@ -22,6 +22,7 @@ from artifact.grant import SOON_S, Lease, date, decide_lease
 from artifact.trust import SiteTrust
 from runtime import entitlement, leases, standing
 from runtime.leases import number, text
+from runtime.settings import EXIT_CODES
 from runtime.standing import DAY, End
 
 log = logging.getLogger("airlock")
@@ -115,13 +116,13 @@ class Watch:
         return max(0.1, min(self._every_s, self._due - time.monotonic()))
 
     def _send_receipt(self) -> None:
-        """Tells the registry once which bytes were verified here; what does not take it is not asked again, one that is away is."""
+        """Tells the registry once which bytes were verified here; one that refuses is not asked again, one that is away is, and keeps up nothing."""
         if self._receipt is None:
             return
         try:
             self._remote.api("POST", "/airlock/v1/verified", self._receipt)
         except Unavailable:
-            raise
+            return
         except AirlockError as error:
             log.info("the registry does not take the receipt of the verified weights: %s", error.what)
         self._receipt = None
@@ -142,6 +143,7 @@ class Watch:
     def _take(self, claims: Mapping[str, object], *, due_now: bool) -> None:
         """This lease is the one that counts; a fresh one is due after its own time, one from the cache as soon as the registry answers."""
         self._clock.signed(number(claims, "iat"))
+        self._own = claims.get("ent_jti") == ""  # given without the entitlement: its end stops nothing of this model
         self._serial = int(number(claims, "revocation_serial"))
         after = max(1.0, number(claims, "renew_after") - number(claims, "iat"))
         self._due = time.monotonic() + (0.0 if due_now else after)
@@ -149,15 +151,16 @@ class Watch:
 
     def _ask(self) -> None:
         """What the key has now; a rising revocation serial renews at once, so that the lease in the cache is worth something tomorrow."""
-        if self._without_standing:
-            return
         try:
             found = standing.parse(self._remote.api("GET", "/airlock/v1/standing"))
-        except NotFound:
+        except NotFound:  # of an older registry, or of a proxy whose registry is away: it is asked again
+            if not self._without_standing:
+                log.info("this registry does not tell what a key has: only the lease is watched")
             self._without_standing = True
-            log.info("this registry does not tell what a key has: only the lease is watched")
             return
-        self.known = replace(self.known, ends=found.running(self._choice.model))
+        self._without_standing = False
+        ends = found.running(self._choice.model)
+        self.known = replace(self.known, ends=tuple(e for e in ends if not (self._own and e.kind == "entitlement")))
         if found.revocation_serial > self._serial:
             self._serial = found.revocation_serial
             self._renew()
@@ -226,7 +229,9 @@ class Watch:
         now, known = self._clock.now(), self.known
         parts = [e.words(now) for e in known.ends if e.days(now) * DAY <= SOON_S]
         if known.refused or known.away:
-            parts.insert(0, f"the lease is not renewed ({known.refused or known.away}); {self._stops()}")
+            reason = known.refused or known.away
+            code = reason if reason in EXIT_CODES or reason == "connection" else "refused" if known.refused else "no answer"  # no word from outside
+            parts.insert(0, f"the lease is not renewed ({code}); {self._stops()}")
         return "; ".join(parts).encode("ascii", "replace").decode()[:HEADER]
 
     def metrics(self) -> list[str]:

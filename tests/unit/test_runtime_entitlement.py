@@ -157,7 +157,7 @@ def test_a_deleted_edited_or_expired_lease_starts_nothing(site: Site, tmp_path: 
         b"\xff",
         b"x" * 200_000,
         json.dumps({"lease": 5}).encode(),
-        raw[:-20] + b"A" + raw[-19:],
+        raw[:-20] + (b"B" if raw[-20:-19] == b"A" else b"A") + raw[-19:],
     ):
         path.write_bytes(damaged)
         with pytest.raises(Denied) as caught:
