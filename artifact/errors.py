@@ -83,7 +83,7 @@ class Unavailable(AirlockError):
 
 
 class Throttled(Unavailable):
-    """Too many failed logins from one network; `retry_after` seconds are in `ids`."""
+    """Too many failed logins from one network, or changes of one key, in a minute; `retry_after` seconds are in `ids`."""
 
 
 class Unsupported(AirlockError):

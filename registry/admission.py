@@ -16,8 +16,8 @@ from registry.entitlements import Entitlements, well_formed
 from registry.floor import Floor
 from registry.holders import Badge
 from registry.home import Home
-from registry.logins import FailedLogins
 from registry.lookup import Ask, Found, Lookup, Sought
+from registry.pace import FAILED_LOGINS, Pace
 from registry.tickets import Ticket, Tickets
 from registry.tokens import Claims, Tokens, is_token
 
@@ -43,7 +43,7 @@ class Admission:
         self._entitlements, self._lookup, self._audit, self.policy, self._floor = entitlements, lookup, audit, policy, floor
         self._tokens = Tokens(home.pepper(), home.instance, home.peppers()[1:])
         self.tickets = Tickets(home.pepper(), home.instance, home.peppers()[1:])
-        self._failed = FailedLogins()
+        self._failed = Pace(FAILED_LOGINS)
         try:
             self._streamed = tuple(ipaddress.ip_network(text) for text in policy.stream_to)
         except ValueError as error:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from artifact.errors import Denied, Invalid, NotFound, Unauthenticated
+from artifact.errors import Denied, Invalid, NotFound, Throttled, Unauthenticated
 from artifact.grant import PROFILES, Access, Decision, Subject, authenticate, best, date, decide, decide_open, insufficient, scoped, visible
 from artifact.manifest import check_name, check_ref
 from artifact.reasons import DEAD
@@ -33,6 +33,7 @@ from registry.ledger import Ledger
 from registry.library import MAX_PAGE, Library, as_revision, damaged
 from registry.lookup import Ask, Lookup, Sought
 from registry.ngc_views import NgcViews
+from registry.pace import CHANGES, Pace
 from registry.revisions import Revisions
 from registry.roster import Roster
 from registry.rows import owner_of
@@ -61,6 +62,7 @@ class Guard(Registry, Files):
         self._entitlements = entitlements
         self._audit = audit
         self._open = policy is not None and policy.anonymous
+        self._pace = Pace(CHANGES)
         self._desk = desk = (library.catalog.engine, entitlements, audit, self._office, self._refuse)
         self.roster, self.issuance, self.documents = Roster(*desk), Issuance(*desk), Documents(*desk, home=home, floor=floor)
         self.revisions = Revisions(library, entitlements, home, floor, self._allow, self._allow_push, self._recorded)
@@ -147,6 +149,13 @@ class Guard(Registry, Files):
         """Returns where the caller presented something that is valid here, be it nobody's token; raises Unauthenticated."""
         if call.principal.anonymous and call.principal.access is None:
             self._demand_alive(call)
+
+    def paced(self, call: Call) -> None:
+        """Returns where a living key may send one more change in this minute; raises Unauthenticated, Throttled."""
+        self._demand_alive(call)
+        wait = self._pace.wait_s(call.principal.key_id, call.now)
+        if wait:
+            raise Throttled("this key sends too many changes", expected=f"at most {CHANGES} in a minute", do=f"wait {wait} s", retry_after=wait)
 
     def whoami(self, call: Call) -> dict[str, object]:
         """The public facts of the presented key; `expires` is RFC 3339, empty for never; raises Unauthenticated."""

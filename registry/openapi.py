@@ -30,7 +30,7 @@ _REFUSALS = {
     "404": "It does not exist for this key",
     "409": "Somebody else holds or changed it, or a rule forbids it now",
     "413": "The body is too large",
-    "429": "Too many failed logins from this network; see Retry-After",
+    "429": "Too many failed logins from this network, or changes by this key; see Retry-After",
     "503": "The database or the store does not answer now; retry",
 }
 

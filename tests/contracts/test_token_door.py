@@ -19,7 +19,7 @@ from sqlalchemy import select, union_all
 from artifact.grant import Access
 from registry import tables as t
 from registry.home import Home
-from registry.logins import ALLOWED
+from registry.pace import FAILED_LOGINS as ALLOWED
 from registry.settings import Settings
 from registry.tokens import Claims, Tokens
 from registry.wiring import open_site

@@ -16,8 +16,8 @@ from artifact.errors import Invalid, Throttled, Unauthenticated
 from artifact.grant import Access, Principal
 from registry.admission import Admission, Policy
 from registry.entitlements import new_key
-from registry.logins import FailedLogins
 from registry.lookup import Lookup
+from registry.pace import Pace
 from registry.tokens import parse_scopes
 from registry.wiring import Site
 from tests.site import BACKENDS, call_of, make_key, push_model, running_site
@@ -132,7 +132,7 @@ def test_guesses_are_slowed_by_network(site: Site) -> None:
 
 
 def test_counts_of_failed_logins() -> None:
-    seen = FailedLogins(allowed=2, window_s=10, most=3)
+    seen = Pace(allowed=2, window_s=10, most=3)
     assert [seen.wait_s("a", at) for at in (0, 1, 2, 9.9, 10, 11, 12)] == [0, 0, 8, 1, 0, 0, 8]
     assert [seen.wait_s("a", 3)] == [0], "a clock that was set back starts anew"
     for other in "bc":
@@ -143,7 +143,7 @@ def test_counts_of_failed_logins() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.floats(0, 100)), max_size=200))
 def test_counts_are_bounded(events: list[tuple[str, float]]) -> None:
-    seen = FailedLogins(allowed=3, window_s=10, most=2)
+    seen = Pace(allowed=3, window_s=10, most=2)
     for network, at in events:
         assert 0 <= seen.wait_s(network, at) <= 10
         assert len(seen._seen) <= 2

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from sqlalchemy import event, select
 
 from artifact import manifest as m
-from artifact.errors import AirlockError, Denied, Invalid, NotFound, Unauthenticated, Unavailable
+from artifact.errors import AirlockError, Denied, Invalid, NotFound, Throttled, Unauthenticated, Unavailable
 from artifact.grant import Access, Principal
 from artifact.store import Call, Change, Files, Registry
 from artifact.trust import verify_jws
@@ -24,6 +25,7 @@ from registry import tables as t
 from registry.entitlements import new_key
 from registry.guard import Guard
 from registry.library import Library
+from registry.pace import CHANGES
 from registry.wiring import Site
 from tests.site import BACKENDS, SQLITE_ONLY, Pushed, call_of, make_key, push_model, put, running_site
 
@@ -93,7 +95,8 @@ def test_every_verb_of_the_interfaces_is_written_out() -> None:
 def test_every_public_verb_is_in_the_table(site: Site, pushed: Pushed) -> None:
     public = {n for n, f in inspect.getmembers(Guard, inspect.isfunction) if not n.startswith("_")}
     assert public - set(verbs(site, pushed)) == {
-        *("caller", "attach", "recorded", "token", "ping", "whoami", "standing", "list", "catalog_list", "served", "beside_store", "open_log")
+        *("caller", "attach", "recorded", "token", "ping", "whoami", "paced", "standing", "list", "catalog_list", "served"),
+        *("beside_store", "open_log"),
     }
 
 
@@ -192,6 +195,17 @@ def test_a_call_that_outlived_its_key_is_refused(site: Site, pushed: Pushed) -> 
 
 
 @pytest.mark.slow
+def test_a_key_that_floods_is_slowed_and_no_other(site: Site) -> None:
+    flood, other = (call_of(site, make_key(site, "acme", "acme/**")) for _ in range(2))
+    for _ in range(CHANGES):
+        site.guard.paced(flood)
+    with pytest.raises(Throttled, match="too many changes") as refused:
+        site.guard.paced(flood)
+    assert 0 < int(refused.value.ids["retry_after"]) <= 60
+    site.guard.paced(other)
+    site.guard.paced(replace(flood, now=flood.now + 60))
+
+
 def test_whoami(site: Site) -> None:
     call = call_of(site, make_key(site, "acme", tier="enterprise", expires=4_000_000_000))
     assert site.guard.whoami(call) == {"key_id": call.principal.key_id, "org": "acme", "tier": "enterprise", "expires": "2096-10-02T07:06:40Z"}
