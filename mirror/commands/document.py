@@ -28,7 +28,8 @@ def main(argv: list[str]) -> int:
     helps = {"add": "carry a document", "list": "what is carried", "remove": "carry a document no longer"}
     made = {verb: verbs.add_parser(verb, help=helps[verb], epilog=f"example: {EXAMPLES[verb]}") for verb in EXAMPLES}
     made["add"].add_argument("file", type=Path, metavar="FILE", help="an entitlement or a revocation list, armoured or bare")
-    made["add"].add_argument("--issuer", type=Path, metavar="FILE", help="compare its signature with this public key of its issuer")
+    help_ = "public key of its issuer: a document that this key did not sign would make the closed side refuse every bundle"
+    made["add"].add_argument("--issuer", type=Path, metavar="FILE", required=True, help=help_)
     made["remove"].add_argument("jti", help="the id, as document list shows it")
     for sub in made.values():
         home_argument(sub)
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps({"items": [_facts(x) for x in found]}) if given.json else "\n".join(map(_line, found)) or "no document is carried")
         return 0
     if given.verb == "add":
-        one = documents.add(home, _read(given.file), _read(given.issuer) if given.issuer else "")
+        one = documents.add(home, _read(given.file), _read(given.issuer))
     else:
         one = documents.remove(home, given.jti)
     word = "every bundle carries" if given.verb == "add" else "no bundle carries"

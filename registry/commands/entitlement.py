@@ -112,7 +112,7 @@ def _issuer(args: argparse.Namespace) -> int:
     private, public = args.to, args.to.with_name(args.to.name + ".pub")
     pem = trust.generate_key()
     shown = trust.public_pem(pem)
-    for path, raw, mode in ((private, pem, 0o600), (public, shown.encode(), 0o644)):
+    for path, raw, mode in ((public, shown.encode(), 0o644), (private, pem, 0o600)):  # a half made pair must leave no secret
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
         except FileExistsError as error:

@@ -178,7 +178,7 @@ def test_the_command(mirror: MirrorHome, site: Site, tmp_path: Path) -> None:
     assert (item["org"], item["serial"], item["site"]) == ("acme", 7, site.home.instance)
     assert item["jti"] in run("remove", item["jti"])
     with pytest.raises(NotFound):
-        main(["add", str(tmp_path / "absent"), *where])
+        main(["add", str(tmp_path / "absent"), "--issuer", str(pub), *where])
 
 
 INDEX: dict[str, object] = {"schema": 1, "sender": "s", "sequence": 1, "created": 1, "names": [], "objects": [], "upstream": []}
