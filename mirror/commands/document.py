@@ -39,11 +39,9 @@ def main(argv: list[str]) -> int:
         found = documents.listed(home)
         print(json.dumps({"items": [_facts(x) for x in found]}) if given.json else "\n".join(map(_line, found)) or "no document is carried")
         return 0
-    if given.verb == "add":
-        one = documents.add(home, _read(given.file), _read(given.issuer))
-    else:
-        one = documents.remove(home, given.jti)
-    word = "every bundle carries" if given.verb == "add" else "no bundle carries"
+    adds = given.verb == "add"
+    one = documents.add(home, _read(given.file), _read(given.issuer)) if adds else documents.remove(home, given.jti)
+    word = "every bundle carries" if adds else "no bundle carries"
     print(json.dumps(_facts(one)) if given.json else f"{word} {_line(one)}")
     return 0
 
