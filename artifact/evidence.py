@@ -177,7 +177,7 @@ def _demand_log(head: Head, vkey: str) -> None:
     name = tlog.name_of(vkey)
     if head.name != name:
         do = "take the key of that log from its administrator, and ask why it was begun again" if head.name.startswith(f"{name}/") else "name its key"
-        raise Mismatch(f"this is the log {head.name[:200]}", expected=f"{name}, whose key is pinned", do=do, reason="log")
+        raise Mismatch(f"this is the log {head.name[:200]!r}", expected=f"{name}, whose key is pinned", do=do, reason="log")
 
 
 def _kept(head: Head, vkey: str, since: str) -> tlog.Checkpoint | None:
@@ -226,7 +226,7 @@ def _lease(doc: Mapping[str, object], at: int, found: Finding) -> None:
         return
     before = found.leases.get(org)
     if before is not None and serial != before + 1:
-        raise _false(f"entry {at} is lease {serial} of {org[:100]}, after lease {before}", f"lease {before + 1}", at, "lease_serial")
+        raise _false(f"entry {at} is lease {serial} of {org[:100]!r}, after lease {before}", f"lease {before + 1}", at, "lease_serial")
     found.leases[org] = serial
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from sqlalchemy import Connection, Select, func, or_, select
@@ -22,16 +23,10 @@ _L, _O, _K, _G, _E, _U = t.audit_leaf.c, t.org.c, t.api_key.c, t.key_grant.c, t.
 def report(conn: Connection, period: Period) -> Row:
     """The report of a period but for its evidence (docs/operations.md, "Audit")."""
     tally = Tally(period)
-    sealed = 0
-    for event in events(conn, period):
-        if event is None:
-            sealed += 1
-        else:
-            tally.add(event)
-    for event in waiting(conn, period):
+    for event in chain(events(conn, period), waiting(conn, period)):
         tally.add(event)
     found = tally.result()
-    found |= {"sealed": sealed, "leases_recorded": tally.leases, "leases_stored": _leases_stored(conn, period), "days": period.days}
+    found |= {"sealed": sealed(conn, period), "leases_recorded": tally.leases, "leases_stored": _leases_stored(conn, period), "days": period.days}
     return found | {
         "gpus": bounded(gpus(leases(conn, period), period)),
         "unused_keys": bounded(unused_keys(conn, period)),
@@ -44,20 +39,26 @@ def _of(statement: Select[Any], period: Period) -> Select[Any]:
     return statement.where(_O.name == period.org) if period.org else statement
 
 
-def events(conn: Connection, period: Period) -> Iterator[Event | None]:
-    """The entries of a period in the log's order; None for one that was sealed."""
+def sealed(conn: Connection, period: Period) -> int:
+    """How many entries of a period were sealed, of all organisations: whose they were is in their export alone."""
+    gone = (_L.ts >= period.start, _L.ts < period.end, _L.body.is_(None))
+    return int(conn.execute(select(func.count()).select_from(t.audit_leaf).where(*gone)).scalar_one())
+
+
+def events(conn: Connection, period: Period) -> Iterator[Event]:
+    """The entries of a period that have their text, in the log's order."""
     within = (_L.ts >= period.start, _L.ts < period.end)
     at, last = conn.execute(select(func.min(_L.idx), func.max(_L.idx)).where(*within)).one()
     if at is None:
         return
     columns = (_L.idx, _L.ts, _L.event, _L.org, _L.key_id, _L.ref, _L.result, _L.reason, _L.body)
-    wanted = select(*columns).where(*within).order_by(_L.idx).limit(PAGE)
+    wanted = select(*columns).where(*within, _L.body.is_not(None)).order_by(_L.idx).limit(PAGE)
     if period.org:
         wanted = wanted.where(_L.org == period.org)
     while True:
         rows = conn.execute(wanted.where(_L.idx >= at, _L.idx <= last)).all()
         for row in rows:
-            yield _event(row[1:-1], row.body) if row.body is not None else None
+            yield _event(row[1:-1], row.body)
         if len(rows) < PAGE:
             return
         at = rows[-1].idx + 1

@@ -22,7 +22,8 @@ def _text_of(given: str, what: str) -> str:
     if "\n" in given or "+" in given:
         return given
     try:
-        raw = Path(given).read_bytes()
+        with Path(given).open("rb") as file:  # an export named by mistake may have gigabytes
+            raw = file.read(MAX_NOTE + 1)
         if len(raw) <= MAX_NOTE:
             return raw.decode("utf-8")
     except UnicodeError:

@@ -157,6 +157,8 @@ def _export(ask: Ask, args: argparse.Namespace) -> int:
         raise Invalid(f"{args.first} is no number of an entry", expected="0 or more", reason="first")
     top = ask("GET", "audit/checkpoint", None, first=args.first)
     head = Head(top["log"], top["first"], top["size"], decode(top["before"], "the range before it"))
+    if head.first == head.size:
+        raise Invalid(f"there is no entry from {head.first} on yet", expected=f"--first below {head.size}", reason="first")
     digest = _write(args.file, head, _counted(_items(ask, head), head, "export", quiet=args.json))
     facts = {"file": str(args.file), "digest": digest, **{name: top[name] for name in ("log", "first", "size", "key", "checkpoint")}}
     said = f"{args.file}: entries {head.first} to {head.size - 1} of {head.name}, {digest}"

@@ -155,6 +155,9 @@ def test_only_the_pinned_key_of_the_pinned_log() -> None:
     stranger = tlog.verifier_key(NAME, tlog.new_key())
     with pytest.raises(Mismatch, match="not signed by the pinned key"):
         verify(export(BODIES, (40,)), stranger)
+    with pytest.raises(Mismatch) as told:
+        verify([json.dumps(json.loads(export(BODIES, (40,))[0]) | {"log": "\x1b[2J\n"}).encode() + b"\n"], vkey())
+    assert told.value.what.isprintable(), "a file steers no terminal"
     unsigned = [json.loads(line) for line in export(BODIES, (20, 40)) if b"checkpoint" not in line]
     assert refused(sealed_again(unsigned)).ids["index"] == "0"
 
@@ -233,6 +236,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         main([str(proof), "--key", vkey(), "--since", str(kept)])
     with pytest.raises(Invalid, match="verifier key cannot be read"):
         main([str(whole), "--key", str(kept)])
+    with (tmp_path / "huge").open("wb") as huge:
+        huge.truncate(1 << 40)
+    with pytest.raises(Invalid, match="is no checkpoint"):
+        main([str(whole), "--key", vkey(), "--since", str(tmp_path / "huge")])
     whole.write_bytes(b"".join(export(BODIES[:3] + BODIES[4:], (20, 39))))
     argv = [sys.executable, "-m", "artifact.cli", "audit", "verify", str(whole), "--key", vkey(), "--since", str(kept)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)

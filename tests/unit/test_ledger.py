@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import hashlib
 import json
@@ -25,6 +26,7 @@ from artifact.errors import Conflict, Denied, Invalid, Mismatch, NotFound
 from artifact.evidence import Head, lines, verify, verify_proof
 from artifact.store import Call
 from registry import tables as t
+from registry.commands.audit import _export as export
 from registry.commands.audit import main
 from registry.ledger import PAGE, Ledger
 from registry.sequencer import FILE
@@ -263,6 +265,16 @@ def test_ten_thousand_entries_stream_in_little_memory(site: Site, tmp_path: Path
         tracemalloc.stop()
 
 
+def test_an_export_of_nothing_is_no_file(site: Site, tmp_path: Path) -> None:
+    """It would hold no checkpoint, and be refused like a log that was cut."""
+    call = call_of(site, make_key(site, "site", "**", actions=("admin",)))
+    top = site.guard.auditor.checkpoint(call)  # looks within a quarter of an hour are counted: nothing is new behind this one
+    args = argparse.Namespace(first=top["size"], file=tmp_path / "none", json=True)
+    with pytest.raises(Invalid, match="no entry from"):
+        export(lambda method, path, body, **query: site.guard.auditor.checkpoint(call, **query), args)
+    assert not (tmp_path / "none").exists()
+
+
 def bodies(site: Site) -> int:
     with site.catalog.reading() as conn:
         return int(conn.execute(select(func.count()).select_from(t.audit_leaf).where(t.audit_leaf.c.body.is_not(None))).scalar_one())
@@ -297,10 +309,10 @@ def test_sealed_entries_are_in_their_export_alone(site: Site, tmp_path: Path, ca
     assert run(site, "seal", tmp_path / "second", "--until", "1970-01-02") == 0
     with (tmp_path / "second").open("rb") as file:
         assert verify(file, vkey).first == first, "the files follow each other"
-    report = site.guard.auditor.report(
-        call_of(site, make_key(site, "site", "**", actions=("admin",))), "1970-01-01T00:00:01Z", "1970-01-02T00:00:00Z"
-    )
-    assert report["sealed"] == 1000 and not report["pulls"]["rows"]  # type: ignore[index]
+    call = call_of(site, make_key(site, "site", "**", actions=("admin",)))
+    for org in ("", "acme"):  # whose they were is gone with the text: an organisation's report must not look whole either
+        report = site.guard.auditor.report(call, "1970-01-01T00:00:01Z", "1970-01-02T00:00:00Z", org)
+        assert report["sealed"] == 1000 and not report["pulls"]["rows"]  # type: ignore[index]
 
 
 def head_size(site: Site) -> int:
