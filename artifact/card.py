@@ -95,18 +95,23 @@ def card_of(readme: bytes) -> dict[str, object]:
         return {}
     try:
         plain = _plain_value(load_yaml(head, "the model card"))
-    except (Invalid, RecursionError):
+    except (Invalid, RecursionError, ValueError):  # ValueError: a number of more digits than are written out
         return {}
     return plain if isinstance(plain, dict) else {}
 
 
+def _text(value: str) -> str:
+    return value.encode("utf-8", "replace").decode()
+
+
 def _plain_value(value: object) -> object:
     if isinstance(value, dict):
-        return {str(k): _plain_value(v) for k, v in value.items()}
+        return {_text(str(k)): _plain_value(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_plain_value(v) for v in value]
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return _text(value)
+    whole = isinstance(value, int) and value.bit_length() < 64  # a bool among them
+    if value is None or whole or (isinstance(value, float) and math.isfinite(value)):
         return value
     return str(value)

@@ -61,7 +61,7 @@ def place(raw_parts: Sequence[str]) -> Place:
     if parts[at : at + 1] != ["api"] and parts[at + 1 : at + 2] == ["api"] and parts[at + 2 : at + 3] and parts[at + 2] in API:
         org = parts[at]
         at += 1
-    return Place("".join(f"/{part}" for part in parts[:at]), org.lower(), tuple(parts[at:]))
+    return Place("".join(f"/{part}" for part in parts[:at]), org.lower(), tuple(parts[at:]) or ("",))
 
 
 def names_of(segments: Sequence[str]) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ def _checked(repo_id: str, found: Sequence[str]) -> tuple[str, ...]:
     for name in dict.fromkeys(found):
         with suppress(errors.Invalid):
             names.append(check_name(name))
-    if not names or "--" in repo_id or ".." in repo_id:
+    if not names or "--" in repo_id or ".." in repo_id or not repo_id.isascii():  # some letters elsewhere have an ASCII one as their lower case
         raise errors.NotFound(f"{repo_id[:100]!r} is not a model id", expected="namespace/name", reason="repo")
     return tuple(names)
 

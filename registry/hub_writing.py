@@ -19,7 +19,7 @@ from artifact.card import head_of, hub_warnings, load_yaml
 from artifact.manifest import check_digest, check_name, check_path, content_kind, digest_of, parse_json
 from artifact.store import Call, Change, File, Upload
 from registry import hub
-from registry.exchange import Exchange
+from registry.exchange import Exchange, Gone
 from registry.revising import MAX_CHANGES
 
 LFS_TYPE = "application/vnd.git-lfs+json"
@@ -31,8 +31,10 @@ MAX_OBJECTS = 1000
 MAX_BODY = 4 * 1024 * 1024
 PART = 64 * 1024 * 1024
 MAX_PARTS = 1000
+MAX_URLS = 50_000  # of one batch: some 20 MiB of an answer, and parts for 3 TB
 NO_XET = "This-registry-takes-no-Xet-uploads-yet-set-HF_HUB_DISABLE_XET=1-and-run-again"
 _OID = re.compile(r"[0-9a-f]{64}\Z")
+_PART = re.compile(r"[0-9]{1,9}\Z")
 
 
 @dataclass
@@ -59,7 +61,7 @@ class HubWriter:
         said: list[dict[str, str]] = []
         if head is not None:
             try:
-                load_yaml(head, "the model card")
+                await x.io(lambda: load_yaml(head, "the model card"))
             except errors.Invalid as error:
                 said.append({"message": error.what})
         await x.json(200, {"errors": [], "warnings": said})  # a card that cannot be read is an absent one, not a reason to refuse the weights
@@ -161,7 +163,7 @@ class HubWriter:
             *whole, rest = (rest + b"".join(pieces)).split(b"\n")
             if len(rest) > MAX_LINE or any(len(line) > MAX_LINE for line in whole):
                 raise errors.TooLarge("a line of the commit is too long", expected=f"at most {MAX_REGULAR} bytes outside LFS")
-            lines += whole
+            lines += filter(bytes.strip, whole)
             size += sum(map(len, whole))
             if size >= LINES:
                 await self._take(x, name, read, lines)
@@ -202,9 +204,9 @@ class HubWriter:
                 else errors.TooLarge(f"the commit has more than {MAX_CHANGES} changes", expected=f"at most {MAX_CHANGES}", reason="files")
             )
         if key == "deletedFile":
-            read.changes.append(Change(path))
+            read.changes.append(Change(check_path(path)))
         elif key == "deletedFolder":
-            read.changes.append(Change(path.rstrip("/") + "/"))
+            read.changes.append(Change(check_path(path.rstrip("/")) + "/"))
         elif key == "file":
             read.changes.append(self._regular(x, call, name, check_path(path), value))
         elif key == "lfsFile":
@@ -254,6 +256,8 @@ class HubWriter:
         if not isinstance(objects, list) or len(objects) > MAX_OBJECTS or not isinstance(transfers, list):
             raise errors.Invalid("objects is no list", expected=f"at most {MAX_OBJECTS} objects with oid and size")
         base = f"{x.base_url}{at.prefix}/{'/'.join(repo)}.git/info/lfs/objects"
+        if "multipart" in transfers and sum(map(_parts, objects)) > MAX_URLS:
+            raise errors.TooLarge(f"the batch has more than {MAX_URLS} parts", expected="fewer files at once", reason="parts")
         found = await x.call(lambda call: [self._offer(x, call, name, base, entry, "multipart" in transfers) for entry in objects])
         await x.json(200, {"transfer": "basic", "objects": found}, media_type=LFS_TYPE)
 
@@ -271,7 +275,7 @@ class HubWriter:
         if size <= PART or not multipart:
             return told | {"actions": {"upload": {"href": f"{put}?{token}"}, "verify": verify}}
         chunk = part_size(size)
-        urls = {str(n + 1): f"{put}/{n + 1}?{token}" for n in range(-(-size // chunk))}
+        urls = {str(n + 1): f"{put}/{n + 1}?{token}" for n in range(_parts(entry))}
         return told | {"actions": {"upload": {"href": f"{put}/complete?{token}", "header": {"chunk_size": str(chunk), **urls}}, "verify": verify}}
 
     async def _verify(self, x: Exchange, names: Sequence[str], oid: str) -> None:
@@ -288,21 +292,26 @@ class HubWriter:
     async def _object(self, x: Exchange, oid: str, part: str) -> None:
         """The bytes of one object, whole or a part of it, or its completion, for who holds its URL."""
         token, request = x.param("token"), str(x.note["request_id"])
-        call, name, known, size = await x.sql(lambda: x.guard.revisions.bearer(token, request))
+        call, name, known, size = await x.sql(lambda: x.guard.revisions.bearer(token, request, x.address))
         x.note["key_id"] = call.principal.key_id
-        if known != oid or x.method != ("POST" if part == "complete" else "PUT") or not (part in ("", "complete") or part.isdigit()):
+        if known != oid or x.method != ("POST" if part == "complete" else "PUT") or not (part in ("", "complete") or _PART.match(part)):
             raise errors.NotFound("this upload URL is of another object", do="ask for it again", reason="repo")
         if part == "complete":
             await self._complete(x, call, name, oid, size)
         elif part:
-            await self._part(x, call, name, oid, size, int(part[:9]))
+            await self._part(x, call, name, oid, size, int(part))
         else:
             length = x.headers.get("content-length", "")
             if length.isdigit() and int(length) != size:
                 raise errors.Mismatch(f"the body has {length} bytes", expected=f"{size} bytes", reason="size")
             upload = await x.sql(lambda: x.guard.upload(call, name, digest=f"sha256:{oid}", size=size))
-            await self._pour(x, upload, size)
-            await self._settle(x, upload, oid, size)
+            try:
+                await self._pour(x, upload, size)
+                await x.io(lambda: upload.commit(f"sha256:{oid}", size))
+            except (errors.AirlockError, Gone):  # a whole file is sent again from its start: nobody would go on with this one
+                with suppress(errors.AirlockError):
+                    await x.io(upload.cancel)
+                raise
             await x.json(200, {})
 
     @staticmethod
@@ -395,6 +404,12 @@ def part_size(size: int) -> int:
     """How long the parts of a file are: 64 MiB, or longer so that there are at most 1,000."""
     step = 1024 * 1024
     return max(PART, -(-size // MAX_PARTS // step) * step)
+
+
+def _parts(entry: object) -> int:
+    """In how many parts the object of a batch comes; 0 of what is none."""
+    size = entry.get("size") if isinstance(entry, dict) else None
+    return -(-size // part_size(size)) if type(size) is int and size > 0 else 0
 
 
 def _too_large(files: Sequence[File]) -> dict[str, str]:

@@ -81,6 +81,12 @@ def damaged(repo: str, digest: str) -> NotFound:
     return NotFound(words, do="push the file again, or import the bundle that brought it", reason="damaged")
 
 
+def demand_model_name(repo: str) -> None:
+    """Raises Invalid where a model's profiles have their place."""
+    if repo.endswith(PROFILES):
+        raise Invalid(f"{repo} is the place of a profile manifest", expected="a model under another name", reason="name")
+
+
 class Library(Registry, Files):
     """This site's content; `call.decision` must be a yes for every verb."""
 
@@ -164,8 +170,7 @@ class Library(Registry, Files):
         if own_type(manifest) != manifest.media_type:  # whoever pushed it first would decide what everybody else is served
             raise Invalid("the manifest has no mediaType", expected=f"one that says {manifest.media_type}, as Docker's must", reason="manifest")
         if c.kind_of(manifest) == "model":
-            if repo.endswith(PROFILES):
-                raise Invalid(f"{repo} is the place of a profile manifest", expected="a model under another name", reason="name")
+            demand_model_name(repo)
             self.fill_facts(manifest)
 
         def work(conn: c.Connection) -> Descriptor:
@@ -323,6 +328,7 @@ class Library(Registry, Files):
         """Puts a new revision on a branch, in one transaction with its audit row (artifact/store.py, Files.commit)."""
         self._demand(call)
         check_ref(branch)
+        demand_model_name(repo)
         sized = [self._sized(repo, change) if change.digest and change.size is None else change for change in changes]
         tries = COMMIT_TRIES if parent is None else 1
         while True:

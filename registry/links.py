@@ -195,6 +195,8 @@ def add_manifest(
     blobs = _children(conn, repo_id, manifest, name)
     kind = kind_of(manifest)
     files = files_of(manifest) if kind == "model" else ()
+    if kind == "model" and manifest.blobs() != manifest.own():  # nothing would prove that this repository holds what its files name
+        raise Invalid("a model has a layer that need not be pushed", expected="layers of types that are stored here", reason="manifest")
     if len(files) > MAX_FILES:
         raise TooLarge(f"the model has {len(files)} files", expected=f"at most {MAX_FILES} files")
     manifest_id, is_new = _add_row(conn, manifest)
@@ -209,7 +211,7 @@ def add_manifest(
     link = replace_duplicates(conn, t.repo_manifest, ("repo_id", "manifest_id"), ("at",))  # the time of the last push: retention counts from it
     conn.execute(link.values(repo_id=repo_id, manifest_id=manifest_id, at=at))
     if kind == "model":
-        _add_revision(conn, repo_id, manifest_id, manifest, files, at)
+        _add_revision(conn, repo_id, manifest_id, manifest, files, at, rule)
     conn.execute(update(R).where(R.c.id == repo_id, R.c.kind.in_(KINDS[: KINDS.index(kind)])).values(kind=kind))
     for name_ in sorted(set(refs)):
         set_ref(conn, repo_id, name_, manifest_id, kind=ref_kind, at=at, key_id=key_id, rule=rule)
@@ -246,7 +248,7 @@ def fill_edges(conn: Connection, manifest_id: int, blobs: Mapping[str, str]) -> 
             conn.execute(update(t.edge).where(e.parent_id == manifest_id, e.child_digest == digest, e.blob.is_(None)).values(blob=blobs[digest]))
 
 
-def _add_revision(conn: Connection, repo_id: int, manifest_id: int, manifest: Manifest, files: Sequence[File], at: float) -> None:
+def _add_revision(conn: Connection, repo_id: int, manifest_id: int, manifest: Manifest, files: Sequence[File], at: float, rule: Rule) -> None:
     notes: Mapping[str, str] = manifest.annotations
     parent = notes.get(PARENT, "")
     commit = notes.get(COMMIT, "")
@@ -260,6 +262,11 @@ def _add_revision(conn: Connection, repo_id: int, manifest_id: int, manifest: Ma
         "title": notes.get(TITLE, notes.get(SOURCE, "")),
         "at": at,
     }
+    held = select(M.c.digest, R.c.immutable).select_from(V.join(M, M.c.id == V.c.manifest_id).join(R, R.c.id == V.c.repo_id))
+    other = conn.execute(held.where(V.c.repo_id == repo_id, V.c.commit == commit, V.c.manifest_id != manifest_id)).first()
+    if other is not None:  # whoever pinned the commit would be given other files: as strict as a ref that moves
+        _demand_allowed(replace(rule, over=None), commit, other.digest)
+        _demand_mutable(other.immutable, commit)
     # Without a time (an older bundle) the revision comes in as the oldest and an existing one stays: `main` never goes back.
     write = replace_duplicates(conn, V, ("repo_id", "commit"), ("manifest_id", "at")) if at else ignore_duplicates(conn, V)
     conn.execute(write.values(values))
@@ -361,6 +368,9 @@ def set_ref(
     check_ref(name)
     if is_digest(name):
         raise Invalid(f"{name} is a digest, not a ref name", expected="a tag or branch name", reason="ref")
+    named = select(V.c.commit).where(V.c.repo_id == repo_id, V.c.commit == name, V.c.manifest_id != manifest_id)
+    if is_commit(name) and conn.execute(named).first() is not None:
+        raise Conflict(f"{name} is the commit of another revision here", expected="a ref of another name", reason="ref")
     refs, new = t.ref, select(M.c.digest).where(M.c.id == manifest_id).scalar_subquery()
     values = {"repo_id": repo_id, "name": name, "kind": kind, "manifest_id": manifest_id, "at": at}
     held = select(refs.c.manifest_id, M.c.digest, R.c.immutable).join(R, R.c.id == refs.c.repo_id).join(M, M.c.id == refs.c.manifest_id)

@@ -25,7 +25,7 @@ QUIET = (
     "psycopg",
 )
 _SECRET = re.compile(
-    r"nvapi-[A-Za-z0-9_-]{8,}|(?:alt|atk)1\.[A-Za-z0-9_.-]{8,}|hf_[A-Za-z0-9]{16,}|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*"
+    r"nvapi-[A-Za-z0-9_-]{8,}|(?:alt|atk|upl)1\.[A-Za-z0-9_.-]{8,}|hf_[A-Za-z0-9]{16,}|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*"
     r"|(?<=X-Amz-Signature=)[^&\s\"'\\]+|(?<=X-Amz-Credential=)[^&\s\"'\\]+|(?<=X-Amz-Security-Token=)[^&\s\"'\\]+|(?<=Signature=)[0-9A-Za-z%+/=]{16,}"
     r"|(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}|(?<=[Bb]asic )[A-Za-z0-9+/=_-]{8,}"
 )

@@ -74,7 +74,7 @@ def _names(parts: Sequence[str], second: Callable[..., str]) -> list[str]:
     for form in (_own_name, second):
         with suppress(Invalid):
             found.append(form(*parts))
-    if not found or any("/" in part or not part for part in parts):
+    if not found or any("/" in part or not part or not part.isascii() for part in parts):
         raise NotFound(f"{'/'.join(parts)[:100]!r} is no name of an artefact", expected="org/name or org/team/name", reason="name")
     return found
 

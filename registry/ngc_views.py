@@ -216,7 +216,7 @@ class NgcViews:
         listed = self._manifests(str(tag["digest"]) for tag in tags[:MOST_TAGS])
         children = [child.digest for manifest in listed.values() for child in manifest.manifests][: MOST_TAGS * 10]
         known = listed | self._manifests(children)
-        configs = {m.config.digest for m in listed.values() if m.config}
+        configs = {d.digest for m in listed.values() for d in m.blobs() if d == m.config}  # what need not be pushed may be another's
         with self._library.catalog.reading() as conn:
             there = blob_locations(conn, sorted(configs))
         out = []

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from artifact.errors import Conflict, NotFound, Unauthenticated
-from artifact.grant import Access, authenticate, visible
+from artifact.grant import Access, Principal, authenticate, visible
 from artifact.manifest import check_ref
 from artifact.store import Call, File, Revision, Upload
 from registry import catalog as c
@@ -21,7 +21,7 @@ from registry.catalog import Repo
 from registry.entitlements import Entitlements
 from registry.floor import Floor
 from registry.home import Home
-from registry.library import MAIN, Library, as_revision, with_oid
+from registry.library import MAIN, Library, as_revision, demand_model_name, with_oid
 from registry.lookup import Sought
 from registry.tokens import Seal
 
@@ -116,6 +116,7 @@ class Revisions:
         Raises NotFound, Denied, Conflict `exists` or `name`, Invalid.
         """
         call = self._allow_push(call, name)
+        demand_model_name(name)
         if (repo := self._catalog.repository(name)) is not None and repo.kind:
             raise Conflict("You already created this model repo", do="push to it", reason="exists", name=repo.display)
 
@@ -166,9 +167,16 @@ class Revisions:
         self._allow_push(call, name)
         return self._seal.close(PREFIX, [self._instance, call.principal.key_id, name, oid, size, int(call.now) + URL_LIFE_S])
 
-    def bearer(self, text: str, request_id: str) -> tuple[Call, str, str, int]:
-        """The call of such a URL, cut down to pushing into its repository, with name, SHA-256 and size; raises Unauthenticated."""
+    def bearer(self, text: str, request_id: str, address: str = "") -> tuple[Call, str, str, int]:
+        """The call of such a URL, cut down to pushing into its repository, with name, SHA-256 and size; raises Unauthenticated, which is recorded."""
         now = self._floor.now(time.time())
+        try:
+            return self._bearer(text, request_id, now)
+        except Unauthenticated as error:
+            self._library.audit.denied(Call(Principal(), None, request_id, now), "login", "", error.reason, address)
+            raise
+
+    def _bearer(self, text: str, request_id: str, now: float) -> tuple[Call, str, str, int]:
         doc = self._seal.open(PREFIX, text)
         holder = self._entitlements.holder(doc[1]) if isinstance(doc, list) and len(doc) == 6 and doc[0] == self._instance else None
         if holder is None or not isinstance(doc, list):
@@ -190,4 +198,5 @@ class Revisions:
             try:
                 return self._library.resume(allowed, name, upload_id)
             except NotFound:
-                return self._library.uploads.begin(allowed, name, digest=f"sha256:{oid}", size=size, algorithm="sha256", upload_id=upload_id)
+                self._library.uploads.begin(allowed, name, digest=f"sha256:{oid}", size=size, algorithm="sha256", upload_id=upload_id)
+            return self._library.resume(allowed, name, upload_id)  # which another request may have begun in this moment

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Insert, Row, Select, Table, and_, case, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Insert, Row, Select, Table, and_, case, delete, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from artifact.errors import Conflict, Denied, Invalid, NotFound
@@ -263,9 +263,9 @@ def add_blake3(conn: Connection, digest: str, value: str) -> None:
 
 
 def add_upload(conn: Connection, row: UploadRow, *, digest: str, size: int | None, at: float, ttl_s: float) -> None:
-    """The row of a new upload."""
+    """The row of a new upload; one of that id stays as it is."""
     values = {"id": row.id, "repo": row.repo, "key_id": row.key_id, "algorithm": row.algorithm, "digest": digest, "size": size, "state": b""}
-    conn.execute(insert(t.upload).values(**values, created=at, expires=at + ttl_s))
+    conn.execute(ignore_duplicates(conn, t.upload).values(**values, created=at, expires=at + ttl_s))
 
 
 def advance_upload(conn: Connection, row: UploadRow, offset: int, state: bytes, expires: float) -> bool:

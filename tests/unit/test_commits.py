@@ -14,7 +14,7 @@ from sqlalchemy import select
 
 from artifact import manifest as m
 from artifact.errors import Conflict, Denied, Invalid, NotFound, TooLarge, Unauthenticated
-from artifact.store import Call, Change, File
+from artifact.store import Call, Change, Descriptor, File
 from registry import tables as t
 from registry.revising import revised, title_of
 from registry.wiring import Site
@@ -138,6 +138,71 @@ def test_rules_of_a_push_hold_for_a_commit(site: Site, call: Call) -> None:
     assert full.value.reason == "quota" and site.guard.revision(call, R, "main").commit == first.commit and paths(site, call) == ["a.txt"]
 
 
+def test_what_a_commit_names_is_kept_as_a_ref_is(site: Site, call: Call) -> None:
+    one, two = change(site, call, "a.txt", b"a"), change(site, call, "a.txt", b"other")
+    first = site.guard.commit(call, R, "main", None, [one])
+    facts = put(site, call, R, b"{}")
+
+    def forged(commit: str) -> bytes:
+        file = File("a.txt", two.digest, two.size or 0)
+        return m.build_model([file], Descriptor(m.FACTS_TYPE, facts.digest, facts.size), {m.SOURCE: f"push://{R}", m.COMMIT: commit})
+
+    maker = call_of(site, make_key(site, "acme", actions=("pull", "create")))
+    with pytest.raises(Denied) as exists:
+        site.guard.push(maker, R, forged(first.commit), m.MANIFEST, refs=["v2"])
+    assert exists.value.reason == "exists"
+    for who in (maker, call):  # a ref of that name would answer in the commit's place
+        with pytest.raises(Conflict):
+            site.guard.push(who, R, forged("ab" * 20), m.MANIFEST, refs=[first.commit])
+    site.guard.push(call, R, forged("cd" * 20), m.MANIFEST, refs=["cd" * 20])
+    with pytest.raises(Conflict):
+        site.guard.revisions.point(call, R, "cd" * 20, "branch", first.commit, overwrite=True)
+    with site.catalog.writing() as conn:
+        conn.execute(t.repository.update().values(immutable=True))
+    with pytest.raises(Conflict) as fixed:
+        site.guard.push(call, R, forged(first.commit), m.MANIFEST)
+    assert fixed.value.reason == "immutable" and site.guard.revision(call, R, first.commit).digest == first.digest
+    with site.catalog.writing() as conn:
+        conn.execute(t.repository.update().values(immutable=False))
+    made = site.guard.push(call, R, forged(first.commit), m.MANIFEST)
+    assert site.guard.revision(call, R, first.commit).digest == made.digest
+
+
+def test_every_file_of_a_model_is_here(site: Site, call: Call) -> None:
+    other = call_of(site, make_key(site, "other"))
+    theirs = put(site, other, "other/m", b"theirs")
+    facts = put(site, call, R, b"{}")
+    layer = Descriptor("application/x.foreign.layer", theirs.digest, theirs.size, annotations={m.TITLE: "w.bin"})
+    raw = m.build_manifest(m.MODEL_TYPE, [layer.as_json(), Descriptor(m.FACTS_TYPE, facts.digest, facts.size).as_json()], {})
+    with pytest.raises(Invalid):
+        site.guard.push(call, R, raw, m.MANIFEST, refs=["v1"])
+
+
+def test_the_place_of_profiles_takes_no_commit(site: Site, call: Call) -> None:
+    with pytest.raises(Invalid):
+        site.guard.revisions.create(call, f"{R}/profiles", "profiles")
+    with pytest.raises(Invalid):
+        site.guard.commit(call, f"{R}/profiles", "main", None, [])
+    assert site.catalog.repository(f"{R}/profiles") is None
+
+
+def test_parts_that_begin_at_once_are_one_upload(site: Site, call: Call) -> None:
+    change(site, call, "a.txt", b"a")
+    found: list[str] = []
+    start = threading.Barrier(4)
+
+    def work() -> None:
+        start.wait()
+        found.append(site.guard.revisions.part(call, R, "0" * 64, 7).id)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and len(set(found)) == 1
+
+
 def test_only_a_branch_takes_commits(site: Site, call: Call) -> None:
     one, two = change(site, call, "a.txt", b"a"), change(site, call, "b.txt", b"b")
     for absent in ("dev", "0" * 40):
@@ -215,6 +280,8 @@ def test_an_upload_url_is_of_one_object_and_one_living_key(site: Site, call: Cal
     with pytest.raises(Unauthenticated) as revoked:
         site.guard.revisions.bearer(text, "r")
     assert revoked.value.reason == "key_revoked"
+    site.audit.flush()
+    assert {row["reason"] for row in rows(site) if row.get("event") == "login"} == {"ticket_invalid", "key_revoked"}
 
 
 # ---- pure
