@@ -76,6 +76,7 @@ class HubWriter:
         name, org, kind = (body.get(key) or default for key, default in (("name", ""), ("organization", ""), ("type", "model")))
         if not isinstance(name, str) or not isinstance(org, str):
             raise errors.Invalid("name and organization are not text", expected='{"name": "m", "organization": "acme"}')
+        private = body.get("private") is True or body.get("visibility") == "private"
         if kind != "model":
             raise errors.Unsupported(f"{str(kind)[:20]} repositories are not kept here", expected="model", reason="not_served")
 
@@ -91,7 +92,7 @@ class HubWriter:
             if held.startswith("hf/"):  # there already, or no name of ours at all
                 check_name(repo_id.lower())
             try:
-                x.guard.revisions.create(call, held, repo_id)
+                x.guard.revisions.create(call, held, repo_id, private)
             except errors.Conflict as error:
                 if error.reason == "exists":
                     error.ids["url"] = f"{x.base_url}{at.prefix}/{repo_id}"
@@ -158,9 +159,12 @@ class HubWriter:
     async def _commit(self, x: Exchange, at: hub.Place, name: str, branch: str) -> None:
         read = _Commit()
         lines: list[bytes] = []
-        rest, size = b"", 0
+        rest, size = bytearray(), 0
         async for pieces in x.pieces():
-            *whole, rest = (rest + b"".join(pieces)).split(b"\n")
+            first, *whole = b"".join(pieces).split(b"\n")
+            rest += first  # a line of megabytes comes in many pieces, and is not copied for each
+            if whole:
+                whole, rest = [bytes(rest), *whole[:-1]], bytearray(whole[-1])
             if len(rest) > MAX_LINE or any(len(line) > MAX_LINE for line in whole):
                 raise errors.TooLarge("a line of the commit is too long", expected=f"at most {MAX_REGULAR} bytes outside LFS")
             lines += filter(bytes.strip, whole)
@@ -168,7 +172,7 @@ class HubWriter:
             if size >= LINES:
                 await self._take(x, name, read, lines)
                 lines, size = [], 0
-        await self._take(x, name, read, [*lines, rest])
+        await self._take(x, name, read, [*lines, bytes(rest)])
         if not read.seen:
             raise errors.Invalid("the commit has no header", expected='a first line {"key": "header", "value": {"summary": "…"}}')
         made = await x.call(lambda call: x.guard.commit(call, name, branch, read.parent, read.changes, read.title))

@@ -110,10 +110,10 @@ class Revisions:
 
     # ---- changing
 
-    def create(self, call: Call, name: str, display: str) -> Revision | None:
+    def create(self, call: Call, name: str, display: str, private: bool = False) -> Revision | None:
         """Makes a repository with an empty first revision on `main`; none for a key that may only create refs, whose first commit it is.
 
-        Raises NotFound, Denied, Conflict `exists` or `name`, Invalid.
+        An organisation's is always its own; of the site's own names a `private` one is seen by who has a grant on it. Raises NotFound, Denied, Conflict `exists` or `name`, Invalid.
         """
         call = self._allow_push(call, name)
         demand_model_name(name)
@@ -122,7 +122,8 @@ class Revisions:
 
         def work(conn: c.Connection) -> None:
             org = c.owning_org(conn, name)
-            c.ensure_repository(conn, name, display=display, org=org, visibility="org" if org else "public", at=call.now)
+            visibility = "org" if org else "private" if private else "public"
+            c.ensure_repository(conn, name, display=display, org=org, visibility=visibility, at=call.now)
             self._library.audit.change(conn, call, "create", name)
 
         self._catalog.change(work)

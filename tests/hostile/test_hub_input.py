@@ -107,3 +107,17 @@ def test_a_whole_upload_that_is_cut_leaves_nothing(door: Door) -> None:
     assert not list((door.data / "partial").glob("upload-*"))
     put_lfs(door, repo, data)
     assert "actions" not in batch(door, repo, oid_of(data)).json()["objects"][0]
+
+
+def test_what_is_made_private_is_seen_by_grants_alone(door: Door) -> None:
+    for name, more, code in (("open", {}, 403), ("shut", {"private": True}, 404), ("shut2", {"visibility": "private"}, 404)):
+        assert post(door, "/api/repos/create", {"name": name, "organization": "hf"} | more).status == 200
+        assert door.ask("GET", f"/api/models/hf/{name}", who="reader").status == code, name
+        assert door.ask("GET", f"/api/models/hf/{name}").json()["private"] is bool(more)
+
+
+def test_a_line_in_many_pieces_is_one_line(door: Door) -> None:
+    repo, raw = make(door, "acme/long"), os.urandom(9 << 20)
+    assert commit(door, repo, regular("a.txt", b"a"), regular("large.txt", raw), regular("b.txt", b"b")).status == 200
+    assert door.ask("GET", f"/{repo}/resolve/main/large.txt").body == raw and names(door, repo) == ["a.txt", "b.txt", "large.txt"]
+    assert commit(door, repo, regular("larger.txt", os.urandom(12 << 20))).status == 413
