@@ -171,12 +171,15 @@ class Sequencer:
             head = head_of(conn)
             self._demand_history(conn, head, kept)
             found = _newest(conn, head.epoch)
-            if found and tlog.open_checkpoint(found, self.verifier(head.epoch)).size == head.size:
-                return found
+        signed = bool(found) and tlog.open_checkpoint(found, self.verifier(head.epoch)).size == head.size
         name = self.name_of(head.epoch)
         checkpoint = tlog.Checkpoint(name, head.size, tlog.Range(head.size, head.nodes).root())
-        note = tlog.sign_checkpoint(checkpoint, name, self._key())
-        self._keep(note)
+        note = found if signed else tlog.sign_checkpoint(checkpoint, name, self._key())
+        kept = self._kept()  # again: another process that signed more meanwhile must not be set back
+        if kept is None or (kept.epoch, kept.checkpoint.size) < (head.epoch, head.size):
+            self._keep(note)
+        if signed:
+            return note
 
         def store(conn: Connection) -> None:
             known = select(t.audit_checkpoint.c.size).where(t.audit_checkpoint.c.epoch == head.epoch, t.audit_checkpoint.c.size == head.size)

@@ -296,6 +296,7 @@ def test_another_process_that_signs_at_this_moment_is_no_fork(site: Site, monkey
     site.log.settle()
     monkeypatch.setattr(sequencer, "head_of", slow)
     assert opened(site, site.log.sign(time.time())).size == 11 and not site.log.fork
+    assert opened(site, (site.home.path / FILE).read_text()).size == 16, "the longer one is kept"
     assert opened(site, site.log.sign(time.time())).size == 16
 
 
@@ -351,6 +352,7 @@ def test_a_damaged_checkpoint_file_is_no_missing_one(site: Site) -> None:
             site.log.sign(time.time())
     (site.home.path / FILE).unlink()
     assert opened(site, site.log.sign(time.time())).size == 3
+    assert opened(site, (site.home.path / FILE).read_text()).size == 3, "kept again, also where nothing is new"
 
 
 def test_the_thread_signs_what_another_put_into_the_log(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
