@@ -113,7 +113,8 @@ class Revisions:
     def create(self, call: Call, name: str, display: str, private: bool = False) -> Revision | None:
         """Makes a repository with an empty first revision on `main`; none for a key that may only create refs, whose first commit it is.
 
-        An organisation's is always its own; of the site's own names a `private` one is seen by who has a grant on it. Raises NotFound, Denied, Conflict `exists` or `name`, Invalid.
+        An organisation's is always its own; of the site's own names a `private` one is seen by who has a grant on it.
+        Raises NotFound, Denied, Conflict `exists` or `name`, Invalid.
         """
         call = self._allow_push(call, name)
         demand_model_name(name)
