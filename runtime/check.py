@@ -89,7 +89,9 @@ def examine(settings: Settings, model: str, cache: Path | None) -> Report:
     try:
         told = standing.parse(remote.api("GET", "/airlock/v1/standing"))
         now = told.now or now
-        ends = told.running(model) if model else told.counting()
+        before = leases.kept(cache / "leases", model, settings.ref) if cache and model else []
+        own = bool(before) and all(leases.own(k.claims) for k in before)
+        ends = told.running(model, own=own) if model else told.counting()
         if model and not any(e.kind == "grant" for e in ends):
             error = _no_grant(told, model)
     except Unauthenticated as found:

@@ -76,6 +76,11 @@ def grace_of(claims: Mapping[str, object]) -> int:
     return int(min(number(claims, "grace_s"), MAX_GRACE_S))
 
 
+def own(claims: Mapping[str, object]) -> bool:
+    """Whether a lease was given without the organisation's entitlement, whose end then stops nothing of that model."""
+    return claims.get("ent_jti") == ""
+
+
 def read(path: Path) -> Kept:
     """A kept lease; raises OSError for what is no regular file, Invalid or TooLarge for what is no lease."""
     doc = parse_json(read_file(path, MAX_LEASE + 1), "the stored lease", MAX_LEASE)

@@ -66,11 +66,12 @@ class Standing:
     ends: tuple[End, ...]
     patterns: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
 
-    def running(self, model: str) -> tuple[End, ...]:
-        """The ends that a start of this model depends on: key, entitlement, and of the grants that let it run the one that goes on longest."""
+    def running(self, model: str, *, own: bool = False) -> tuple[End, ...]:
+        """The ends that a start of this model depends on: key, entitlement (not for `own` weights), the run grant that goes on longest."""
         grants = [e for e in self.ends if e.kind == "grant" and self.lets_run(e, model)]
         longest = max(grants, key=lambda e: (e.ends == 0, e.last), default=None)
-        return tuple(e for e in self.ends if e.kind != "grant") + ((longest,) if longest else ())
+        others = ("key",) if own else ("key", "entitlement")
+        return tuple(e for e in self.ends if e.kind in others) + ((longest,) if longest else ())
 
     def lets_run(self, grant: End, model: str) -> bool:
         """Whether a grant covers the model and the action run, whatever the time."""

@@ -143,7 +143,7 @@ class Watch:
     def _take(self, claims: Mapping[str, object], *, due_now: bool) -> None:
         """This lease is the one that counts; a fresh one is due after its own time, one from the cache as soon as the registry answers."""
         self._clock.signed(number(claims, "iat"))
-        self._own = claims.get("ent_jti") == ""  # given without the entitlement: its end stops nothing of this model
+        self._own = leases.own(claims)
         self._serial = int(number(claims, "revocation_serial"))
         after = max(1.0, number(claims, "renew_after") - number(claims, "iat"))
         self._due = time.monotonic() + (0.0 if due_now else after)
@@ -159,8 +159,7 @@ class Watch:
             self._without_standing = True
             return
         self._without_standing = False
-        ends = found.running(self._choice.model)
-        self.known = replace(self.known, ends=tuple(e for e in ends if not (self._own and e.kind == "entitlement")))
+        self.known = replace(self.known, ends=found.running(self._choice.model, own=self._own))
         if found.revocation_serial > self._serial:
             self._serial = found.revocation_serial
             self._renew()

@@ -14,7 +14,9 @@ from artifact.errors import AirlockError, Unavailable
 from artifact.grant import date
 from artifact.remote import RemoteRegistry
 from runtime import leases
+from runtime.check import examine
 from runtime.entitlement import obtain_lease
+from runtime.settings import from_environment
 from runtime.watch import Watch
 from tests.fakes.site import Site
 from tests.unit.test_runtime_entitlement import CHOICE, KEY, LEASE_KEY, TRUST, claims
@@ -90,6 +92,13 @@ def test_an_entitlement_that_the_model_does_not_need_is_not_warned_of(site: Site
     watch.step()
     assert ("entitlement" in watch.warning()) == warned
     assert any('of="entitlement"' in line for line in watch.metrics()) == warned
+    (tmp_path / "cache" / "leases").mkdir(parents=True)
+    for path in tmp_path.glob("*.json"):
+        path.rename(tmp_path / "cache" / "leases" / path.name)
+    settings = from_environment({"NGC_API_KEY": KEY, "AIRLOCK_REGISTRY": site.url}, "acme/tiny:1")
+    found = examine(settings, "acme/tiny", tmp_path / "cache")
+    assert found.error is None and ("entitlement" in {e.kind for e in found.ends}) == warned
+    assert "entitlement" in {e.kind for e in examine(settings, "acme/tiny", None).ends}, "without a lease nothing tells it"
 
 
 def test_no_word_of_the_registry_reaches_a_client(site: Site, tmp_path: Path) -> None:
