@@ -283,12 +283,11 @@ class HubWriter:
         return told | {"actions": {"upload": {"href": f"{put}/complete?{token}", "header": {"chunk_size": str(chunk), **urls}}, "verify": verify}}
 
     async def _verify(self, x: Exchange, names: Sequence[str], oid: str) -> None:
-        body = parse_json(await x.read_body(64 * 1024, "the request"), "the request")
-
         def work(call: Call) -> int:
             return x.guard.stat(call, x.guard.revisions.target(call, names), check_digest(f"sha256:{oid}")).size
 
         size = await x.call(work)
+        body = parse_json(await x.read_body(64 * 1024, "the request"), "the request")
         if body.get("oid") != oid or body.get("size") != size:
             raise errors.Mismatch(f"{oid} has {size} bytes here", expected="the oid and size that were uploaded", reason="size")
         await x.json(200, {})

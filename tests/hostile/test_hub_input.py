@@ -92,6 +92,14 @@ def test_parts_that_are_no_numbers(door: Door, part: str) -> None:
     assert door.ask("PUT", href.replace("/1?", f"/{part}?"), b"x", who=None).status == 404
 
 
+def test_no_body_is_judged_for_who_may_not_push(door: Door) -> None:
+    repo = make(door, "acme/unread")
+    routes = [f"/{repo}.git/info/lfs/objects/{'0' * 64}/verify", f"/{repo}.git/info/lfs/objects/batch", f"/api/models/{repo}/commit/main"]
+    routes += [f"/api/models/{repo}/preupload/main", f"/api/models/{repo}/branch/b", "/api/repos/create", "/api/validate-yaml"]
+    for route in routes:
+        assert door.ask("POST", route, "{", who=None).status == 401, route
+
+
 def test_a_whole_upload_that_is_cut_leaves_nothing(door: Door) -> None:
     repo, data = make(door, "acme/cut"), os.urandom(600_000)
     href = path_of(actions(door, repo, data)["upload"]["href"])

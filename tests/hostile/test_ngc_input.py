@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import string
 from collections.abc import Iterator
@@ -161,3 +162,19 @@ def test_a_host_header_of_a_client_makes_no_foreign_url(door: NgcDoor) -> None:
         assert found.status in (200, 400)
         if found.status == 200:
             assert all(url.startswith(f"{door.url}/dl/") for url in found.json()["urls"])
+
+
+def test_a_configuration_of_another_organisation_is_not_read(door: NgcDoor) -> None:
+    theirs = b'{"architecture":"theirs","os":"theirs-too"}'
+    digest = door.main.blob("other/secret", theirs, "other")
+    config = {"mediaType": "application/x.foreign.config", "digest": digest, "size": len(theirs)}  # of a type that need not be pushed
+    door.main.image("acme/vision/borrowed", "1", [b"layer"], "root", config=config)
+    found = door.get("/v2/org/acme/team/vision/repos/borrowed/images", "root")
+    assert found["images"][0]["architectureVariants"] and "theirs" not in json.dumps(found)
+
+
+@pytest.mark.parametrize("path", ["/v2/org/%E2%84%AAelvin/models/demo", "/v2/org/acme/repos/%E2%84%AA", "/v2/models/acme/%E2%84%AA"])
+def test_letters_that_only_look_like_ours_are_no_name(door: NgcDoor, path: str) -> None:
+    found = door.ask("GET", path)
+    refused(found, 404)
+    assert "is no name of an artefact" in found.json()["requestStatus"]["statusDescription"]
