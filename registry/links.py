@@ -262,14 +262,14 @@ def _add_revision(conn: Connection, repo_id: int, manifest_id: int, manifest: Ma
         "title": notes.get(TITLE, notes.get(SOURCE, "")),
         "at": at,
     }
+    if conn.execute(ignore_duplicates(conn, V).values(values).returning(V.c.commit)).first() is not None or not at:
+        return  # without a time (an older bundle) the revision comes in as the oldest and an existing one stays: `main` never goes back
     held = select(M.c.digest, R.c.immutable).select_from(V.join(M, M.c.id == V.c.manifest_id).join(R, R.c.id == V.c.repo_id))
     other = conn.execute(held.where(V.c.repo_id == repo_id, V.c.commit == commit, V.c.manifest_id != manifest_id)).first()
-    if other is not None and at:  # whoever pinned the commit would be given other files: as strict as a ref that moves
+    if other is not None:  # whoever pinned the commit would be given other files: as strict as a ref that moves
         _demand_allowed(replace(rule, over=None), commit, other.digest)
         _demand_mutable(other.immutable, commit)
-    # Without a time (an older bundle) the revision comes in as the oldest and an existing one stays: `main` never goes back.
-    write = replace_duplicates(conn, V, ("repo_id", "commit"), ("manifest_id", "at")) if at else ignore_duplicates(conn, V)
-    conn.execute(write.values(values))
+    conn.execute(replace_duplicates(conn, V, ("repo_id", "commit"), ("manifest_id", "at")).values(values))
 
 
 def unlink_manifest(conn: Connection, repo_id: int, digest: str, at: float, *, key_id: str = "") -> bool:
