@@ -19,6 +19,7 @@ from artifact.manifest import parse_json
 
 SCHEMA = 1
 MAX_LINE = 4 * 1024 * 1024
+MAX_GAPS = 1000  # ranges of missing texts that are told apart
 Entry = tuple[bytes, str | None]  # the leaf hash, and the body unless it was sealed into an earlier export
 _ALTERED = "keep this file and the kept checkpoint: the log, the export or the checkpoint was altered"
 
@@ -104,14 +105,15 @@ def verify(source: Iterable[bytes], vkey: str, since: str = "") -> Finding:
 
     1 the head is of the pinned key's log; 2 a kept older checkpoint is signed by the key, and not larger; 3 each entry stands at its number and its
     body has its hash; 4 every checkpoint, the kept one too, has the root of the entries before it; 5 the newest covers all; 6 nothing is missing;
-    7 the serials of each organisation's leases have no gap. Memory does not grow with the log.
+    7 the serials of each organisation's leases have no gap; 8 a text that is not here is of a range that an entry `audit_seal` tells of.
+    Memory does not grow with the log.
     """
     feed = _Feed(source)
     head = _head(feed.next())
     _demand_log(head, vkey)
     kept = _kept(head, vkey, since)
     log, found = tlog.Range(head.first, head.before), Finding(head.name, head.first, head.size, since=kept.size if kept else 0)
-    vouched = head.first
+    vouched, seals = head.first, _Seals()
     while True:
         if kept is not None and kept.size == log.size:
             if log.root() != kept.root:
@@ -122,12 +124,13 @@ def verify(source: Iterable[bytes], vkey: str, since: str = "") -> Finding:
             _checkpoint(doc, vkey, log, vouched)
             found.checkpoints, vouched = found.checkpoints + 1, log.size
         elif log.size < head.size:
-            found.sealed += _entry(doc, log.size, log, found)
+            found.sealed += _entry(doc, log.size, log, found, seals)
         else:
             break
     feed.end(doc, head.size)
     if vouched != head.size or not found.checkpoints:
         raise _false(f"no checkpoint covers the entries from {vouched}", "a signed end", vouched)
+    seals.demand()
     found.root = log.root().hex()
     return found
 
@@ -202,7 +205,41 @@ def _checkpoint(doc: Mapping[str, object], vkey: str, log: tlog.Range, vouched: 
         raise _false(f"entries {vouched} to {log.size - 1} are not those that were signed", "the root of the checkpoint", vouched)
 
 
-def _entry(doc: Mapping[str, object], at: int, log: tlog.Range, found: Finding) -> int:
+class _Seals:
+    """Where texts are missing, and up to where the log itself says that they were sealed."""
+
+    def __init__(self) -> None:
+        self._gaps: list[tuple[int, int]] = []
+        self._told = 0
+
+    def missing(self, at: int) -> None:
+        """The entry has no text; of more than MAX_GAPS ranges the last ones are one."""
+        if self._gaps and (self._gaps[-1][1] == at or len(self._gaps) >= MAX_GAPS):
+            self._gaps[-1] = (self._gaps[-1][0], at + 1)
+        else:
+            self._gaps.append((at, at + 1))
+
+    def tells(self, doc: Mapping[str, object]) -> None:
+        """An entry that may be the record of a seal."""
+        size = doc.get("size")
+        if doc.get("event") == "audit_seal" and type(size) is int:
+            self._told = max(self._told, size)
+
+    def demand(self) -> None:
+        """Returns only where every text that is missing was sealed; raises Mismatch."""
+        for first, end in self._gaps:
+            if end > self._told:
+                at = max(first, self._told)
+                raise Mismatch(
+                    f"the text of entry {at} is not here, and no seal tells of it",
+                    expected="an entry audit_seal over it among those behind it",
+                    do="export again, should a seal have been made meanwhile; else the text was taken away: keep this file",
+                    reason="evidence",
+                    index=at,
+                )
+
+
+def _entry(doc: Mapping[str, object], at: int, log: tlog.Range, found: Finding, seals: _Seals) -> int:
     """Takes one entry; 1 where its body was sealed elsewhere."""
     if doc.get("i") != at:
         raise _false(f"entry {at} is missing or stands elsewhere", f"entry {at}", at)
@@ -214,7 +251,10 @@ def _entry(doc: Mapping[str, object], at: int, log: tlog.Range, found: Finding) 
     log.append(leaf)
     if body is None:
         found.leases.clear()  # what was sealed may hold leases: counting begins behind it
+        seals.missing(at)
         return 1
+    if '"audit_seal"' in body:
+        seals.tells(parse_json(body.encode(), f"entry {at}", MAX_LINE))
     if '"lease"' in body:
         _lease(parse_json(body.encode(), f"entry {at}", MAX_LINE), at, found)
     return 0

@@ -39,6 +39,10 @@ def body(i: int, **more: object) -> str:
     return json.dumps({"event": "pull", "n": i, "org": "acme"} | more, sort_keys=True, separators=(",", ":"))
 
 
+def seal(i: int, size: int) -> str:
+    return body(i, event="audit_seal", first=0, size=size)
+
+
 BODIES = [body(i) for i in range(40)]
 
 
@@ -84,7 +88,6 @@ def test_a_whole_export() -> None:
     assert found.root == tlog.root_of(tlog.leaf_hash(b.encode()) for b in BODIES).hex()
     later = verify(export(BODIES, (13, 20, 40), first=13), vkey(), signed(BODIES, 13))
     assert (later.first, later.checkpoints, later.root) == (13, 3, found.root)
-    assert verify(export(BODIES, (40,), sealed=25), vkey()).sealed == 25
     assert verify(lines(Head(NAME, 0, 0), [signed([], 0)]), vkey()).size == 0
 
 
@@ -167,7 +170,26 @@ def test_lease_serials_without_a_gap() -> None:
     assert verify(export(texts, (5,)), vkey()).leases == {"acme": 3, "other": 9}
     told = refused(export([*texts, body(5, event="lease", serial=5)], (6,)))
     assert (told.reason, told.ids["index"]) == ("lease_serial", "5")
-    assert verify(export([*texts[:4], body(4), body(5, event="lease", serial=7)], (6,), sealed=5), vkey()).leases == {"acme": 7}
+    texts = [*texts[:4], body(4), body(5, event="lease", serial=7), seal(6, 5)]
+    assert verify(export(texts, (7,), sealed=5), vkey()).leases == {"acme": 7}
+
+
+def test_a_text_that_is_not_here_was_sealed_or_taken_away() -> None:
+    """Its hash alone fits every checkpoint: who may write the database could else hide what an entry says."""
+    texts = [*BODIES[:30], seal(30, 25), *BODIES[31:]]
+    assert verify(export(texts, (20, 40), sealed=25), vkey()).sealed == 25
+    assert verify(export(texts, (40,), sealed=25, first=10), vkey()).sealed == 15
+    for sealed, index in ((26, 25), (31, 0), (40, 0)):  # one more than was sealed, and the record of the seal itself
+        assert int(refused(export(texts, (20, 40), sealed=sealed)).ids["index"]) == index
+    assert int(refused(export(BODIES, (40,), sealed=1)).ids["index"]) == 0
+    docs = [json.loads(line) for line in export(texts, (40,), sealed=25)]
+    for i in (28, 35):
+        del next(d for d in docs if d.get("i") == i)["body"]
+    assert int(refused(sealed_again(docs)).ids["index"]) == 28
+    many = [json.loads(line) for line in export([body(i) for i in range(2500)], (2500,))]
+    for doc in many[1:-2:2]:
+        del doc["body"]
+    assert int(refused(sealed_again(many)).ids["index"]) == 0
 
 
 @pytest.mark.parametrize(

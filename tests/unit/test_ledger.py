@@ -93,7 +93,7 @@ def test_export_and_verify_by_the_commands(site: Site, tmp_path: Path, capsys: p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["body", "leaf", "both", "removed", "last"])
+@pytest.mark.parametrize("how", ["body", "hidden", "leaf", "both", "removed", "last"])
 def test_an_altered_database_is_refused(site: Site, tmp_path: Path, how: str) -> None:
     """What one with the database's password and without the key can do to the rows; the kept checkpoint file is removed, as he would."""
     fill(site, 300)
@@ -105,6 +105,8 @@ def test_an_altered_database_is_refused(site: Site, tmp_path: Path, how: str) ->
         where = update(t.audit_leaf).where(leaf.idx == at)
         if how in ("body", "both"):
             conn.execute(where.values(body='{"event": "pull", "org": "else"}'))
+        if how == "hidden":
+            conn.execute(where.values(body=None))
         if how in ("leaf", "both"):
             conn.execute(where.values(leaf_hash=tlog.leaf_hash(b'{"event": "pull", "org": "else"}')))
         if how in ("removed", "last"):
@@ -122,7 +124,7 @@ def test_an_altered_database_is_refused(site: Site, tmp_path: Path, how: str) ->
         verify_main([str(tmp_path / "log"), "--key", site.log.verifier(1), "--since", str(tmp_path / "kept")])
     if isinstance(told.value, Mismatch):
         assert int(told.value.ids["index"]) <= at and told.value.exit_code == 7
-    assert how not in ("body", "removed") or told.value.ids["index"] == "290"
+    assert how not in ("body", "hidden", "removed") or told.value.ids["index"] == "290"
 
 
 @SQLITE_ONLY
