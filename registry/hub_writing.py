@@ -186,7 +186,8 @@ class HubWriter:
                 self._line(x, call, name, read, line)
 
         if any(line.strip() for line in lines):
-            await x.call(work)
+            call = await x.call(lambda call: call)  # the key as it is now
+            await x.io(lambda: work(call))  # whose bytes are no work for the threads of the lookups
 
     def _line(self, x: Exchange, call: Call, name: str, read: _Commit, line: bytes) -> None:
         """One line of a commit: its header, or a change, whose bytes are stored at once; raises Invalid, TooLarge."""
