@@ -41,11 +41,7 @@ def test_one_changed_character_is_no_ticket(at: int, other: str) -> None:
     at %= len(text)
     changed = text[:at] + other + text[at + 1 :]
     if changed != text:
-        try:
-            assert DESK.verify(changed, 0.0) == TICKET  # the last character of base64 has bits that mean nothing
-            assert at in (len(text) - 1, text.rindex(".") - 1)
-        except Denied as error:
-            assert error.reason == "ticket_invalid"
+        assert reason(DESK, changed) == "ticket_invalid"
 
 
 @given(st.text(max_size=300))
