@@ -195,8 +195,8 @@ def play(data: Path, env: dict[str, str], count: int, seconds: float, kill_every
         with open_site(settings, background=False) as site:
             with site.catalog.reading() as conn:
                 both = union_all(select(t.audit_pending.c.body), select(t.audit_leaf.c.body)).subquery()
-                runs = conn.execute(select(both.c.body).where(both.c.body.like('%"event": "gc"%'))).scalars().all()
-            collected = sum(int(json.loads(body)["blobs"]) for body in runs)
+                events = [json.loads(body) for body in conn.execute(select(both.c.body).where(both.c.body.is_not(None))).scalars()]
+            collected = sum(int(event["blobs"]) for event in events if event["event"] == "gc")
             stop(servers[0].process)
             now = time.time()
             halves = sum(collect(site, now + days * 86400) for days in (10, 20, 30))  # every lease is over, and at last that of bytes without a row
