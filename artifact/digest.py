@@ -175,7 +175,7 @@ def _probe(library: ctypes.CDLL) -> bool:
     return bool(chain[0] == 0x6A09E667 and chain[7] == 0x5BE0CD19)  # FIPS 180-4, 5.3.3: the layout is what we think it is
 
 
-def _load() -> tuple[ctypes.CDLL, str] | None:
+def _load() -> ctypes.CDLL | None:
     if _Context.spare.offset != 112:
         return None
     for name in _candidates():
@@ -189,7 +189,7 @@ def _load() -> tuple[ctypes.CDLL, str] | None:
                 function = getattr(library, symbol)
                 function.argtypes, function.restype = types, ctypes.c_int
             if _probe(library):
-                return library, name
+                return library
         except (OSError, AttributeError, Unsupported, Invalid):
             continue  # absent, without the symbols, or another layout: the next one, then hashlib
     return None
@@ -207,11 +207,6 @@ def can_export() -> bool:
     return _CRYPTO is not None
 
 
-def library_name() -> str:
-    """The libcrypto that is used, empty where hashlib is."""
-    return _CRYPTO[1] if _CRYPTO else ""
-
-
 def new(algorithm: str = "sha256", state: bytes = b"", offset: int = 0) -> Hasher:
     """A hasher, from an exported state of bytes [0, offset) if one is given; raises Unsupported, Invalid where it cannot continue."""
     if algorithm not in _ALGORITHMS:
@@ -220,7 +215,7 @@ def new(algorithm: str = "sha256", state: bytes = b"", offset: int = 0) -> Hashe
         if state or offset:
             raise Unsupported(f"no {algorithm} state can be continued here", expected="hashing again from the first byte")
         return _Library(algorithm)
-    hasher = _Crypto(_CRYPTO[0])
+    hasher = _Crypto(_CRYPTO)
     if state:
         hasher.load(state)
     if hasher.offset != offset:
