@@ -1,0 +1,62 @@
+"""`airlock runtime list-model-profiles`: what fits this node, what does not and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from artifact.profile import Profile
+from runtime import console, start
+from runtime.settings import Settings
+from runtime.start import Choice
+
+TEXT = "show which profiles fit this node, and why others do not"
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the documented exit status."""
+    parser = console.parser("list-model-profiles", TEXT)
+    return console.run(parser, argv, list_profiles)
+
+
+def list_profiles(settings: Settings, args: argparse.Namespace) -> int:
+    """`list-model-profiles`: what fits, what does not and why, as NIM prints it or as JSON."""
+    choice = start.choose(settings, settings.profile)
+    sys.stdout.write(_as_json(choice, settings) if args.json else _as_text(choice))
+    return 0
+
+
+def _as_text(choice: Choice) -> str:
+    selection = choice.selection
+    lines = [*start.system(choice.facts), "MODEL PROFILES", "- Compatible with system and runnable:" + ("" if selection.order else " <None>")]
+    lines += [f"  - {p.id} ({p.description})" + ("   <- selected" if p is selection.selected else "") for p in selection.order]
+    refused = [(p, r) for p, r in selection.rejected if p not in selection.order]
+    lines.append("- Incompatible with system:" + ("" if refused else " <None>"))
+    lines += [f"  - {p.id} ({p.description}): {reason}" for p, reason in refused]
+    return "\n".join(lines) + "\n"
+
+
+def _as_json(choice: Choice, settings: Settings) -> str:
+    selection, facts = choice.selection, choice.facts
+    reasons = {p.id: reason for p, reason in selection.rejected}
+
+    def shown(profile: Profile) -> dict[str, object]:
+        out: dict[str, object] = {
+            "profile_id": profile.id,
+            "description": profile.description,
+            "tags": profile.tags,
+            "model_digest": profile.model.digest,
+        }
+        return out | ({"reason": reasons[profile.id]} if profile.id in reasons else {})
+
+    doc = {
+        "model": settings.name_ref,
+        "profile_manifest": choice.released.digest,
+        "selected": selection.selected.id if selection.selected else None,
+        "why": selection.why,
+        "compatible": [shown(p) for p in selection.order],
+        "incompatible": [shown(p) for p, _ in selection.rejected if p not in selection.order],
+        "system": {"cpu": facts.cpu, "simulated": facts.simulated, "driver": facts.driver, "gpus": [vars(g) for g in facts.gpus]},
+    }
+    return json.dumps(doc, indent=2) + "\n"

@@ -1,0 +1,195 @@
+"""The way of every start up to its choice: key check, GPUs, released profiles, profile, lease, weights, in a straight line; none calls the next.
+
+Loads what a step needs when it needs it: `--help` must answer at once, and a refusal must come before anything heavy is imported or fetched.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from artifact.errors import Conflict, Invalid, NotFound, Unavailable
+from artifact.profile import Profile
+from runtime.settings import Facts, Settings
+
+if TYPE_CHECKING:
+    from artifact.remote import RemoteRegistry
+    from artifact.trust import SiteTrust
+    from runtime import entitlement
+    from runtime.profiles import Selection
+    from runtime.weights import ModelDir, Released
+
+log = logging.getLogger("airlock")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the first half of a start found out: where from, what keeps the registry from answering, under which keys, which profile and why."""
+
+    client: RemoteRegistry
+    trouble: Unavailable | None
+    trust: SiteTrust
+    facts: Facts
+    released: Released
+    selection: Selection
+
+    @property
+    def remote(self) -> RemoteRegistry | None:
+        """The registry where it answers."""
+        return None if self.trouble else self.client
+
+
+def choose(settings: Settings, pin: str) -> Choice:
+    """Key check, GPUs, released profiles, choice; raises what each of them raises, in this order."""
+    from runtime import entitlement, gpus, profiles, weights
+
+    entitlement.require_key(settings)
+    client = remote(settings)
+    trouble = entitlement.check_key(client)
+    trust = entitlement.read_trust(settings)
+    if trouble:
+        entitlement.tell(trouble)
+    weights.check_cache(settings.cache)
+    released = _released(client, trouble, settings, trust)
+    facts = gpus.detect(settings.gpu_deadline_s, settings.visible_cuda, settings.visible_nvidia)
+    for line in system(facts):
+        log.info(line)
+    log.info("Running NIM %s LoRA.", "with" if settings.lora else "without")
+    wanted = profiles.Wanted(pin, settings.lora, settings.relax_memory, frozenset({"vllm"}))
+    return Choice(client, trouble, trust, facts, released, profiles.select(released.profiles.profiles, facts, wanted))
+
+
+def remote(settings: Settings) -> RemoteRegistry:
+    """A client of this site's registry with the key; raises Invalid without AIRLOCK_REGISTRY."""
+    from artifact.remote import RemoteRegistry
+
+    if not settings.registry:
+        raise Invalid(
+            "AIRLOCK_REGISTRY is not set", expected="the URL of this site's registry, such as http://registry:5000", do="set AIRLOCK_REGISTRY"
+        )
+    ca_file = str(settings.ca_file) if settings.ca_file else None
+    return RemoteRegistry(settings.registry, settings.key, ca_file=ca_file, timeout_s=settings.timeout_s)
+
+
+def _released(source: RemoteRegistry, trouble: Unavailable | None, settings: Settings, trust: SiteTrust) -> Released:
+    from runtime import entitlement, weights
+
+    try:
+        return weights.released(None if trouble else source, settings.cache, settings.model, settings.ref, trust.release_keys)
+    except Unavailable as error:
+        if trouble and error.reason == "unavailable":  # nothing is cached: what keeps the registry from answering is the cause
+            raise entitlement.also(trouble, error) from error
+        raise
+    except NotFound as error:
+        if trouble:
+            raise
+        try:
+            source.read_manifest(settings.model, settings.ref)
+        except NotFound as missing:
+            if missing.reason == "manifest":  # the registry says this only of a name that the key sees
+                raise _no_version(source, settings) from error
+            raise entitlement.invisible(settings.name_ref) from error
+        raise NotFound(
+            f"{settings.name_ref} has no profile manifest, so nothing says how to run it",
+            expected=f"{settings.model}/profiles:{settings.ref}",
+            do="push it with `airlock model push … --profiles FILE`, then promote it",
+            reason="no_profiles",
+        ) from error
+
+
+def _no_version(source: RemoteRegistry, settings: Settings) -> NotFound:
+    from artifact.remote import NOBODY_CALL
+
+    page = source.refs(NOBODY_CALL, settings.model, limit=20)
+    there = ", ".join(map(str, page.items)) + (", …" if page.after else "")
+    return NotFound(
+        f"{settings.model} has no version {settings.ref}",
+        expected=f"one of: {there or 'none yet'}",
+        do=f"say --model {settings.model}:VERSION; without one, latest is meant",
+        reason="version",
+    )
+
+
+def announce(choice: Choice) -> Profile:
+    """Logs the choice and a reason for each other profile; raises NotFound when none fits."""
+    from runtime import profiles
+
+    selection = choice.selection
+    log.info("Detected %d compatible profile(s).", len(selection.order))
+    for profile, reason in selection.rejected:
+        log.info("Rejected profile: %s (%s): %s", profile.id, profile.description, reason)
+    profile = profiles.require(selection)
+    log.info("%s: %s", selection.line, selection.why)
+    for key, value in sorted(profile.tags.items()):
+        log.info("Profile metadata: %s: %s", key, value)
+    return profile
+
+
+def workspace(choice: Choice, profile: Profile, settings: Settings) -> ModelDir:
+    """The verified model directory of a profile; raises what runtime.weights.materialise raises."""
+    from runtime import weights
+
+    log.info("Preparing model workspace. This step might download additional files to run the model.")
+    began = time.monotonic()
+    made = weights.materialise(choice.remote, settings.cache, profile.model, log.info, workers=settings.workers)
+    log.info(
+        "Model workspace is now ready. It took %.3f seconds (%d bytes fetched, %d hashed again, %d known by stamp)",
+        time.monotonic() - began,
+        made.fetched,
+        made.hashed,
+        made.stamped,
+    )
+    return made
+
+
+def lease_for(choice: Choice, profile: Profile, settings: Settings) -> entitlement.Choice:
+    """What a lease of this start is for."""
+    from runtime import entitlement
+
+    uuids = tuple(g.uuid for g in choice.selection.gpus)
+    return entitlement.Choice(settings.model, settings.ref, choice.released.digest, profile.id, uuids, settings.instance, profile.model.digest)
+
+
+def lease(choice: Choice, profile: Profile, settings: Settings) -> tuple[dict[str, object], bool]:
+    """A lease and whether the registry gave it just now; one from the cache where the registry does not answer, at the start or at this step."""
+    from runtime import entitlement
+
+    wanted, folder, trouble = lease_for(choice, profile, settings), settings.cache / "leases", choice.trouble
+    if trouble is None:
+        try:
+            return entitlement.obtain_lease(choice.client, wanted, choice.trust, folder), True
+        except Unavailable as error:
+            entitlement.tell(error)
+            trouble = error
+    return entitlement.fall_back(trouble, wanted, choice.trust, folder), False
+
+
+def check_port(host: str, port: int) -> None:
+    """The port can be bound now; raises Conflict (reason port_taken). Before weights and engine: a start of minutes must not end with this."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise Conflict(
+                f"port {port} of {host} is not free: {error.strerror}",
+                expected="a free port for the API",
+                do=f"stop what listens there, or set NIM_HTTP_API_PORT (with Docker: map another one, -p {port + 1}:{port})",
+                reason="port_taken",
+            ) from error
+
+
+def system(facts: Facts) -> list[str]:
+    """The lines of SYSTEM INFO, as a NIM prints them."""
+    if facts.cpu:
+        return ["SYSTEM INFO", "- No NVIDIA library on this node: CPU profiles only"]
+    mark = " SIMULATED" if facts.simulated else ""
+    lines = ["SYSTEM INFO", f"- Driver {facts.driver}, CUDA {facts.cuda}{mark}", "- GPUs:" if facts.gpus else "- GPUs: <None>"]
+    for gpu in facts.gpus:
+        used = 100 * (gpu.total - gpu.free) // gpu.total if gpu.total else 0
+        lines.append(f"  -  [{gpu.device}] ({gpu.index}) {gpu.name} {gpu.uuid} [current utilization: {used}%]")
+    return lines + ([f"- {facts.hidden}"] if facts.hidden else [])
