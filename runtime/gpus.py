@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from artifact.errors import AirlockError, Invalid, Unavailable
-from runtime.settings import Facts, Gpu
+from runtime.node import Facts, Gpu
 
 # NVML return codes (nvml.h); the words are what an operator can act on.
 LIBRARY_NOT_FOUND = 12

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from artifact.errors import Invalid, NotFound
 from artifact.profile import Profile
-from runtime.settings import GPU_SHARE, Facts, Gpu, describe
+from runtime.node import Facts, Gpu, describe
+from runtime.settings import GPU_SHARE
 
 GIB = 1 << 30
 OVERHEAD = 2 * GIB  # activations, CUDA context and graphs (engines.md 14.1; an estimate, a setting of the method and no measurement)

@@ -6,7 +6,7 @@ Names are NIM's where NIM has one (nim-container.md section 2), so that the run 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,40 +65,6 @@ EXIT_CODES: Mapping[str, int] = {
     "timeout": 43,
     "gpus_exceeded": 44,
 }
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU: NVML index, UUID, product name, NIM's `gpu_device` text, compute capability, bytes of memory (0: not told)."""
-
-    index: int
-    uuid: str
-    name: str
-    device: str
-    capability: tuple[int, int] = (0, 0)
-    total: int = 0
-    free: int = 0
-    mig: bool = False
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the node offers: `cpu` only where no NVML library exists; `simulated` where a stand-in library answers."""
-
-    cpu: bool
-    gpus: tuple[Gpu, ...] = ()
-    driver: str = ""
-    cuda: str = ""
-    simulated: bool = False
-    hidden: str = ""
-
-
-def describe(gpus: Iterable[Gpu]) -> str:
-    """`2x NVIDIA L40S, 1x NVIDIA L4` for sentences."""
-    counts: dict[str, int] = {}
-    for gpu in gpus:
-        counts[gpu.name] = counts.get(gpu.name, 0) + 1
-    return ", ".join(f"{n}x {name}" for name, n in counts.items()) or "no GPU"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from artifact.errors import Conflict, Invalid, NotFound, Unavailable
 from artifact.profile import Profile
-from runtime.settings import Facts, Settings
+from runtime.node import Facts
+from runtime.settings import Settings
 
 if TYPE_CHECKING:
     from artifact.remote import RemoteRegistry

@@ -12,7 +12,8 @@ from pathlib import Path
 from artifact.errors import Invalid, NotFound
 from artifact.profile import TASKS, Profile
 from runtime.engines import Launch
-from runtime.settings import GPU_SHARE, Gpu, Settings
+from runtime.node import Gpu
+from runtime.settings import GPU_SHARE, Settings
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 ALLOWED_DTYPES = ("auto", "bfloat16", "float16", "float32", "half", "float")

@@ -15,7 +15,7 @@ import pytest
 
 from artifact.errors import Invalid
 from runtime import gpus
-from runtime.settings import Gpu
+from runtime.node import Gpu
 from tests.fakes.nvml import build
 
 TWO = """driver=550.163.01

@@ -12,7 +12,7 @@ from artifact.manifest import canonical_json
 from artifact.profile import Pin, Profile, build, parse
 from registry.commands import model
 from runtime.profiles import SEED_LINE, Wanted, families, require, select
-from runtime.settings import Facts, Gpu
+from runtime.node import Facts, Gpu
 
 DIGEST = "sha256:" + "1" * 64
 GIB = 1 << 30

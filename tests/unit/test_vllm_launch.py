@@ -10,7 +10,8 @@ import pytest
 from artifact.errors import Invalid, NotFound
 from artifact.profile import Pin, Profile
 from runtime.engines.vllm import Installation, find, launch
-from runtime.settings import Gpu, from_environment
+from runtime.node import Gpu
+from runtime.settings import from_environment
 
 CPU = Profile("a" * 64, {"llm_engine": "vllm", "precision": "bf16", "tp": "1", "device": "cpu"}, Pin("acme/tiny", "sha256:" + "1" * 64))
 GPU = replace(CPU, tags={"llm_engine": "vllm", "precision": "fp16", "tp": "2"})
