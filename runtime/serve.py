@@ -1,4 +1,4 @@
-"""The front of the runtime: NIM's and OpenAI's routes on one port, inference piped byte for byte to the engine's unix socket.
+"""The front of the runtime: NIM's and OpenAI's routes on one port, inference piped byte for byte to the engine's socket.
 
 Only listed routes exist; the engine gets a path from our table, never the client's, and no local path or credential goes back.
 """
@@ -24,8 +24,9 @@ import aiohttp
 from aiohttp import web
 
 from artifact.errors import Invalid, Unavailable
-from runtime.engines import Launch
-from runtime.supervisor import Exit, Keeper
+from runtime.exits import Exit
+from runtime.launch import Launch
+from runtime.supervisor import Keeper, connector
 from runtime.watch import Watch
 
 BODY_LIMIT = 32 << 20
@@ -91,14 +92,17 @@ def parse_body(raw: bytes) -> Json:
     return body
 
 
-def prepare(route: str, body: Json, names: tuple[str, ...]) -> tuple[str, bytes | None]:
-    """The name that the caller asked for, and the body to send where it must differ from what came; raises Refused."""
-    asked = body.get("model", names[0])
-    if not isinstance(asked, str) or asked not in names:
+def prepare(route: str, body: Json, models: Mapping[str, Mapping[str, object]]) -> tuple[str, bytes | None]:
+    """The name that the caller asked for, and the body to send where it must differ from what came; raises Refused.
+
+    `models` says for each name what the engine's body says instead (Launch.models); the first is meant where none is given.
+    """
+    asked = body.get("model", next(iter(models)))
+    if not isinstance(asked, str) or asked not in models:
         shown = str(asked)[:200]
-        raise Refused(404, f"The model `{shown}` does not exist. Valid names: {', '.join(names)}.", "NotFoundError", "model")
-    changed = "model" not in body or asked != names[0]
-    body["model"] = names[0]
+        raise Refused(404, f"The model `{shown}` does not exist. Valid names: {', '.join(models)}.", "NotFoundError", "model")
+    changed = any(body.get(k) != v for k, v in models[asked].items())
+    body |= models[asked]
     if route == "/v1/embeddings":
         if "encoding_format" in body and body["encoding_format"] is None:
             del body["encoding_format"]
@@ -155,9 +159,20 @@ class Front:
         self._began = int(time.time())
         self._session: aiohttp.ClientSession | None = None
         # Longest first, so that a directory never leaves the rest of a longer path behind.
-        paths = {a for a in keeper.launch.argv if a.startswith("/")} | {str(keeper.launch.socket)}
+        launch = keeper.launch
+        local = (launch.socket, *launch.files, *launch.links, *launch.links.values())
+        paths = {a for a in launch.argv if a.startswith("/")} | {str(p) for p in local if p}
         self._paths = sorted(paths, key=len, reverse=True)
         self._version = importlib.metadata.version("airlock")
+
+    @property
+    def models(self) -> Mapping[str, Mapping[str, object]]:
+        """The names that clients may use, and what the engine's body says for each."""
+        names = self.settings.model_names
+        return self.keeper.launch.models or {name: {"model": names[0]} for name in names}
+
+    def _engine_name(self, asked: str) -> str:
+        return str(self.models[asked]["model"])
 
     def application(self) -> web.Application:
         """The routes; everything else is 404."""
@@ -186,9 +201,10 @@ class Front:
             answer.headers["x-airlock-warning"] = warning
 
     async def _client(self, app: web.Application) -> AsyncIterator[None]:
-        connector = aiohttp.UnixConnector(str(self.keeper.launch.socket), limit=0)
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar())
+        launch, timeout = self.keeper.launch, aiohttp.ClientTimeout(total=None, sock_connect=5)
+        self._session = aiohttp.ClientSession(
+            connector=connector(launch), timeout=timeout, headers=launch.headers, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
+        )
         yield
         await self._session.close()
 
@@ -240,26 +256,27 @@ class Front:
         self._demand_engine()
         if self.max_model_len is None:
             await self._learn_length()
-        first = self.settings.model_names[0]
+        names = self.settings.model_names
+        first = names[0]
         data: list[Json] = [
             {
                 "id": name,
                 "object": "model",
                 "created": self._began,
                 "owned_by": "airlock",
-                "root": name if name == first else first,
-                "parent": None,
+                "root": first if name in names else name,
+                "parent": None if name in names else first,  # an adapter's is the model that it is for
                 "max_model_len": self.max_model_len or None,
                 "permission": [],
             }
-            for name in self.settings.model_names
+            for name in self.models
         ]
         return web.json_response({"object": "list", "data": data})
 
     async def _learn_length(self) -> None:
         assert self._session is not None
         with suppress(aiohttp.ClientError, TimeoutError, ValueError, OSError):
-            async with self._session.get("http://engine/v1/models", timeout=aiohttp.ClientTimeout(total=5)) as answer:
+            async with self._session.get(self.keeper.launch.url("/v1/models"), timeout=aiohttp.ClientTimeout(total=5)) as answer:
                 body = json.loads(await answer.content.read(ERROR_LIMIT))
                 entries = body.get("data") if isinstance(body, dict) else None
                 entry = entries[0] if isinstance(entries, list) and entries else None
@@ -288,7 +305,9 @@ class Front:
         text = ""
         if self.keeper.ready and self._session:
             with suppress(aiohttp.ClientError, TimeoutError, OSError):
-                async with self._session.get("http://engine/metrics", timeout=aiohttp.ClientTimeout(total=5)) as answer:
+                async with self._session.get(
+                    self.keeper.launch.url(self.keeper.launch.metrics_path), timeout=aiohttp.ClientTimeout(total=5)
+                ) as answer:
                     if answer.status == 200:
                         text = self.scrub((await answer.read()).decode("utf-8", "replace")).rstrip("\n") + "\n"
         own = ["# TYPE airlock_requests_total counter"]
@@ -322,7 +341,7 @@ class Front:
                 raise Refused(408, f"the body did not arrive within {BODY_S:.0f} s", "RequestTimeout") from e
             body = parse_body(raw)
             streamed = body.get("stream") is True
-            asked, changed = prepare(request.path, body, self.settings.model_names)
+            asked, changed = prepare(request.path, body, self.models)
             return await self._pipe(request, raw if changed is None else changed, asked, streamed)
         finally:
             self.in_flight -= 1
@@ -333,14 +352,16 @@ class Front:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=self.settings.idle_s if streamed else None)
         upstream: aiohttp.ClientResponse | None = None
         try:
-            upstream = await self._session.post("http://engine" + request.path, data=body, headers=headers, timeout=timeout, allow_redirects=False)
+            upstream = await self._session.post(
+                self.keeper.launch.url(request.path), data=body, headers=headers, timeout=timeout, allow_redirects=False
+            )
             if upstream.status != 200:
                 return read_error(upstream.status, await upstream.content.read(ERROR_LIMIT), asked, self.scrub)
             if upstream.content_type == "text/event-stream":
                 return await self._stream(request, upstream, asked)
             data = await upstream.read()
-            if asked != self.settings.model_names[0]:
-                data = renamed(data, self.settings.model_names[0], asked)
+            if asked != self._engine_name(asked):
+                data = renamed(data, self._engine_name(asked), asked)
             return web.Response(body=data, headers={"Content-Type": upstream.headers.get("Content-Type", "application/json")})
         except TimeoutError as e:
             raise Refused(504, "the engine did not answer in time", "GatewayTimeout") from e
@@ -358,7 +379,7 @@ class Front:
         out = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         out.headers["X-Request-Id"] = str(request["id"])
         await out.prepare(request)
-        first = self.settings.model_names[0]
+        first = self._engine_name(asked)
         tail = rest = b""
         why = "the engine ended during the answer"
         try:

@@ -1,4 +1,4 @@
-"""Starts an engine, watches it, says in one word why it ended and whether to try again; it speaks to no client and knows no model.
+"""Starts an engine under its guardian, watches it, and starts it again where the class of its end allows; it speaks to no client and knows no model.
 
 Every exit that nobody asked for is a crash, status 0 included: vLLM exits 0 a few seconds after its worker was killed.
 """
@@ -6,24 +6,24 @@ Every exit that nobody asked for is a crash, status 0 included: vLLM exits 0 a f
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import dataclasses
 import os
-import re
 import signal
+import socket
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import aiohttp
 
 from artifact.errors import Invalid, Unavailable
-from runtime.engines import Launch
+from runtime import guardian
+from runtime.exits import BACKOFF, NEVER, NONE, ONCE, Exit, classify
+from runtime.launch import Launch
 
 SOCKET_LIMIT = 107  # sun_path of Linux without its final zero byte
 LINE_CAP = 4096
@@ -35,79 +35,46 @@ SILENT_POLLS = 6  # a health answer may be late under load; this many timeouts i
 RESTARTS = 3
 BACKOFF_S = 1.0
 STEADY_S = 300.0  # an engine that was ready this long starts with a clean count of restarts
-PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
-
-NEVER, ONCE, BACKOFF, NONE = "never", "once", "back-off", "none"
+COMPLETE = "see that the engine environment is complete and readable for this user"
+FORCE_S = guardian.SWEEP_S + 1.0  # what the guardian may take to end everything before its group is killed over its head
 
 
-@dataclass(frozen=True)
-class Exit:
-    """Why an engine ended: class, status, one sentence for people, what to do next, and the context length that would fit (0: not told)."""
-
-    kind: str
-    rc: int
-    detail: str
-    retry: str
-    max_model_len: int = 0
+def connector(launch: Launch) -> aiohttp.BaseConnector:
+    """Connections to the engine, as many as are wanted, over its socket or the loopback interface."""
+    return aiohttp.UnixConnector(str(launch.socket), limit=0) if launch.socket else aiohttp.TCPConnector(limit=0)
 
 
-# First match wins; the whole log is searched, as a child prints the cause before the parent's general words.
-RULES: tuple[tuple[str, str, str, str], ...] = (
-    (r"unrecognized arguments|error: argument", "bad_config", NEVER, "the engine does not know an argument"),
-    (r"No package metadata was found for vllm", "bad_config", NEVER, "the engine environment lacks the metadata alias `vllm`: build it again"),
-    (r"Unable to find interface for: \[127", "no_loopback", NEVER, "the loopback interface is down (do: ip link set lo up)"),
-    (r"estimated maximum model length is (\d+)", "does_not_fit", ONCE, "the context length does not fit into the memory left"),
-    (r"No available memory for the cache blocks", "does_not_fit", NEVER, "the weights leave no memory for the KV cache"),
-    (r"Free memory on device .* is less than desired GPU memory utilization", "gpu_busy", NEVER, "another process holds memory of the GPU"),
-    (r"SafetensorError", "bad_weights", NEVER, "the engine cannot read the weights: a verified file means a wrong artefact"),
-    (
-        r"HFValidationError|is greater than the derived max_model_len|must be divisible by tensor parallel size|ValidationError",
-        "bad_config",
-        NEVER,
-        "the engine refuses the configuration",
-    ),
-    (r"\[Errno 98\] Address already in use", "port", ONCE, "the engine's address is in use"),
-    (r"CUDA out of memory|OutOfMemoryError", "does_not_fit", NEVER, "the GPU's memory is too small"),
-    (r"_C::.*expected at most|quantization.*not supported|not supported.*quantization", "unsupported", NEVER, "this engine build cannot do that"),
-)
+def free_port() -> int:
+    """A port of the loopback interface that is free now; who takes it before the engine does costs one restart (class `port`)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
-def classify(rc: int, log: str, *, asked: bool = False, was_ready: bool = False) -> Exit:
-    """The class of an exit from its status and the whole kept log; pure."""
-    if asked:
-        return Exit("stopped", rc, "stopped on request", NONE)
-    if rc in (-signal.SIGKILL, 137):
-        return Exit("oom_kill", rc, "killed, probably out of memory", BACKOFF)
-    if rc == 0 or was_ready:
-        return Exit("engine_died", rc, f"the engine ended by itself with status {rc}", BACKOFF)
-    if rc == 2:
-        return Exit("bad_config", rc, f"the engine refused its arguments: {_last(log)}", NEVER)
-    for pattern, kind, retry, words in RULES:
-        found = re.search(pattern, log)
-        if found:
-            length = int(found.group(1)) if found.re.groups and len(found.group(1)) < 10 else 0
-            return Exit(kind, rc, f"{words}: {_line_of(log, found.start())}", retry, length)
-    return Exit("unknown", rc, f"the engine ended with status {rc}:\n" + "\n".join(log.splitlines()[-40:]), BACKOFF)
-
-
-def _last(log: str) -> str:
-    lines = [line for line in log.splitlines() if "error" in line.lower()] or log.splitlines() or [""]
-    return lines[-1].strip()[:500]
-
-
-def _line_of(log: str, at: int) -> str:
-    start = log.rfind("\n", 0, at) + 1
-    end = log.find("\n", at)
-    return log[start : end if end >= 0 else len(log)].strip()[:500]
+def prepare(launch: Launch) -> None:
+    """Makes the files and links of a launch, readable for this user alone; raises Unavailable."""
+    try:
+        for path, text in launch.files.items():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+                out.write(text)
+        for path, target in launch.links.items():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            path.symlink_to(target)
+    except OSError as e:
+        what = f"{e.filename} cannot be made: {e.strerror}"
+        raise Unavailable(what, do="see that the temporary directory is writable and not full", reason="engine_failed") from e
 
 
 class Log:
     """The engine's output: the last lines in memory, each cut at a length, and all of them in a file of bounded size or on stderr."""
 
-    def __init__(self, file: Path | None = None) -> None:
+    def __init__(self, file: Path | None = None, secret: str = "") -> None:
         self.lines: deque[str] = deque(maxlen=LINES)
         self._path = file
+        self._secret = secret.encode()
         self._out: BinaryIO | None = None
         self._written = 0
         self._rest = b""
@@ -118,7 +85,10 @@ class Log:
 
     def feed(self, data: bytes) -> None:
         """Takes output as it comes; a line without an end is cut, never kept whole."""
-        *whole, rest = (self._rest + data).split(b"\n")
+        data = self._rest + data
+        if self._secret:  # SGLang prints all its settings at start, its key among them
+            data = data.replace(self._secret, b"[key]")
+        *whole, rest = data.split(b"\n")
         for line in whole:
             self._add(line)
         while len(rest) > LINE_CAP:
@@ -158,16 +128,6 @@ class Log:
             self._written += len(kept) + 1
 
 
-def _tie_to_parent(parent: int) -> Callable[[], None]:
-    def tie() -> None:
-        # The engine must not outlive us and keep the GPU: the kernel ends it when this process dies, however it dies.
-        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return tie
-
-
 class Engine:
     """One engine process and its children, from start to end; start it from the main thread, whose end also ends the engine."""
 
@@ -175,7 +135,7 @@ class Engine:
         self.launch = launch
         self.ready = False
         self.pid = 0
-        self.log = Log(log_file)
+        self.log = Log(log_file, launch.key)
         self._ready_s = ready_s
         self._poll_s = poll_s
         self._asked = False
@@ -188,28 +148,29 @@ class Engine:
 
     async def start(self) -> None:
         """Starts the process in its own group with exactly the given environment; raises Invalid or Unavailable before or at the start."""
-        path = self.launch.socket
-        if len(os.fsencode(path)) > SOCKET_LIMIT:
-            raise Invalid(f"the socket path {path} is too long", expected=f"at most {SOCKET_LIMIT} bytes", do="set TMPDIR to a shorter directory")
-        with suppress(FileNotFoundError):
-            path.unlink()
+        path, program = self.launch.socket, self.launch.argv[0]
+        if path:
+            if len(os.fsencode(path)) > SOCKET_LIMIT:
+                raise Invalid(f"the socket path {path} is too long", expected=f"at most {SOCKET_LIMIT} bytes", do="set TMPDIR to a shorter directory")
+            path.unlink(missing_ok=True)
+        if not os.access(program, os.X_OK):
+            raise Unavailable(f"the engine {program} does not start: it is absent or not executable", do=COMPLETE, reason="engine_failed")
+        prepare(self.launch)
         output, given = os.pipe()
         os.set_blocking(output, False)
         try:
             process = subprocess.Popen(  # noqa: S603 - the adapter's argument vector, no shell
-                self.launch.argv,
+                (sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), *self.launch.argv),
                 env=dict(self.launch.env),
                 cwd=self.launch.cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=given,
                 stderr=subprocess.STDOUT,
                 process_group=0,
-                preexec_fn=_tie_to_parent(os.getpid()),  # the only way to reach prctl between fork and exec
             )
         except OSError as e:
             os.close(output)
-            do = "see that the engine environment is complete and readable for this user"
-            raise Unavailable(f"the engine {self.launch.argv[0]} does not start: {e.strerror}", do=do, reason="engine_failed") from e
+            raise Unavailable(f"the engine {program} does not start: {e.strerror}", do=COMPLETE, reason="engine_failed") from e
         finally:
             os.close(given)
         # asyncio's own Process.wait() returns only when the output pipe is closed, which a surviving child holds open: it would hide the exit.
@@ -253,8 +214,9 @@ class Engine:
         finally:
             self.ready = False
             health.cancel()
-            self._kill_group()
-        # Children are dead now, so the pipe ends; one that left the group must not hold us up.
+            with suppress(ProcessLookupError, PermissionError):  # nothing is left, unless somebody killed the guardian
+                os.killpg(self.pid, signal.SIGKILL)
+        # Nothing that the engine started lives now, so the pipe ends; what the kernel does not let go must not hold us up.
         await asyncio.wait([closed, health], timeout=2)
         if not closed.done():
             self._close_output()
@@ -262,7 +224,7 @@ class Engine:
         return self._verdict(rc)
 
     async def stop(self, grace_s: float = 10.0) -> None:
-        """SIGTERM, wait, SIGKILL to the whole group; returns when the process is gone."""
+        """SIGTERM, wait, then the end of everything that the engine started; returns when the process is gone."""
         self._asked = True
         self.ready = False
         exited = self._exited
@@ -270,7 +232,7 @@ class Engine:
             return
         self._process.send_signal(signal.SIGTERM)
         await asyncio.wait([exited], timeout=grace_s)
-        self._kill_group()
+        self._force()
         await asyncio.shield(exited)
 
     def _verdict(self, rc: int) -> Exit:
@@ -285,11 +247,12 @@ class Engine:
         """Asks the health path until the process ends; bounds are told at DEAD_POLLS and SILENT_POLLS."""
         end = asyncio.get_running_loop().time() + self._ready_s
         bad = silent = 0
-        connector = aiohttp.UnixConnector(str(self.launch.socket), force_close=True)
-        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=5)) as session:
+        timeout = aiohttp.ClientTimeout(total=5)
+        async with aiohttp.ClientSession(connector=connector(self.launch), timeout=timeout, headers=self.launch.headers) as session:
             while True:
+                path = (self.launch.alive_path if self._was_ready else "") or self.launch.health_path
                 try:
-                    async with session.get("http://engine" + self.launch.health_path) as answer:
+                    async with session.get(self.launch.url(path), headers={"Connection": "close"}, allow_redirects=False) as answer:
                         up = answer.status == 200
                     bad, silent = (0, 0) if up else (bad + 1, silent)
                 except TimeoutError:
@@ -314,10 +277,16 @@ class Engine:
         if not self._asked:
             self._cause = cause
         self.ready = False
-        self._kill_group()
+        self._force()
+
+    def _force(self) -> None:
+        """Has the guardian end everything at once, and ends its group where it does not answer."""
+        if self._process is not None and self._exited is not None and not self._exited.done():
+            self._process.send_signal(signal.SIGUSR1)
+            asyncio.get_running_loop().call_later(FORCE_S, self._kill_group)
 
     def _kill_group(self) -> None:
-        if self.pid:
+        if self.pid and self._exited is not None and not self._exited.done():
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
 
@@ -349,6 +318,8 @@ class Keeper:
         tries = 0
         shortened = moved = False
         while True:
+            if self.launch.socket is None:
+                self.launch = self.launch.moved(free_port())
             engine = self._engine = Engine(self.launch, log_file=self._log_file, ready_s=self._ready_s)
             began = asyncio.get_running_loop().time()
             await engine.start()
@@ -362,12 +333,13 @@ class Keeper:
                 if shortened or not end.max_model_len:
                     return end
                 shortened = True
-                self.launch = dataclasses.replace(self.launch, argv=_shorten(self.launch.argv, end.max_model_len))
+                self.launch = self.launch.shortened(end.max_model_len)
                 say(f"warning: the wanted context does not fit; starting with {end.max_model_len} tokens")
             elif end.retry == ONCE:
                 if moved:
                     return end
                 moved = True
+                say(f"warning: {end.detail}; trying once more")
             else:
                 tries += 1
                 if tries > RESTARTS:
@@ -383,10 +355,3 @@ class Keeper:
         self._stopping = True
         if self._engine:
             await self._engine.stop(grace_s)
-
-
-def _shorten(argv: tuple[str, ...], length: int) -> tuple[str, ...]:
-    if "--max-model-len" in argv:
-        at = argv.index("--max-model-len")
-        return (*argv[: at + 1], str(length), *argv[at + 2 :])
-    return (*argv, "--max-model-len", str(length))

@@ -1,22 +1,40 @@
-"""What an engine adapter hands to the supervisor: one frozen description of a process to start; it starts nothing itself.
+"""One file per engine: its name is the profile's tag `llm_engine`; none imports another, and adding one changes nothing else.
 
-Every engine is one file beside this one; none imports another.
+Each has `find(settings) -> Installation` (raises NotFound, reason engine_absent) and `launch(start) -> Launch` (raises Invalid), and starts nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import importlib
+import pkgutil
+from types import ModuleType
+
+from artifact.errors import AirlockError, NotFound
+from runtime.launch import Installation, Launch, Start
+from runtime.settings import Settings
+
+__all__ = ["Installation", "Launch", "Start", "installed", "load", "names"]
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How to start an engine and where it answers: argument vector, whole environment, health path, unix socket, working directory."""
+def names() -> tuple[str, ...]:
+    """The engines that have a file here."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
 
-    argv: tuple[str, ...]
-    env: Mapping[str, str]
-    health_path: str
-    socket: Path
-    engine: str = "vllm"
-    cwd: Path | None = None
+
+def load(name: str) -> ModuleType:
+    """The adapter of that name; raises NotFound (reason engine_absent): a name comes from a profile and never reaches the import otherwise."""
+    if name not in names():
+        raise NotFound(f"there is no engine {name[:40]!r}", expected=", ".join(names()), reason="engine_absent")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def installed(settings: Settings) -> dict[str, str]:
+    """For each engine: empty where it can be started here, else why not."""
+    found: dict[str, str] = {}
+    for name in names():
+        try:
+            load(name).find(settings)
+            found[name] = ""
+        except AirlockError as error:
+            found[name] = error.what
+    return found

@@ -31,7 +31,7 @@ import json, logging, sys
 from pathlib import Path
 from artifact.errors import AirlockError
 from runtime import serve
-from runtime.engines import Launch
+from runtime.launch import Launch
 logging.basicConfig(level="INFO")
 args = json.loads(sys.argv[1])
 sock = Path(args["socket"])

@@ -28,7 +28,7 @@ DRIVER = """
 import json, logging, sys
 from pathlib import Path
 from runtime import serve
-from runtime.engines import Launch
+from runtime.launch import Launch
 logging.basicConfig(level="INFO")
 args = json.loads(sys.argv[1])
 settings = serve.ServeSettings("127.0.0.1", args["port"], tuple(args["names"]), "ab" * 32, "", "", engine_log=Path(args["log"]))

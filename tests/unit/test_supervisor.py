@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from artifact.errors import Invalid, Unavailable
-from runtime.engines import Launch
-from runtime.supervisor import LINE_CAP, LINES, Engine, Keeper, Log, classify
+from runtime.exits import classify
+from runtime.launch import Launch
+from runtime.supervisor import LINE_CAP, LINES, Engine, Keeper, Log
 
 GENERIC = "\nRuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}"
 SHORT = (
@@ -96,7 +97,7 @@ def test_status_zero_is_a_crash_and_children_die_with_it(tmp_path: Path) -> None
 
 def test_environment_is_exactly_the_given_one_and_group_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NGC_API_KEY", "secret")
-    code = "import os; print(sorted(set(os.environ) - {'LC_CTYPE'}), os.getpgid(0) == os.getpid(), os.readlink('/proc/self/fd/0'))"
+    code = "import os; print(sorted(set(os.environ) - {'LC_CTYPE'}), os.getpgid(0) == os.getppid(), os.readlink('/proc/self/fd/0'))"
     engine = _run(_launch(tmp_path, code, MARK="1"), tmp_path)
     assert engine.log.lines[0] == "['MARK', 'PATH'] True /dev/null"
 
