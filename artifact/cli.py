@@ -25,6 +25,15 @@ def _usage(commands: dict[str, EntryPoint]) -> str:
     return f"usage: airlock COMMAND [...]\n\ncommands:\n{words}\n\n{end}"
 
 
+def _called(commands: dict[str, EntryPoint], name: str) -> list[str]:
+    """The words that a program name stands for: a link called list-model-profiles, or nim_download_to_cache, is that command of the runtime."""
+    word = name.replace("_", "-")
+    for prefix in ("", "nim-llm-", "nim-"):
+        if word.startswith(prefix) and f"runtime.{word.removeprefix(prefix)}" in commands:
+            return ["runtime", word.removeprefix(prefix)]
+    return []
+
+
 def _find(commands: dict[str, EntryPoint], argv: list[str]) -> tuple[EntryPoint, list[str]] | None:
     if len(argv) > 1 and f"{argv[0]}.{argv[1]}" in commands:
         return commands[f"{argv[0]}.{argv[1]}"], argv[2:]
@@ -59,8 +68,8 @@ def run(command: Callable[[list[str]], int], argv: list[str]) -> int:
 
 def main() -> int:
     """Entry point of `airlock`."""
-    argv = sys.argv[1:]
     commands = _commands()
+    argv = [*_called(commands, os.path.basename(sys.argv[0])), *sys.argv[1:]]  # noqa: PTH119 - a name, not a path
     found = _find(commands, argv)
     if found is None:
         family = sorted(n for n in commands if argv and n.startswith(argv[0] + "."))

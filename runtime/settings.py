@@ -64,6 +64,12 @@ EXIT_CODES: Mapping[str, int] = {
     "tls": 42,
     "timeout": 43,
     "gpus_exceeded": 44,
+    "offline": 45,
+    "unsigned": 46,
+    "model_content": 47,
+    "disk_full": 48,
+    "variable": 49,
+    "shared_memory": 50,
 }
 
 
@@ -97,6 +103,16 @@ class Settings:
     visible_cuda: str | None = None
     visible_nvidia: str | None = None
     simulated: bool = False
+    local: Path | None = None  # a model directory that nobody signed
+    manifest: Path | None = None
+    unsigned: str = ""
+    offline: bool = False
+    download: bool = True
+    selector: tuple[tuple[str, str], ...] = ()
+    ephemeral: bool = False
+    scrub_bytes_s: int = 20_000_000
+    jsonl: bool = False
+    cache_named: bool = True
     inherited: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     @property
@@ -112,7 +128,8 @@ class Settings:
 
 def from_environment(environ: Mapping[str, str], model: str, *, host: str = "", port: int = 0, profile: str = "") -> Settings:
     """Settings of one run; arguments win over the environment; raises Invalid naming the variable."""
-    wanted = parse_reference(model)
+    given, local = _model(environ, model)
+    wanted = parse_reference(given)
     registry = environ.get("AIRLOCK_REGISTRY", "").strip().rstrip("/")
     if registry and "://" not in registry:
         registry = f"https://{registry}"
@@ -125,15 +142,16 @@ def from_environment(environ: Mapping[str, str], model: str, *, host: str = "", 
         model=wanted.name,
         ref=wanted.ref,
         registry=registry,
-        key=(environ.get("NGC_API_KEY") or environ.get("NGC_CLI_API_KEY") or "").strip(),
+        key=_first(environ, "NGC_API_KEY", "NGC_CLI_API_KEY"),
         trust=_path(environ, "AIRLOCK_TRUST"),
         ca_file=_path(environ, "AIRLOCK_CA_FILE") or _path(environ, "SSL_CERT_FILE"),
         cache=_path(environ, "NIM_CACHE_PATH") or Path(DEFAULT_CACHE),
+        cache_named=bool(environ.get("NIM_CACHE_PATH", "").strip()),
         engine_vllm=_path(environ, "AIRLOCK_ENGINE_VLLM"),
-        profile=(profile or environ.get("NIM_MODEL_PROFILE", "")).strip(),
+        profile=profile or _first(environ, "NIM_MODEL_PROFILE", "NIM_MANIFEST_PROFILE"),
         host=host or environ.get("AIRLOCK_HOST", "0.0.0.0"),  # noqa: S104 - see Settings.host
         port=port or _whole(environ, ("NIM_HTTP_API_PORT", "NIM_SERVER_PORT"), 8000, 1, 65535),
-        served_names=_names(environ.get("NIM_SERVED_MODEL_NAME", "")),
+        served_names=_names(_first(environ, "NIM_SERVED_MODEL_NAME", "NIM_SERVER_SERVED_MODEL_NAME")),
         max_model_len=_whole(environ, ("NIM_MAX_MODEL_LEN",), 0, 1, 100_000_000),
         kv_percent=_share(environ, "NIM_KVCACHE_PERCENT"),
         relax_memory=_flag(environ, "NIM_RELAX_MEM_CONSTRAINTS"),
@@ -148,8 +166,69 @@ def from_environment(environ: Mapping[str, str], model: str, *, host: str = "", 
         visible_cuda=environ.get("CUDA_VISIBLE_DEVICES"),
         visible_nvidia=environ.get("NVIDIA_VISIBLE_DEVICES"),
         simulated=bool(environ.get("FAKE_NVML_CONFIG")),
+        local=local,
+        manifest=_path(environ, "NIM_MANIFEST_PATH"),
+        unsigned=_reason(environ),
+        offline=_flag(environ, "AIRLOCK_OFFLINE"),
+        download=not _flag(environ, "NIM_DISABLE_MODEL_DOWNLOAD"),
+        selector=_selector(environ),
+        ephemeral=_flag(environ, "AIRLOCK_EPHEMERAL_CACHE"),
+        scrub_bytes_s=_whole(environ, ("AIRLOCK_SCRUB_MB_S",), 20, 0, 100_000) * 1_000_000,
+        jsonl=_flag(environ, "NIM_JSONL_LOGGING") or _flag(environ, "NIM_LOGGING_JSONL"),
         inherited=tuple(sorted((k, v) for k, v in environ.items() if k in INHERITED or k.startswith(INHERITED_PREFIXES))),
     )
+
+
+def _first(environ: Mapping[str, str], *names: str) -> str:
+    """The first of the variables that holds more than spaces."""
+    return next((text for name in names if (text := environ.get(name, "").strip())), "")
+
+
+def _model(environ: Mapping[str, str], given: str) -> tuple[str, Path | None]:
+    """The model's name in this site's spelling, and the local directory where one is named; raises Invalid."""
+    text = given or _first(environ, "AIRLOCK_MODEL", "NIM_MODEL_NAME", "NIM_MODEL_PATH", "NIM_FT_MODEL")
+    if not text:
+        raise Invalid("no model is named", expected="NAME[:VERSION]", do="say --model, or set AIRLOCK_MODEL in the image or the container")
+    if text.startswith("/"):
+        path = Path(text)
+        return _first(environ, "AIRLOCK_MODEL") or f"local/{path.name.lower()}:local", path
+    scheme, sep, rest = text.partition("://")
+    if not sep:
+        return text, None
+    if scheme not in ("ngc", "hf"):
+        raise Invalid(
+            f"the model {text[:100]!r} lies outside of this site",
+            expected="NAME[:VERSION], ngc://, hf:// or an absolute path",
+            do="push it to the registry: airlock model push",
+        )
+    name, colon, version = rest.partition(":")  # names are lower case here, versions are as they were given
+    return f"{scheme}/{name.lower()}{colon}{version}", None
+
+
+def _reason(environ: Mapping[str, str]) -> str:
+    text = environ.get("AIRLOCK_ALLOW_UNSIGNED", "").strip()
+    if text and (text.lower() in ("0", "1", "true", "false", "yes", "no", "on", "off") or not text.isprintable() or len(text) > 300):
+        raise Invalid(
+            f"AIRLOCK_ALLOW_UNSIGNED is {text[:40]!r}",
+            expected="the reason in words, on one line of at most 300 characters",
+            do="say who decided it and why",
+        )
+    return text
+
+
+def _selector(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Tags that a profile must have: NIM_TAGS_SELECTOR, and the sizes that have variables of their own; raises Invalid."""
+    found: dict[str, str] = {}
+    for part in environ.get("NIM_TAGS_SELECTOR", "").split(","):
+        name, sep, value = (piece.strip() for piece in part.partition("="))
+        if name and sep and value:
+            found[name] = value
+        elif part.strip():
+            raise Invalid(f"NIM_TAGS_SELECTOR holds {part.strip()[:60]!r}", expected="key=value,key=value, such as precision=fp8,tp=2")
+    for variable, tag in (("NIM_TENSOR_PARALLEL_SIZE", "tp"), ("NIM_PIPELINE_PARALLEL_SIZE", "pp")):
+        if number := _whole(environ, (variable,), 0, 1, 1024):
+            found[tag] = str(number)
+    return tuple(sorted(found.items()))
 
 
 def _path(environ: Mapping[str, str], name: str) -> Path | None:

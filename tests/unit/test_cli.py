@@ -37,6 +37,28 @@ def test_half_a_command_shows_its_family_only() -> None:
     assert "airlock bundle pack" in done.stderr and "airlock promote" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("list-model-profiles", "list-model-profiles"),
+        ("nim_list_model_profiles", "list-model-profiles"),
+        ("nim_download_to_cache", "download-to-cache"),
+        ("download-to-cache", "download-to-cache"),
+        ("nim-serve", "serve"),
+    ],
+)
+def test_a_link_named_as_in_an_image_of_a_nim_is_that_command(tmp_path: Path, name: str, word: str) -> None:
+    (tmp_path / name).symlink_to(AIRLOCK)
+    done = subprocess.run([str(tmp_path / name), "--help"], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: airlock runtime {word} "), done
+
+
+def test_a_link_of_another_name_is_airlock(tmp_path: Path) -> None:
+    (tmp_path / "key").symlink_to(AIRLOCK)
+    done = subprocess.run([str(tmp_path / "key"), "--help"], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("usage: airlock COMMAND")
+
+
 def test_importing_the_dispatcher_loads_no_program() -> None:
     programs = ("registry", "mirror", "runtime", "sqlalchemy", "tuf", "aiohttp")
     code = f"import sys, artifact.cli; print([m for m in sys.modules if m.split('.')[0] in {programs}])"
