@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from artifact.errors import Invalid
 from artifact.manifest import PROFILES_TYPE, canonical_json, check_digest, check_name, digest_of, parse_json
 
 SCHEMA = 1
 ENGINES = ("tensorrt_llm", "vllm", "sglang")
-AUTHORED = ("tags", "options", "id", "image")
+AUTHORED = ("tags", "options", "id", "image", "memory", "quantization")
 OPTIONS = ("task", "max_model_len", "dtype")
 TASKS = ("generate", "embed")
+MAX_EXCLUDED = 4096
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
+_ENGINE_WORDS = {"trtllm": "tensorrt_llm", "trt_llm": "tensorrt_llm", "tensorrtllm": "tensorrt_llm", "tensorrt": "tensorrt_llm"}
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,35 @@ class Pin:
 
     name: str
     digest: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What of a model decides its need of GPU memory: bytes of all tensors, and the shape of its KV cache (docs/format.md section 4).
+
+    `layers` keep the keys and values of the whole context, `sliding_layers` those of `window` tokens; `latent` values per token and layer stand in
+    for both with multi-head latent attention; `context` is the model's longest, in tokens. 0: not known.
+    """
+
+    weights_bytes: int = 0
+    layers: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    kv_bytes: int = 2
+    latent: int = 0
+    sliding_layers: int = 0
+    window: int = 0
+    context: int = 0
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a checkpoint says it is quantised: method, bits of a weight, group size (0: none told), and the modules that are left as they were."""
+
+    method: str
+    bits: int = 0
+    group_size: int = 0
+    excluded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,6 +66,8 @@ class Profile:
     image: Pin | None = None
     options: dict[str, str] = field(default_factory=dict)
     weights_bytes: int = 0
+    memory: Memory | None = None
+    quantization: Quantization | None = None
 
     @property
     def description(self) -> str:
@@ -45,6 +78,25 @@ class Profile:
         lora = "lora" if t.get("feat_lora") == "true" else ""
         parts = (t.get("llm_engine", ""), middle, t.get("precision", ""), f"tp{t.get('tp', '1')}", pp, t.get("profile", ""), lora)
         return "-".join(p for p in parts if p)
+
+    @property
+    def short(self) -> str:
+        """The description with the engine's short name, as people write it: `trtllm-h100-fp8-tp2-throughput`."""
+        return re.sub(r"\Atensorrt_llm-", "trtllm-", self.description)
+
+    def answers_to(self, name: str) -> bool:
+        """Whether a name means this profile: its description in either spelling, with or without `pp1`, or as later NIMs print it, all tags told."""
+        mine, t = self.description, self.tags
+        long = "-".join(p for p in (mine, t.get("gpu_device", ""), t.get("nim_workspace_hash_v1", ""), t.get("number_of_gpus", "")) if p)
+        return spelling(name) in (spelling(mine), spelling(long))
+
+
+def spelling(name: str) -> str:
+    """A profile's name in the one spelling that names are compared in: lower case, `tensorrt_llm` first, no `pp1`."""
+    engine, dash, rest = name.strip().lower().partition("-")
+    if engine == "tensorrt" and rest.startswith("llm-"):
+        rest = rest[4:]
+    return _ENGINE_WORDS.get(engine, engine) + dash + re.sub(r"(\A|-)(tp\d+)-pp1(?=-|\Z)", r"\1\2", rest)
 
 
 @dataclass(frozen=True)
@@ -60,7 +112,7 @@ def build(model: str, digest: str, wanted: list[dict[str, object]], weights_byte
     out: list[dict[str, object]] = []
     for i, item in enumerate(wanted):
         if not isinstance(item, Mapping):
-            raise Invalid(f"profile {i} is not a mapping", expected="keys tags, options, id, image")
+            raise Invalid(f"profile {i} is not a mapping", expected="keys " + ", ".join(AUTHORED))
         _known(item, AUTHORED, f"profile {i}")
         tags = _texts(item.get("tags"), f"tags of profile {i}")
         if tags.get("llm_engine") not in ENGINES:
@@ -72,6 +124,7 @@ def build(model: str, digest: str, wanted: list[dict[str, object]], weights_byte
             raise Invalid(f"option task of profile {i} is {options['task'][:40]!r}", expected=" or ".join(TASKS))
         if options:
             body["options"] = options
+        body |= _needs(item, i)
         if item.get("image") is not None:
             pin = _pin(item["image"], f"image of profile {i}")
             body["image"] = {"name": pin.name, "digest": pin.digest}
@@ -80,6 +133,26 @@ def build(model: str, digest: str, wanted: list[dict[str, object]], weights_byte
     raw = canonical_json({"schema": SCHEMA, "model": model, "profiles": out})
     parse(raw)
     return raw
+
+
+def _needs(item: Mapping[str, object], i: int) -> dict[str, object]:
+    """The author's blocks memory and quantization, checked: a misspelt word in them is refused too."""
+    out: dict[str, object] = {}
+    for word, kind in (("memory", Memory), ("quantization", Quantization)):
+        given = item.get(word)
+        if given is None:
+            continue
+        if not isinstance(given, Mapping):
+            raise Invalid(f"{word} of profile {i} is not a mapping", expected="keys " + ", ".join(f.name for f in fields(kind)))
+        _known(given, tuple(f.name for f in fields(kind)), f"{word} of profile {i}")
+        out[word] = block(_memory(given, i) if kind is Memory else _quantization(given, i))
+    return out
+
+
+def block(value: Memory | Quantization | None) -> dict[str, object]:
+    """The block of a document for a value: what is known of it, nothing where there is none."""
+    pairs = ((f.name, getattr(value, f.name)) for f in fields(value)) if value else ()
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in pairs if v}
 
 
 def _known(entry: Iterable[object], known: tuple[str, ...], where: str) -> None:
@@ -110,10 +183,40 @@ def _profile(item: object, i: int) -> Profile:
     if type(weights) is not int or weights < 0:
         raise Invalid(f"weights_bytes of profile {i} is not a size", expected="whole bytes")
     image = _pin(item["image"], f"image of profile {i}") if item.get("image") is not None else None
-    options = _options(item.get("options"), i)
     return Profile(
-        item["id"], _texts(item.get("tags"), f"tags of profile {i}"), _pin(item.get("model"), f"model of profile {i}"), image, options, weights
+        item["id"],
+        _texts(item.get("tags"), f"tags of profile {i}"),
+        _pin(item.get("model"), f"model of profile {i}"),
+        image,
+        _options(item.get("options"), i),
+        weights,
+        _memory(item["memory"], i) if item.get("memory") is not None else None,
+        _quantization(item["quantization"], i) if item.get("quantization") is not None else None,
     )
+
+
+def _memory(value: object, i: int) -> Memory:
+    names = [f.name for f in fields(Memory)]
+    if not isinstance(value, Mapping):
+        raise Invalid(f"memory of profile {i} is not an object", expected="keys " + ", ".join(names))
+    found = {k: value[k] for k in names if k in value}
+    for name, number in found.items():
+        # Bounded, because products of these are compared and printed: no real model comes near either.
+        if type(number) is not int or not 0 <= number < (1 << 53 if name == "weights_bytes" else 1 << 31):
+            raise Invalid(f"{name} in memory of profile {i} is {str(number)[:40]!r}", expected="a whole number, not negative")
+    return Memory(**found)
+
+
+def _quantization(value: object, i: int) -> Quantization:
+    what = f"quantization of profile {i}"
+    if not isinstance(value, Mapping) or not isinstance(value.get("method"), str) or not 0 < len(value["method"]) <= 64:
+        raise Invalid(f"{what} names no method", expected="an object with method, such as awq, gptq, fp8, compressed-tensors or modelopt")
+    bits, group, excluded = value.get("bits", 0), value.get("group_size", 0), value.get("excluded", [])
+    if type(bits) is not int or not 0 <= bits <= 64 or type(group) is not int or not 0 <= group < 1 << 31:
+        raise Invalid(f"bits or group_size in {what} are no such numbers", expected="whole numbers, not negative")
+    if not isinstance(excluded, list) or len(excluded) > MAX_EXCLUDED or not all(isinstance(e, str) and len(e) <= 512 for e in excluded):
+        raise Invalid(f"excluded in {what} is no list of module names", expected=f"at most {MAX_EXCLUDED} names of at most 512 characters")
+    return Quantization(value["method"], bits, group, tuple(excluded))
 
 
 def _options(value: object, i: int) -> dict[str, str]:

@@ -1,49 +1,60 @@
 """Which profile fits this node and why each other one does not: pure, no clock, no network, no GPU call.
 
-The order is NIM 1.x's (nim-container.md 7.1), the memory test is engines.md 14.3; a CPU profile (`device: cpu`, our tag) is eligible only on a node
-without any NVML library and ranks last. The choice must never depend on anything but its arguments.
+Filters are in runtime/filters.py; here are the one sort key (NIM 1.x's preference, nim-container.md 7.1), the pin, the expectation, and the words.
+The choice must never depend on anything but its arguments.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from artifact.errors import Invalid, NotFound
+from artifact.errors import Conflict, Invalid, NotFound
 from artifact.profile import Profile
+from runtime import precision
+from runtime.filters import FREE, MEMORY, Node, Verdict, Wanted, count, judge, meant_for, tag_is
+from runtime.memory import gib
 from runtime.node import Facts, Gpu, describe
-from runtime.settings import GPU_SHARE
 
-GIB = 1 << 30
-OVERHEAD = 2 * GIB  # activations, CUDA context and graphs (engines.md 14.1; an estimate, a setting of the method and no measurement)
-MARGIN = 0.02  # kept below what is free when others use the GPU
 ENGINE_RANK = {"tensorrt_llm": 0, "vllm": 1, "sglang": 2}
-BITS = {"nvfp4": 4, "mxfp4": 4, "int4": 4, "fp8": 8, "int8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
 GOAL = {"latency": 0, "balanced": 1, "throughput": 2, "": 1}
 SEED_LINE = "No profile found for the detected hardware"
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the operator asked for: a pinned id or description, LoRA, no memory gate, and the engines that can be started here (None: all)."""
-
-    pin: str = ""
-    lora: bool = False
-    relax_memory: bool = False
-    engines: frozenset[str] | None = None
-
-
-@dataclass(frozen=True)
 class Selection:
-    """The choice with its GPUs and memory share, why it won, the eligible ones in order, and a reason for each other profile."""
+    """The choice, in what sense it is the right one, and a verdict on every profile: those that fit in their order, then the others."""
 
-    selected: Profile | None
+    chosen: Verdict | None
+    standing: str
     why: str
-    gpus: tuple[Gpu, ...]
-    share: float
-    order: tuple[Profile, ...]
+    verdicts: tuple[Verdict, ...]
     rejected: tuple[tuple[Profile, str], ...]
+
+    @property
+    def selected(self) -> Profile | None:
+        """The chosen profile."""
+        return self.chosen.profile if self.chosen else None
+
+    @property
+    def gpus(self) -> tuple[Gpu, ...]:
+        """The GPUs that it runs on; none on a CPU node."""
+        return self.chosen.gpus if self.chosen else ()
+
+    @property
+    def share(self) -> float:
+        """The share of a GPU's memory that it may use."""
+        return self.chosen.share if self.chosen else 0.0
+
+    @property
+    def length(self) -> int:
+        """The context in tokens that the engine must be limited to, 0: as set."""
+        return self.chosen.length if self.chosen else 0
+
+    @property
+    def order(self) -> tuple[Profile, ...]:
+        """The profiles that fit, best first."""
+        return tuple(v.profile for v in self.verdicts if not v.rule)
 
     @property
     def line(self) -> str:
@@ -51,35 +62,29 @@ class Selection:
         return f"Selected profile: {self.selected.id} ({self.selected.description})" if self.selected else SEED_LINE
 
 
-@dataclass(frozen=True)
-class _Fit:
-    profile: Profile
-    gpus: tuple[Gpu, ...] = ()
-    share: float = GPU_SHARE
-    reason: str = ""
-
-
 def select(profiles: Sequence[Profile], facts: Facts, wanted: Wanted | None = None) -> Selection:
-    """Filters and ranks; raises Invalid for a pin that names no profile or two, listing the valid values."""
+    """Filters and ranks; raises Invalid for a pin that names no profile or two, or a selector that no profile has, listing the valid values."""
     wanted = wanted or Wanted()
     named = pinned(profiles, wanted.pin) if wanted.pin else None
     lora = wanted.lora or bool(named and named.tags.get("feat_lora") == "true")
-    fits = [_fit(p, facts, wanted, lora) for p in profiles]
-    able = sorted((f for f in fits if not f.reason), key=lambda f: sort_key(f.profile))
-    refused = [(f.profile, f.reason) for f in sorted((f for f in fits if f.reason), key=lambda f: sort_key(f.profile))]
-    order = tuple(f.profile for f in able)
+    node = Node(facts, wanted)
+    verdicts = sorted((judge(p, node, lora) for p in profiles), key=lambda v: (bool(v.rule), sort_key(v)))
+    if wanted.selector and profiles and all(v.rule == "selector" for v in verdicts):
+        raise _unmatched(profiles, wanted)
+    able = [v for v in verdicts if not v.rule]
+    refused = [(v.profile, v.reason) for v in verdicts if v.rule]
     if named:
-        best = next((f for f in able if f.profile is named), None)
-        lost = [(f.profile, f"not chosen: NIM_MODEL_PROFILE names {named.description}") for f in able if f.profile is not named]
+        best = next((v for v in able if v.profile is named), None)
+        lost = [(v.profile, f"not chosen: NIM_MODEL_PROFILE names {named.description}") for v in able if v.profile is not named]
         why = "NIM_MODEL_PROFILE names it"
     else:
         best = able[0] if able else None
-        lost = [(f.profile, _outranked(f.profile, able[0].profile)) for f in able[1:]]
+        lost = [(v.profile, _outranked(v, able[0])) for v in able[1:]]
         why = f"first of {len(able)} compatible profile(s) of {len(profiles)}" if len(able) > 1 else f"the only compatible profile of {len(profiles)}"
     if best is None:
-        return Selection(None, SEED_LINE, (), 0.0, order, tuple(lost + refused))
-    where = f"GPU {', '.join(str(g.index) for g in best.gpus)} ({describe(best.gpus)})" if best.gpus else "the CPU (no NVIDIA library on this node)"
-    return Selection(best.profile, f"{why}; on {where}{_memory_words(best, wanted)}", best.gpus, best.share, order, tuple(lost + refused))
+        return Selection(None, "", SEED_LINE, tuple(verdicts), tuple(lost + refused))
+    standing = "pinned" if named else _standing(best, verdicts, facts)
+    return Selection(best, standing, f"{standing}: {why}; {_place_words(best)}", tuple(verdicts), tuple(lost + refused))
 
 
 def require(selection: Selection) -> Profile:
@@ -95,24 +100,61 @@ def require(selection: Selection) -> Profile:
     )
 
 
-def sort_key(profile: Profile) -> tuple[object, ...]:
-    """NIM 1.x's preference, lowest wins (nim-container.md 7.1), CPU profiles behind all others."""
-    t = profile.tags
-    optimized = "gpu" in t or "gpu_device" in t
+def check_expected(selection: Selection, expect: str) -> None:
+    """The selected profile is the expected one (an id, a name in either spelling, or KEY=VALUE,…); raises Conflict (reason profile_unexpected)."""
+    chosen = selection.selected
+    if not expect or chosen is None or _means(expect, chosen):
+        return
+    others = {p.id: reason for p, reason in selection.rejected}
+    meant = [v.profile for v in selection.verdicts if _means(expect, v.profile)]
+    told = "; ".join(f"{p.id} ({p.description}): {others[p.id]}" for p in meant[:3] if p.id in others)
+    raise Conflict(
+        f"the selected profile is {chosen.id} ({chosen.description}), and AIRLOCK_EXPECT_PROFILE is {expect[:200]!r}. "
+        + (f"What was expected was not chosen: {told}" if told else "No profile of the manifest is what was expected"),
+        expected=f"one of: {valid_values([v.profile for v in selection.verdicts])}" if not meant else meant[0].description,
+        do="mend what keeps the expected profile from being chosen, pin it with NIM_MODEL_PROFILE, or correct AIRLOCK_EXPECT_PROFILE",
+        reason="profile_unexpected",
+    )
+
+
+def _means(text: str, profile: Profile) -> bool:
+    if "=" in text:
+        return all(tag_is(profile.tags, k, v) for k, v in parse_selector(text, "AIRLOCK_EXPECT_PROFILE"))
+    return profile.id == text or profile.answers_to(text)
+
+
+def parse_selector(text: str, variable: str = "NIM_TAGS_SELECTOR") -> tuple[tuple[str, str], ...]:
+    """The pairs of KEY=VALUE,KEY=VALUE; raises Invalid naming the variable."""
+    pairs = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        key, sign, value = part.partition("=")
+        if not sign or not key.strip() or not value.strip():
+            raise Invalid(
+                f"{variable} holds {part[:60]!r}", expected="KEY=VALUE,KEY=VALUE, such as precision=fp8,tp=2", do=f"correct or unset {variable}"
+            )
+        pairs.append((key.strip(), value.strip()))
+    return tuple(pairs)
+
+
+def sort_key(verdict: Verdict) -> tuple[object, ...]:
+    """NIM 1.x's preference, lowest wins (nim-container.md 7.1), behind it CPU profiles and those whose context must be shortened."""
+    t = verdict.profile.tags
     return (
         1 if t.get("device") == "cpu" else 0,
-        0 if optimized else 1,
+        1 if verdict.length else 0,
+        0 if "gpu" in t or "gpu_device" in t else 1,
         ENGINE_RANK.get(t.get("llm_engine", ""), 9),
-        BITS.get(t.get("precision", "").lower(), 99),
+        precision.rank(t.get("precision", "")),
         GOAL.get(t.get("profile", "").lower(), 1),
-        -(_count(t.get("tp", "1")) or 1),
-        _count(t.get("pp", "1")) or 1,
-        profile.id,
+        -(count(t.get("tp", "1")) or 1),
+        count(t.get("pp", "1")) or 1,
+        verdict.profile.id,
     )
 
 
 _KEY_WORDS = (
     "a CPU profile ranks last",
+    "its context must be shortened to {length} tokens, one that holds what is wanted goes first",
     "built for any GPU, a profile for this GPU goes first",
     "engine {have}, which ranks behind {best}",
     "precision {have}, a lower one goes first ({best})",
@@ -121,21 +163,45 @@ _KEY_WORDS = (
     "pp {have}, less goes first ({best})",
     "equal in every rule; the lower id goes first",
 )
-_KEY_TAGS = ("device", "gpu", "llm_engine", "precision", "profile", "tp", "pp", "")
+_KEY_TAGS = ("device", "", "gpu", "llm_engine", "precision", "profile", "tp", "pp", "")
 
 
-def _outranked(profile: Profile, best: Profile) -> str:
-    pairs = zip(sort_key(profile), sort_key(best), strict=True)
+def _outranked(verdict: Verdict, best: Verdict) -> str:
+    pairs = zip(sort_key(verdict), sort_key(best), strict=True)
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), len(_KEY_WORDS) - 1)
     tag = _KEY_TAGS[at]
-    words = _KEY_WORDS[at].format(have=profile.tags.get(tag, "none"), best=best.tags.get(tag, "none"))
-    return f"compatible, but ranked behind {best.description}: {words}"
+    have, other = verdict.profile.tags.get(tag, "none"), best.profile.tags.get(tag, "none")
+    return f"compatible, but ranked behind {best.profile.description}: {_KEY_WORDS[at].format(have=have, best=other, length=verdict.length)}"
+
+
+def _standing(best: Verdict, verdicts: Sequence[Verdict], facts: Facts) -> str:
+    """`expected`, or `fallback` with what keeps the better one away: no TensorRT-LLM profile for this GPU, or one that another rule refuses."""
+    if facts.cpu or not best.gpus:
+        return "expected"
+    built = [v for v in verdicts if v.profile.tags.get("llm_engine") == "tensorrt_llm" and v.rule not in ("lora", "selector", "tags")]
+    if best.profile.tags.get("llm_engine") != "tensorrt_llm" and built:
+        near = [v for v in built if meant_for(v.profile.tags, best.gpus[0])]
+        if not near:
+            return f"fallback: no tensorrt_llm profile for {_family(best.gpus)} in this manifest"
+        first = min(near, key=sort_key)
+        if first.rule:
+            return f"fallback: {first.profile.description} is refused ({first.reason})"
+    kept = [v for v in verdicts if v.rule in (MEMORY, FREE) and sort_key(v) < sort_key(best)]
+    if kept:
+        first = min(kept, key=sort_key)
+        return f"fallback: {first.profile.description} is short by {gib(first.short_by)} GiB per GPU"
+    return "expected"
+
+
+def _family(gpus: Sequence[Gpu]) -> str:
+    words = gpus[0].name.replace("-", " ").split() if gpus else []
+    parts = [w for w in words if w.upper() not in ("NVIDIA", "TESLA", "GEFORCE", "QUADRO")]
+    return " ".join(parts[:2] if "NVL" in parts[1:2] else parts[:1]) or "this GPU"
 
 
 def pinned(profiles: Sequence[Profile], pin: str) -> Profile:
-    """The one profile of that id or description (trtllm-… and tensorrt_llm-… are one); raises Invalid listing the valid values."""
-    found = [p for p in profiles if p.id == pin] or [p for p in profiles if _spelling(p.description) == _spelling(pin)]
-    valid = ", ".join(f"{p.id} ({p.description})" for p in profiles)
+    """The one profile of that id or name (trtllm-… and tensorrt_llm-… are one); raises Invalid listing the valid values."""
+    found = [p for p in profiles if p.id == pin] or [p for p in profiles if p.answers_to(pin)]
     if len(found) > 1:
         both = ", ".join(p.id for p in found)
         raise Invalid(
@@ -146,139 +212,49 @@ def pinned(profiles: Sequence[Profile], pin: str) -> Profile:
     if not found:
         raise Invalid(
             f"NIM_MODEL_PROFILE is {pin[:200]!r}, but no matching profile id or description is in the manifest",
-            expected=f"one of: {valid}",
+            expected=f"one of: {valid_values(profiles)}",
             do="set an id or a description exactly, or unset it for the automatic choice",
             reason="profile_unknown",
         )
     return found[0]
 
 
-def _spelling(text: str) -> str:
-    return re.sub(r"\A(?:trtllm|trt_llm|tensorrt-llm|tensorrtllm)-", "tensorrt_llm-", text.strip().lower())
+def valid_values(profiles: Sequence[Profile]) -> str:
+    """Every id with its description, for an error that lists them."""
+    return ", ".join(f"{p.id} ({p.description})" for p in profiles)
 
 
-def _fit(profile: Profile, facts: Facts, wanted: Wanted, lora: bool) -> _Fit:
-    """One profile against the node: the GPUs it would use, or the sentence that refuses it."""
-    t = profile.tags
-    tp, pp = _count(t.get("tp", "1")), _count(t.get("pp", "1"))
-    if not tp or not pp:
-        return _Fit(profile, reason=f"its tags tp={t.get('tp', '1')!r} pp={t.get('pp', '1')!r} are not whole numbers from 1 to 4096")
-    number = t.get("number_of_gpus")
-    if number is not None and _count(number) != tp * pp:
-        return _Fit(profile, reason=f"its tags contradict each other: number_of_gpus={number}, but tp x pp is {tp} x {pp} = {tp * pp}")
-    reason = _hardware(profile, facts, tp * pp) or _features(profile, wanted, lora)
-    if reason:
-        return _Fit(profile, reason=reason)
-    if t.get("device") == "cpu":
-        return _Fit(profile)
-    return _place(profile, facts, wanted, tp * pp)
+def _unmatched(profiles: Sequence[Profile], wanted: Wanted) -> Invalid:
+    pairs = ",".join(f"{k}={v}" for k, v in wanted.selector)
+    return Invalid(
+        f"Could not match a profile in manifest: no profile has NIM_TAGS_SELECTOR {pairs[:200]!r}",
+        expected=f"tags of one of: {valid_values(profiles)}",
+        do="correct or unset NIM_TAGS_SELECTOR",
+        reason="profile_unknown",
+    )
 
 
-def _features(profile: Profile, wanted: Wanted, lora: bool) -> str:
-    t = profile.tags
-    able = t.get("feat_lora", "false").lower() == "true"
-    if lora and not able:
-        return "it does not support LoRA, but LoRA is enabled (NIM_PEFT_SOURCE)"
-    if able and not lora:
-        return "it is for LoRA, and LoRA is not enabled (NIM_PEFT_SOURCE is not set)"
-    engine = t.get("llm_engine", "")
-    if wanted.engines is not None and engine not in wanted.engines:
-        have = ", ".join(sorted(wanted.engines)) or "none"
-        return f"its engine {engine or '(none stated)'} cannot be started here; engines of this runtime: {have}"
-    return ""
+def _place_words(verdict: Verdict) -> str:
+    """Where it runs, and its memory per GPU in one sum."""
+    if not verdict.gpus:
+        return "on the CPU (no NVIDIA library on this node)"
+    where = ", ".join(f"{g.index}{':' + g.slice if g.slice else ''}" for g in verdict.gpus)
+    words = f"on GPU {where} ({describe(verdict.gpus)})"
+    if verdict.need and verdict.budget:
+        words += f"; {gib(verdict.need.total)} GiB per GPU needed ({verdict.need.words()}), {gib(verdict.budget)} GiB usable"
+    return "; ".join((words, *verdict.notes))
 
 
-def _hardware(profile: Profile, facts: Facts, need: int) -> str:
-    t = profile.tags
-    device = t.get("device", "gpu")
-    if device not in ("cpu", "gpu"):
-        return f"its tag device={device!r} is unknown; cpu and gpu are known"
-    if device == "cpu":
-        return "" if facts.cpu else f"it is for nodes without the NVIDIA library; this node has one and shows {len(facts.gpus)} GPU(s)"
-    if facts.cpu:
-        return f"it needs {need} GPU(s); this node has no NVIDIA library and so 0 GPUs"
-    if len(facts.gpus) < need:
-        hidden = f" ({facts.hidden})" if facts.hidden else ""
-        return f"it needs {need} GPU(s) (tp x pp); {len(facts.gpus)} present{hidden}"
-    return ""
-
-
-def _place(profile: Profile, facts: Facts, wanted: Wanted, need: int) -> _Fit:
-    kinds = {(g.name, g.device) for g in facts.gpus}
-    if need > 1 and len(kinds) > 1:
-        return _Fit(profile, reason=f"it spreads over {need} GPUs, which must be alike; this node mixes {describe(facts.gpus)}")
-    whole = [g for g in facts.gpus if not g.mig]
-    if len(whole) < need:
-        return _Fit(profile, reason=f"it needs {need} whole GPU(s); {len(facts.gpus) - len(whole)} of {len(facts.gpus)} are split by MIG")
-    t = profile.tags
-    matching = [g for g in whole if _identity(t, g)]
-    if len(matching) < need:
-        built = " ".join(filter(None, (t.get("gpu"), f"[{t['gpu_device']}]" if "gpu_device" in t else "")))
-        have = ", ".join(sorted({f"{g.name} [{g.device}]" for g in facts.gpus}))
-        return _Fit(profile, reason=f"it is built for {built}; this node has {have}")
-    return _memory(profile, matching, wanted, need)
-
-
-def _identity(tags: dict[str, str], gpu: Gpu) -> bool:
-    if "gpu_device" in tags:
-        return tags["gpu_device"].lower() == gpu.device.lower()
-    if "gpu" in tags:
-        return re.sub(r"[ -]+", "_", tags["gpu"].strip().lower()) in families(gpu.name)
-    return True
-
-
-def families(name: str) -> frozenset[str]:
-    """The family words a product name answers to: `NVIDIA H100 NVL` is h100_nvl and not h100, `NVIDIA A100-SXM4-80GB` is a100 and longer forms."""
-    parts = [p for p in re.split(r"[ -]+", name.lower()) if p and p not in ("nvidia", "tesla", "geforce", "quadro")]
-    out = {"_".join(parts[:n]) for n in range(1, len(parts) + 1)}
-    if "nvl" in parts and parts[0] != "nvl":
-        out.discard(parts[0])
-    return frozenset(out)
-
-
-def _memory(profile: Profile, gpus: list[Gpu], wanted: Wanted, need: int) -> _Fit:
-    """The test of engines.md 14.3 without the KV cache: weights over the GPUs plus 2 GiB, against 0.92 of the total and then of what is free."""
-    if wanted.relax_memory or not profile.weights_bytes:
-        return _Fit(profile, tuple(gpus[:need]))
-    demand = profile.weights_bytes / need + OVERHEAD
-    known = [g for g in gpus if g.total]  # unified memory: NVML tells no total, so there is nothing to test against
-    if not known:
-        return _Fit(profile, tuple(gpus[:need]))
-    large = [g for g in known if demand <= GPU_SHARE * g.total]
-    if len(large) < need:
-        top = max(g.total for g in known)
-        return _Fit(
-            profile,
-            reason=f"it does not fit: {_gib(demand)} GiB per GPU needed "
-            f"({_gib(profile.weights_bytes)} GiB of weights over {need} GPU(s), plus 2 GiB), "
-            f"{_gib(GPU_SHARE * top)} GiB usable ({GPU_SHARE:g} of {_gib(top)} GiB); short by {_gib(demand - GPU_SHARE * top)} GiB",
-        )
-    shares = [(g, GPU_SHARE if g.free >= GPU_SHARE * g.total else g.free / g.total - MARGIN) for g in large]
-    roomy = [(g, s) for g, s in shares if demand <= s * g.total]
-    if len(roomy) < need:
-        top = max(g.free for g in large)
-        return _Fit(
-            profile,
-            reason=f"compatible, but not runnable due to low free GPU memory: {_gib(demand)} GiB per GPU needed, at most {_gib(top)} GiB free; "
-            "stop what else uses the GPU, or set NIM_RELAX_MEM_CONSTRAINTS=1",
-        )
-    used = roomy[:need]
-    return _Fit(profile, tuple(g for g, _ in used), int(min(s for _, s in used) * 1000) / 1000)
-
-
-def _memory_words(fit: _Fit, wanted: Wanted) -> str:
-    if not fit.gpus or not fit.profile.weights_bytes:
-        return ""
-    if wanted.relax_memory:
-        return "; memory not checked (NIM_RELAX_MEM_CONSTRAINTS)"
-    demand = fit.profile.weights_bytes / len(fit.gpus) + OVERHEAD
-    total = min(g.total for g in fit.gpus)
-    return f"; {_gib(demand)} GiB per GPU needed, {_gib(fit.share * total)} GiB usable" if total else "; the GPU tells no memory size"
-
-
-def _count(text: str) -> int:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 5 and 0 < int(text) <= 4096 else 0
-
-
-def _gib(value: float) -> str:
-    return f"{value / GIB:.1f}"
+__all__ = [
+    "SEED_LINE",
+    "Selection",
+    "Verdict",
+    "Wanted",
+    "check_expected",
+    "parse_selector",
+    "pinned",
+    "require",
+    "select",
+    "sort_key",
+    "valid_values",
+]
