@@ -113,8 +113,33 @@ def fetch(open_range: Ranges, digest: str, size: int, disk: Disk, progress: Prog
     if size <= SMALL and digest.startswith("sha256:"):
         return _small(open_range, digest, size, disk, progress)
     partial = disk.partial(digest, size)
+    with _filling(open_range, partial, progress, workers):
+        return partial.finish()
+
+
+def fetch_unknown(
+    open_range: Ranges, key: str, size: int, check: Callable[[Path], None], disk: Disk, progress: Progress | None = None, workers: int = 4
+) -> str:
+    """Brings an object whose digest nobody told into the disk and returns it; resumes under `key`, a digest of all that is known of the object.
+
+    `check` looks at the whole file before it gets its name and raises where it is not what was meant: then nothing is kept. Raises as fetch does.
+    """
+    partial = disk.partial(key, size, known=False)
+    with _filling(open_range, partial, progress, workers):
+        try:
+            check(partial.path)
+        except Mismatch:
+            partial.abort()
+            raise
+        partial.finish()
+        return partial.digest
+
+
+@contextlib.contextmanager
+def _filling(open_range: Ranges, partial: Partial, progress: Progress | None, workers: int) -> Iterator[None]:
+    """Fetches what is missing; afterwards, and where that fails, the bytes are kept unless they were published or dropped."""
     if progress:
-        progress.add(size - partial.missing_bytes())
+        progress.add(partial.size - partial.missing_bytes())
     try:
         try:
             _parallel(open_range, partial, progress, workers)
@@ -122,7 +147,7 @@ def fetch(open_range: Ranges, digest: str, size: int, disk: Disk, progress: Prog
             if error.reason != "range_ignored":
                 raise
             _sequential(open_range, partial, progress)
-        return partial.finish()
+        yield
     finally:
         partial.abort(keep=True)  # nothing to do after finish
 

@@ -115,11 +115,14 @@ class Disk:
                 temporary.unlink(missing_ok=True)
         return digest
 
-    def partial(self, digest: str, size: int) -> Partial:
-        """Opens or continues the unfinished object; raises Unavailable when the free space cannot hold what is missing."""
+    def partial(self, digest: str, size: int, known: bool = True) -> Partial:
+        """Opens or continues the unfinished object; raises Unavailable when the free space cannot hold what is missing.
+
+        Where nobody told the digest (`known` false), `digest` is only the key of the unfinished one, and what it hashes to is its name.
+        """
         check_digest(digest)
         folder = self._partials(digest, 0)
-        partial = Partial(self, folder, digest, size)
+        partial = Partial(self, folder, digest, size, known)
         need, free = partial.missing_bytes(), shutil.disk_usage(folder).free
         if need > free:
             partial.abort(keep=True)
@@ -202,10 +205,10 @@ class Disk:
 class Partial:
     """One unfinished object: pieces are written in any order, recorded when durable, hashed in order, published whole. Safe for several threads."""
 
-    def __init__(self, disk: Disk, folder: Path, digest: str, size: int) -> None:
+    def __init__(self, disk: Disk, folder: Path, digest: str, size: int, known: bool = True) -> None:
         if size < 0:
             raise Invalid(f"{digest} cannot have {size} bytes", expected="a size from 0")
-        self.digest, self.size, self._disk = digest, size, disk
+        self.digest, self.size, self._disk, self._known = digest, size, disk, known
         self._algorithm = digest.split(":", 1)[0]
         self._durable: dict[int, int] = {}  # piece number -> bytes [start, value) of it are durable
         self._lock = threading.Lock()
@@ -282,6 +285,8 @@ class Partial:
             with self._lock:
                 if os.fstat(self._fd).st_size == self.size:
                     update_fd(self._hasher, self._fd, self._hasher.offset, self.size)
+            if not self._known and self._hasher.offset == self.size:
+                self.digest = self._hasher.digest()
             if self._hasher.digest() != self.digest or self._hasher.offset != self.size:
                 self.abort()
                 what = f"{self.size} bytes have the digest {self._hasher.digest()}"

@@ -14,15 +14,24 @@ from urllib.parse import urlsplit
 
 from artifact.card import load_yaml as load_yaml
 from artifact.errors import Invalid, NotFound, TooLarge
-from artifact.manifest import check_digest, check_name, check_ref, hub_name, is_commit, is_digest, is_tag
+from artifact.manifest import check_digest, check_name, check_ref, hub_name, is_commit, is_digest, is_tag, ngc_name
 from artifact.upstream import TEXTS, check_product, check_tier
 
 HUB_ENDPOINT = "https://huggingface.co"
+NGC_ENDPOINT, NGC_AUTH = "https://api.ngc.nvidia.com", "https://authn.nvidia.com"
 MAX_PLAN_BYTES = 1024 * 1024
 COMMON_KEYS = ("source", "profiles", "key_env", "ca_file", "requires")
-KEYS = {"hf": (*COMMON_KEYS, "endpoint", "allow", "ignore", "ref"), "oci": (*COMMON_KEYS, "as", "plain_http")}
+OWN_KEYS = {
+    "hf": ("endpoint", "allow", "ignore", "ref"),
+    "oci": ("as", "plain_http"),
+    "ngc": ("endpoint", "auth_endpoint", "allow", "ignore", "ref"),
+}
+KEYS = {kind: (*COMMON_KEYS, *own) for kind, own in OWN_KEYS.items()}
+
+RESERVED_VERSIONS = ("versions", "files", "signature")  # words of NGC's own paths
 
 _ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\Z")
+_NGC = re.compile(r"((?:[A-Za-z0-9_.\-]{1,128}/){1,2}[A-Za-z0-9_.\-]{1,128}):([A-Za-z0-9_][A-Za-z0-9_.+\-]{0,127})\Z")
 _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.\-]*[A-Za-z0-9])?)(?::[0-9]{1,5})?\Z")
 
 
@@ -52,6 +61,20 @@ class Item:
     key_env: str = ""
     ca_file: str = ""
     requires: Requires = Requires()
+    auth_url: str = ""
+    files: tuple[str, ...] = ()
+    selectors: tuple[str, ...] = ()
+    models: Models | None = None
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where the models that a NIM names come from: NGC's endpoints, the Hub's and the variable of its key."""
+
+    ngc: str
+    auth: str
+    hub: str
+    hub_key_env: str = ""
 
 
 @dataclass(frozen=True)
@@ -130,17 +153,12 @@ def _item(entry: object, where: str, base: Path) -> Item:
     if kind not in KEYS:
         raise Invalid(
             f"the source of {where} is {source[:120]!r}",
-            expected="hf://namespace/name[@commit or ref] or oci://host/name[:tag or @digest]",
+            expected="hf://namespace/name[@commit or ref], oci://host/name[:tag or @digest], ngc://org[/team]/model:version or nim://host/name:tag",
             reason="plan",
         )
     _known(entry, KEYS[kind], where)
-    profiles, key_env = _text(entry, "profiles", where), _text(entry, "key_env", where)
-    if key_env and not _ENV.match(key_env):
-        # What stands there may be the key itself: it is not repeated.
-        raise Invalid(
-            f"key_env of {where} is not the name of an environment variable", expected="a name such as HF_TOKEN, never the key", reason="plan"
-        )
-    item = _hub_item(entry, source, where) if kind == "hf" else _oci_item(entry, source, where)
+    profiles, key_env = "" if kind == "nim" else _text(entry, "profiles", where), _variable(entry, "key_env", where)
+    item = {"hf": _hub_item, "oci": _oci_item, "ngc": _ngc_item, "nim": _nim_item}[kind](entry, source, where)
     item = replace(item, requires=_requires(entry.get("requires", {}), where))
     return replace(item, profiles=base / profiles if profiles else None, key_env=key_env, ca_file=_text(entry, "ca_file", where))
 
@@ -169,6 +187,53 @@ def _hub_item(entry: Mapping[object, object], source: str, where: str) -> Item:
     endpoint = _url(_text(entry, "endpoint", where) or HUB_ENDPOINT, where)
     allow, ignore = _patterns(entry, "allow", where) or ("*",), _patterns(entry, "ignore", where)
     return Item("hf", source, endpoint, repo_id, wanted, name, ref, allow=allow, ignore=ignore)
+
+
+def ngc_item(source: str, where: str, endpoint: str, auth: str) -> Item:
+    """The item for a version of an NGC model; raises Invalid."""
+    found = _NGC.match(source.removeprefix("ngc://"))
+    if not found or found[2] in RESERVED_VERSIONS:
+        raise Invalid(f"{where} names no version of an NGC model", expected="ngc://org/model:version or ngc://org/team/model:version", reason="plan")
+    name = ngc_name(*found[1].split("/"))
+    if name.rsplit("/", 1)[-1] == "profiles":
+        raise Invalid(f"{where} ends in /profiles, which is reserved", expected="another model", reason="name")
+    return Item("ngc", source, endpoint, found[1], found[2], name, found[2], auth_url=auth)
+
+
+def _ngc_places(entry: Mapping[object, object], where: str) -> tuple[str, str]:
+    """NGC's API and its token service: where one is named that is not NVIDIA's, it is both unless the other is named too."""
+    endpoint = _url(_text(entry, "endpoint", where) or NGC_ENDPOINT, where)
+    return endpoint, _url(_text(entry, "auth_endpoint", where) or (NGC_AUTH if endpoint == NGC_ENDPOINT else endpoint), where)
+
+
+def _ngc_item(entry: Mapping[object, object], source: str, where: str) -> Item:
+    item = ngc_item(source, where, *_ngc_places(entry, where))
+    allow, ignore = _patterns(entry, "allow", where) or ("*",), _patterns(entry, "ignore", where)
+    return replace(item, ref=check_ref(_text(entry, "ref", where) or item.ref), allow=allow, ignore=ignore)
+
+
+def _nim_item(entry: Mapping[object, object], source: str, where: str) -> Item:
+    item = _oci_item(entry, "oci://" + source.removeprefix("nim://"), where)
+    wanted = entry.get("profiles")
+    if not isinstance(wanted, list) or not wanted or not all(isinstance(w, str) and w and w.isprintable() and len(w) <= 300 for w in wanted):
+        raise Invalid(
+            f"profiles of {where} is no list of profiles",
+            expected='ids, descriptions or tags of the profiles to bring, such as ["vllm-bf16-tp1", "llm_engine=vllm,tp=2"], or ["all"]',
+            reason="plan",
+        )
+    hub = _url(_text(entry, "hub_endpoint", where) or HUB_ENDPOINT, where)
+    models = Models(*_ngc_places(entry, where), hub, _variable(entry, "hub_key_env", where))
+    return replace(item, kind="nim", source=source, selectors=tuple(wanted), models=models)
+
+
+def _variable(entry: Mapping[object, object], key: str, where: str) -> str:
+    value = _text(entry, key, where)
+    if value and not _ENV.match(value):
+        # What stands there may be the key itself: it is not repeated.
+        raise Invalid(
+            f"{key} of {where} is not the name of an environment variable", expected="a name such as HF_TOKEN, never the key", reason="plan"
+        )
+    return value
 
 
 def _oci_item(entry: Mapping[object, object], source: str, where: str) -> Item:

@@ -11,21 +11,23 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from artifact.errors import AirlockError, Denied, Invalid, Mismatch, NotFound, Unauthenticated, Unavailable, Unsupported
+from artifact.errors import AirlockError, Denied, Invalid, Mismatch, NotFound, TooLarge, Unauthenticated, Unavailable, Unsupported
 
 MAX_HOPS = 5
 MAX_WAITS = 4
 LONGEST_WAIT_S = 300  # the Hub's window for its rate limits
 CHUNK = 1024 * 1024
 SLOWEST = 1024  # bytes a second, on average, after the first minute
+METADATA_SECONDS = 120.0
 
 _RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})\Z")
+_NOTHING = re.compile(r"bytes \*/(\d{1,19})\Z")
 
 
 def origin(url: str) -> tuple[str, str, int]:
@@ -40,6 +42,14 @@ def origin(url: str) -> tuple[str, str, int]:
             "the upstream sends us to something that is no plain http or https address", expected="http(s)://host[:port]/path", reason="redirect"
         )
     return parts.scheme, host.lower(), port or (443 if parts.scheme == "https" else 80)
+
+
+def joined(base: str, target: str) -> str:
+    """Where a redirect leads; raises Invalid."""
+    try:
+        return urljoin(base, target)
+    except ValueError as error:
+        raise Invalid("the upstream redirects to something that is no URL", expected="http(s)://host[:port]/path", reason="redirect") from error
 
 
 def addresses(host: str, port: int) -> list[str]:
@@ -61,11 +71,19 @@ def _kind(address: str) -> str:
 
 
 class Fetcher:
-    """GETs below one endpoint, with its key; safe for several threads."""
+    """GETs below one endpoint, with its key or with `headers` that are asked for at each request; safe for several threads."""
 
-    def __init__(self, endpoint: str, key: str = "", ca_file: str = "", timeout_s: float = 30.0, slow_after_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        key: str = "",
+        ca_file: str = "",
+        timeout_s: float = 30.0,
+        slow_after_s: float = 60.0,
+        headers: Callable[[], Mapping[str, str]] | None = None,
+    ) -> None:
         self.endpoint = endpoint
-        self._key = key
+        self._own_headers = headers or (lambda: {"Authorization": f"Bearer {key}"} if key else {})
         self._origin = origin(endpoint)
         self._ca_file = ca_file or None
         self._timeout = urllib3.Timeout(connect=timeout_s, read=timeout_s)
@@ -74,28 +92,71 @@ class Fetcher:
         self._lock = threading.Lock()
         self.received = 0
 
-    def stream(self, path: str, lo: int, hi: int) -> Iterator[bytes]:
-        """Bytes [lo, hi) of a path below the endpoint, exactly; raises Unavailable, NotFound, Denied, Unauthenticated, Mismatch, Invalid."""
-        response = self._follow(self.endpoint + path, {"Range": f"bytes={lo}-{hi - 1}"})
+    def stream(self, path: str, lo: int, hi: int, url: str = "") -> Iterator[bytes]:
+        """Bytes [lo, hi) of a path below the endpoint, exactly; raises Unavailable, NotFound, Denied, Unauthenticated, Mismatch, Invalid.
+
+        With `url`, a signed URL for that path: it gets no key, wherever it leads, and appears in no error.
+        """
+        response = self._follow(url or self.endpoint + path, {"Range": f"bytes={lo}-{hi - 1}"}, bool(url))
         try:
-            if response.status == 200:
+            all_of_it = response.status == 200 and lo == 0 and response.headers.get("Content-Length") == str(hi)
+            if response.status == 200 and not all_of_it:
                 raise Unsupported(f"the upstream ignores Range for {path[:200]}", expected="206 and a Content-Range", reason="range_ignored")
-            self._check(response, 206, path)
+            self._check(response, 200 if all_of_it else 206, path)
             found = _RANGE.match(response.headers.get("Content-Range", ""))
-            if not found or (int(found[1]), int(found[2]) + 1) != (lo, hi):
+            if not all_of_it and (not found or (int(found[1]), int(found[2]) + 1) != (lo, hi)):
                 raise Mismatch(f"asked for bytes {lo}-{hi - 1} of {path[:200]}, got another range", expected="exactly the range asked for")
             yield from self._body(response, hi - lo, path)
         finally:
             response.close()
 
-    def whole(self, path: str, size: int) -> bytes:
+    def whole(self, path: str, size: int, url: str = "") -> bytes:
         """A small file of a known size; raises as stream does."""
-        response = self._follow(self.endpoint + path, {})
+        response = self._follow(url or self.endpoint + path, {}, bool(url))
         try:
             self._check(response, 200, path)
             return b"".join(self._body(response, size, path))
         finally:
             response.close()
+
+    def size(self, path: str, url: str = "") -> int:
+        """Bytes of a file that no listing tells, from the answer to a request for its first one; raises as stream does."""
+        response = self._follow(url or self.endpoint + path, {"Range": "bytes=0-0"}, bool(url))
+        try:
+            stated = response.headers.get("Content-Range", "")
+            if response.status == 416 and (nothing := _NOTHING.match(stated)):
+                return int(nothing[1])
+            length = response.headers.get("Content-Length", "")
+            if response.status == 200 and re.fullmatch(r"[0-9]{1,19}", length):
+                return int(length)
+            self._check(response, 206, path)
+            found = _RANGE.match(stated)
+            if not found or found[1] != "0" or found[2] != "0":
+                raise Invalid(f"the upstream tells no size of {path[:200]}", expected="206 and a Content-Range", reason="upstream")
+            return int(found[3])
+        finally:
+            response.close()
+
+    def document(self, path: str, limit: int, url: str = "", form: str = "") -> bytes:
+        """A small answer of unknown size, from the endpoint itself unless `url` is signed; `form` is posted; raises TooLarge and as stream."""
+        response = self._follow(url or self.endpoint + path, {}, bool(url), not url, form)
+        started, body = time.monotonic(), bytearray()
+        try:
+            self._check(response, 200, path)
+            while block := response.read1(CHUNK, decode_content=False):
+                body += block
+                if len(body) > limit:
+                    raise TooLarge(f"the upstream's answer about {path[:200]} is longer than {limit} bytes", expected=f"at most {limit}")
+                if time.monotonic() - started > METADATA_SECONDS:
+                    raise Unavailable(f"the upstream's answer about {path[:200]} took more than {METADATA_SECONDS:.0f} s", do="run again later")
+        except (HTTPError, OSError) as error:
+            raise Unavailable(f"the upstream's answer about {path[:200]} broke off", do="run again") from error
+        finally:
+            response.close()
+        length = response.headers.get("Content-Length", "")
+        if length.isascii() and length.isdigit() and int(length[:19]) != len(body):
+            raise Unavailable(f"the upstream sent {len(body)} of {length[:19]} bytes about {path[:200]}", do="run again")
+        return bytes(body)
 
     def _body(self, response: urllib3.BaseHTTPResponse, size: int, path: str) -> Iterator[bytes]:
         started, got = time.monotonic(), 0
@@ -120,34 +181,42 @@ class Fetcher:
 
     def _check(self, response: urllib3.BaseHTTPResponse, wanted: int, path: str) -> None:
         if response.status != wanted:
-            raise refusal(response.status, response.headers.get("X-Error-Code", ""), path)
+            raise self.refused(response, path)
         if response.headers.get("Content-Encoding", "identity").lower() not in ("", "identity"):
             raise Mismatch(f"{path[:200]} came compressed, though identity was asked for", expected="the file's bytes as they are", reason="encoding")
 
-    def _follow(self, url: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+    def refused(self, response: urllib3.BaseHTTPResponse, what: str) -> AirlockError:
+        """The error for an answer that is none of those that were asked for."""
+        return refusal(response.status, response.headers.get("X-Error-Code", ""), what)
+
+    def _follow(self, url: str, headers: dict[str, str], signed: bool = False, home: bool = False, form: str = "") -> urllib3.BaseHTTPResponse:
         for _ in range(MAX_WAITS):
-            response = self._hops(url, headers)
+            response = self._hops(url, headers, signed, home, form)
             pause = response.headers.get("Retry-After", "")
             if response.status not in (429, 503) or not pause.isascii() or not pause.isdigit():
                 return response
             response.close()
             time.sleep(min(int(pause[:6]), LONGEST_WAIT_S))
-        return self._hops(url, headers)
+        return self._hops(url, headers, signed, home, form)
 
-    def _hops(self, url: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+    def _hops(self, url: str, headers: dict[str, str], signed: bool = False, home: bool = False, form: str = "") -> urllib3.BaseHTTPResponse:
+        posted = {"Content-Type": "application/x-www-form-urlencoded"} if form else {}
         for _ in range(MAX_HOPS + 1):
             where = origin(url)
             own = where == self._origin
-            sent = {"Accept-Encoding": "identity", "User-Agent": "airlock-mirror"} | headers
-            if own and self._key:
-                sent["Authorization"] = f"Bearer {self._key}"
+            if home and not own:
+                raise Denied("the upstream sends metadata requests to another host", expected="answers from the endpoint itself", reason="redirect")
+            sent = {"Accept-Encoding": "identity", "User-Agent": "airlock-mirror"} | headers | posted
+            if own and not signed:
+                sent |= self._own_headers()
             parts = urlsplit(url)
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             default = 443 if where[0] == "https" else 80
             sent["Host"] = (f"[{where[1]}]" if ":" in where[1] else where[1]) + (f":{where[2]}" if where[2] != default else "")
             try:
                 pool = self._pool(where, own)
-                response = pool.urlopen("GET", target, headers=sent, redirect=False, retries=False, preload_content=False, timeout=self._timeout)
+                verb, body = ("POST", form.encode()) if form else ("GET", None)
+                response = pool.urlopen(verb, target, body, sent, redirect=False, retries=False, preload_content=False, timeout=self._timeout)
             except (HTTPError, OSError) as error:
                 raise Unavailable(
                     f"{where[0]}://{where[1]}:{where[2]} does not answer", do="check the network, then run again: it resumes"
@@ -156,7 +225,7 @@ class Fetcher:
             if response.status not in (301, 302, 303, 307, 308) or not location:
                 return response
             response.close()
-            url = urljoin(url, location)
+            url = joined(url, location)
         raise Invalid(f"the upstream redirects more than {MAX_HOPS} times", expected=f"at most {MAX_HOPS} redirects", reason="redirect")
 
     def _pool(self, where: tuple[str, str, int], own: bool) -> urllib3.HTTPConnectionPool:
