@@ -45,7 +45,7 @@ class Choice:
 
 def choose(settings: Settings, pin: str) -> Choice:
     """Key check, GPUs, released profiles, choice; raises what each of them raises, in this order."""
-    from runtime import entitlement, gpus, profiles, weights
+    from runtime import cache, entitlement, gpus, profiles
 
     entitlement.require_key(settings)
     client = remote(settings)
@@ -53,7 +53,7 @@ def choose(settings: Settings, pin: str) -> Choice:
     trust = entitlement.read_trust(settings)
     if trouble:
         entitlement.tell(trouble)
-    weights.check_cache(settings.cache)
+    cache.check(settings.cache)
     released = _released(client, trouble, settings, trust)
     facts = gpus.detect(settings.gpu_deadline_s, settings.visible_cuda, settings.visible_nvidia)
     for line in system(facts):

@@ -7,14 +7,12 @@ built anew. Nothing is read, written or removed through a link in the cache: it 
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +20,7 @@ from typing import Protocol
 from artifact import copy, trust
 from artifact.digest import hash_fd
 from artifact.disk import Disk
-from artifact.errors import AirlockError, Invalid, Mismatch, NotFound, Unavailable
+from artifact.errors import Invalid, Mismatch, NotFound, Unavailable
 from artifact.manifest import (
     MAX_MANIFEST_BYTES,
     MODEL_TYPE,
@@ -37,10 +35,10 @@ from artifact.manifest import (
 from artifact.profile import Pin, ProfileSet
 from artifact.profile import parse as parse_profiles
 from artifact.store import Descriptor, File
+from runtime import cache as place
 
 PROFILES = "/profiles"
 MAX_PAYLOAD = 1 << 20
-FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512", "partial", "refs", "leases", "models", "stamps", "home")
 Log = Callable[[str], None]
 
 
@@ -75,68 +73,6 @@ class ModelDir:
     stamped: int
 
 
-def check_cache(cache: Path) -> None:
-    """The cache directory exists and can be used, and its own folders are no links; raises Unavailable with owner and mode, or Invalid."""
-    try:
-        cache.mkdir(mode=0o755, parents=True, exist_ok=True)
-        found = cache.stat()
-    except OSError as error:
-        what = f"NIM_CACHE_PATH {cache} cannot be made: {error.strerror} (we are uid {os.geteuid()}, gid {os.getegid()})"
-        raise Unavailable(what, expected="a directory that we may write", do=f"chown {os.geteuid()} it on the host", reason="cache") from error
-    if not stat.S_ISDIR(found.st_mode):
-        raise Unavailable(f"NIM_CACHE_PATH {cache} is no directory", expected="a directory", reason="cache")
-    if not os.access(cache, os.R_OK | os.X_OK):
-        raise _unusable(cache, "read")
-    for name in FOLDERS:
-        _folders(cache, cache / name)
-
-
-def _folders(cache: Path, path: Path) -> None:
-    """Every step below the cache down to `path` is a directory or absent; raises Invalid (reason cache) naming the step that is a link or a file.
-
-    The cache's own path may be a link: the operator names it. What lies in it, others may have planted.
-    """
-    for step in (*reversed(path.relative_to(cache).parents[:-1]), path.relative_to(cache)):
-        try:
-            found = os.lstat(cache / step)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        if not stat.S_ISDIR(found.st_mode):
-            raise _planted(cache / step, found.st_mode, "directory")
-
-
-def _blob(disk: Disk, digest: str) -> None:
-    """At a blob's path lies a regular file or nothing, in directories of this cache; raises Invalid (reason cache) naming what does not belong."""
-    path = disk.path(digest)
-    _folders(disk.root, path.parent)
-    with suppress(FileNotFoundError):
-        found = os.lstat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise _planted(path, found.st_mode, "file")
-
-
-def _planted(path: Path, mode: int, wanted: str) -> Invalid:
-    kind = "a symbolic link" if stat.S_ISLNK(mode) else "a directory" if stat.S_ISDIR(mode) else f"no {wanted}"
-    return Invalid(
-        f"{path} in the cache is {kind}",
-        expected=f"a plain {wanted} or nothing",
-        do="look at who put it there, remove it and start again",
-        reason="cache",
-    )
-
-
-def _unusable(cache: Path, verb: str) -> Unavailable:
-    """Names path, owner, mode and our uid: what a person needs for the chown."""
-    found = cache.stat()
-    mode = f"owner {found.st_uid}:{found.st_gid}, mode {found.st_mode & 0o7777:04o}"
-    return Unavailable(
-        f"NIM_CACHE_PATH {cache} cannot be {verb}: {mode}; we are {os.geteuid()}:{os.getegid()}",
-        expected="a directory that we may read and write",
-        do=f"on the host: chown {os.geteuid()}:{os.getegid()} it; on NFS without root squash, or by its owner",
-        reason="cache",
-    )
-
-
 def released(source: Source | None, cache: Path, name: str, ref: str, keys: Mapping[str, str]) -> Released:
     """The promoted profile manifest of a model, from the registry or (source None) as it was cached; the signature is checked in both cases.
 
@@ -153,8 +89,8 @@ def released(source: Source | None, cache: Path, name: str, ref: str, keys: Mapp
             raise _not_promoted(name, ref, digest) from error
     else:
         digest, signature_digest = _noted(note, repo, ref)
-        _blob(disk, digest)
-        _blob(disk, signature_digest)
+        place.blob(disk, digest)
+        place.blob(disk, signature_digest)
         raw, signature = disk.read(digest, MAX_MANIFEST_BYTES), disk.read(signature_digest, MAX_MANIFEST_BYTES)
 
     manifest = parse_manifest(raw)
@@ -169,7 +105,7 @@ def released(source: Source | None, cache: Path, name: str, ref: str, keys: Mapp
         raise Invalid(f"{repo}:{ref} is no profile manifest", expected=f"one layer of {PROFILES_TYPE}", reason="no_profiles")
     profiles = parse_profiles(small(layers[0].digest))
     if source:
-        _keep(lambda: _note(note, disk, repo, ref, raw, signature))
+        place.keep(lambda: _note(note, disk, repo, ref, raw, signature))
     return Released(digest, profiles)
 
 
@@ -184,14 +120,14 @@ def _not_promoted(name: str, ref: str, digest: str) -> Mismatch:
 
 def _note(note: Path, disk: Disk, repo: str, ref: str, raw: bytes, signature: bytes) -> None:
     digest, signature_digest = disk.put(raw), disk.put(signature)
-    _write(note, canonical_json({"name": repo, "ref": ref, "digest": digest, "signature": signature_digest}))
+    place.write(note, canonical_json({"name": repo, "ref": ref, "digest": digest, "signature": signature_digest}))
 
 
 def _noted(note: Path, repo: str, ref: str) -> tuple[str, str]:
     """What the cache says the name was; believed only because the release signature names it too."""
     try:
         if not stat.S_ISREG(mode := os.lstat(note).st_mode):
-            raise _planted(note, mode, "file")
+            raise place.planted(note, mode, "file")
         doc = parse_json(note.read_bytes(), "the cached name", MAX_PAYLOAD)
     except OSError as error:
         raise Unavailable(
@@ -207,7 +143,7 @@ def _noted(note: Path, repo: str, ref: str) -> tuple[str, str]:
 
 def _small(source: Source | None, disk: Disk, repo: str, digest: str, size: int) -> bytes:
     """A small blob by digest: from the cache, else from the registry, verified in both cases."""
-    _blob(disk, digest)
+    place.blob(disk, digest)
     if disk.size(digest) is not None:
         try:
             return disk.read(digest, MAX_MANIFEST_BYTES)
@@ -228,7 +164,7 @@ def _small(source: Source | None, disk: Disk, repo: str, digest: str, size: int)
         raise Mismatch(
             f"the bytes of {digest} in {repo} have another digest", expected=digest, do="the registry or the path to it is damaged", reason="weights"
         )
-    _keep(lambda: disk.put(bytes(raw)))
+    place.keep(lambda: disk.put(bytes(raw)))
     return bytes(raw)
 
 
@@ -239,13 +175,13 @@ def materialise(source: Source | None, cache: Path, model: Pin, log: Log, *, wor
     """
     disk = Disk(cache)
     target = cache / "models" / model.name / model.digest.split(":", 1)[1][:12]
-    _folders(cache, target.parent)
+    place.folders(cache, target.parent)
     raw = _model_manifest(source, disk, model)
     manifest = parse_manifest(raw)
     if manifest.artifact_type != MODEL_TYPE:
         raise Invalid(f"{model.name}@{model.digest} is no model", expected=MODEL_TYPE, reason="weights")
     files = files_of(manifest)
-    stamps = _Stamps(cache / "stamps")
+    stamps = place.Stamps(cache / "stamps")
     hashed = stamped = 0
     lacking: list[File] = []
     for file in {f.digest: f for f in files}.values():
@@ -255,7 +191,7 @@ def materialise(source: Source | None, cache: Path, model: Pin, log: Log, *, wor
         if verdict == "absent":
             lacking.append(file)
     _fetch(source, disk, model, lacking, log, workers, show)
-    _folders(cache, target.parent)  # again: the download may have taken hours
+    place.folders(cache, target.parent)  # again: the download may have taken hours
     if not _intact(target, files, disk):
         try:
             _build(target, files, disk)
@@ -268,7 +204,7 @@ def materialise(source: Source | None, cache: Path, model: Pin, log: Log, *, wor
 
 
 def _model_manifest(source: Source | None, disk: Disk, model: Pin) -> bytes:
-    _blob(disk, model.digest)
+    place.blob(disk, model.digest)
     try:
         return disk.read(model.digest, MAX_MANIFEST_BYTES)
     except (NotFound, Mismatch) as error:
@@ -280,13 +216,13 @@ def _model_manifest(source: Source | None, disk: Disk, model: Pin) -> bytes:
     raw = source.read_manifest(model.name, model.digest)[1]
     if digest_of(raw) != model.digest:
         raise Mismatch(f"the registry sent another manifest for {model.name}@{model.digest}", expected=model.digest, reason="weights")
-    _keep(lambda: disk.put(raw))
+    place.keep(lambda: disk.put(raw))
     return raw
 
 
-def _present(disk: Disk, file: File, stamps: _Stamps) -> str:
+def _present(disk: Disk, file: File, stamps: place.Stamps) -> str:
     """`stamped` or `hashed` when the cache holds the right bytes, else `absent` with wrong ones removed; raises Invalid for what is no file."""
-    _blob(disk, file.digest)
+    place.blob(disk, file.digest)
     size = disk.size(file.digest)
     if size is None:
         return "absent"
@@ -317,7 +253,7 @@ def _fetch(source: Source | None, disk: Disk, model: Pin, files: list[File], log
             reason="weights",
         )
     if not os.access(disk.root, os.W_OK):
-        raise _unusable(disk.root, "written, and files are missing in it")
+        raise place.unusable(disk.root, "written, and files are missing in it")
     total = sum(f.size for f in files)
     log(f"Downloading {len(files)} file(s), {total} bytes, of {model.name}@{model.digest}")
     progress = copy.Progress(total, model.name, sys.stderr) if show else None
@@ -370,62 +306,3 @@ def _build(target: Path, files: tuple[File, ...], disk: Disk) -> None:
         raise Unavailable(what, expected="a cache that we may write", do=f"check owner and mode of {target.parent}", reason="cache") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-
-
-class _Stamps:
-    """What a blob's inode looked like when its bytes were last hashed; counted only from a directory that nobody else can write."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        with suppress(OSError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            found = os.lstat(folder)
-            self._ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
-        except OSError:
-            self._ours = False
-
-    def _path(self, digest: str) -> Path:
-        return self._folder / f"{digest.replace(':', '-')}.json"
-
-    @staticmethod
-    def _facts(path: Path, digest: str) -> list[object]:
-        found = os.lstat(path)
-        return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, digest]
-
-    def holds(self, digest: str, path: Path) -> bool:
-        """Whether the file at `path` is the one that was hashed, untouched."""
-        if not self._ours:
-            return False
-        try:
-            found = os.lstat(self._path(digest))
-            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-                return False
-            return bool(json.loads(self._path(digest).read_bytes()[:4096]) == self._facts(path, digest))
-        except (OSError, ValueError):
-            return False
-
-    def record(self, paths: Mapping[str, Path]) -> None:
-        """Notes files whose bytes were verified in this run. After linking: a new hard link changes the inode's ctime."""
-        if not self._ours:
-            return
-        for digest, path in paths.items():
-            if not self.holds(digest, path):
-                with suppress(OSError):
-                    _write(self._path(digest), json.dumps(self._facts(path, digest)).encode())
-
-
-def _write(path: Path, raw: bytes) -> None:
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        temporary.write_bytes(raw)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _keep(write: Callable[[], object]) -> None:
-    """A read-only cache is served as it is: what cannot be kept is verified again at the next start."""
-    with suppress(OSError, AirlockError):
-        write()
