@@ -13,11 +13,15 @@ import re
 import select
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from artifact.errors import AirlockError, Invalid, Unavailable
+from artifact.errors import AirlockError, Unavailable
 from runtime.node import Facts, Gpu
+from runtime.visible import narrow
 
 # NVML return codes (nvml.h); the words are what an operator can act on.
 LIBRARY_NOT_FOUND = 12
@@ -31,23 +35,66 @@ HINTS = {
     18: "driver and library differ in version; reboot, or correct the container toolkit",
 }
 TOLERATED = (3, 13)  # not supported, function not found: the fact is absent, which is no failure
+INVALID_ARGUMENT, NOT_FOUND = 2, 6  # a link beyond the last one; a hole among MIG slices
+# nvmlClocksEventReason* (nvml.h): those that cost speed and are nobody's wish.
+SLOWED = {0x8: "hardware slowdown", 0x20: "software thermal limit", 0x40: "hardware thermal limit", 0x80: "power brake"}
+MODULE = Path("/proc/driver/nvidia/gpus")  # the kernel module's list by bus, in NVML's order; readable when a GPU answers nothing
+HOST_RESERVE = 8 << 30  # bytes of unified memory that are left to the host
 
 
-def detect(deadline_s: float = 30.0, visible_cuda: str | None = None, visible_nvidia: str | None = None) -> Facts:
-    """The node's GPUs that CUDA_VISIBLE_DEVICES and NVIDIA_VISIBLE_DEVICES leave; raises Unavailable (reason gpu), Invalid."""
+def detect(
+    deadline_s: float = 30.0,
+    visible_cuda: str | None = None,
+    visible_nvidia: str | None = None,
+    *,
+    order: str | None = None,
+    patience_s: float = 0.0,
+    say: Callable[[str], None] | None = None,
+    reserve_bytes: int = HOST_RESERVE,
+) -> Facts:
+    """The node's GPUs that the visible-devices variables leave, all of which answered; raises Unavailable (reason gpu), Invalid.
+
+    An answer is waited for until deadline_s, or with a longer patience_s until that one, while `say` is told every deadline_s what is waited for.
+    """
     simulated = bool(os.environ.get("FAKE_NVML_CONFIG"))
-    answer = _ask(deadline_s)
+    answer = _ask(deadline_s, max(deadline_s, patience_s), say or (lambda _: None))
     if answer.get("library") is False:
         return Facts(cpu=True, simulated=simulated)
-    gpus = tuple(Gpu(**{**item, "capability": tuple(item["capability"])}) for item in answer["gpus"])
-    left = narrow(gpus, visible_cuda, visible_nvidia)
+    gpus = tuple(_as_gpu(item, reserve_bytes) for item in answer["gpus"])
+    left = narrow(gpus, visible_cuda, visible_nvidia, order)
+    every = narrow(gpus, None, None)
     hidden = ""
-    if len(left) < len(gpus):
-        hidden = f"{len(gpus) - len(left)} of {len(gpus)} GPU(s) are hidden by CUDA_VISIBLE_DEVICES or NVIDIA_VISIBLE_DEVICES"
+    if len(left) < len(every):
+        hidden = f"{len(every) - len(left)} of {len(every)} GPU(s) are hidden by CUDA_VISIBLE_DEVICES or NVIDIA_VISIBLE_DEVICES"
     return Facts(False, left, answer["driver"], answer["cuda"], simulated, hidden)
 
 
-def _ask(deadline_s: float) -> dict[str, Any]:
+def _as_gpu(item: dict[str, Any], reserve_bytes: int) -> Gpu:
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in item.items()}
+    gpu = Gpu(**values)
+    if gpu.total or gpu.mig or gpu.parent:
+        return gpu
+    total, free = host_memory(Path("/proc/meminfo").read_text(), _limit())
+    note = f"unified memory: NVML tells no size, the host's {total / 2**30:.1f} GiB are used, {reserve_bytes / 2**30:g} GiB of them left to the host"
+    return replace(gpu, unified=True, total=total, free=max(0, free - reserve_bytes), notices=(*gpu.notices, note))
+
+
+def host_memory(meminfo: str, limit: int = 0) -> tuple[int, int]:
+    """Total and available bytes of the host by the text of /proc/meminfo, bounded by a container's limit (0: none)."""
+    found = {m[1]: int(m[2]) * 1024 for m in re.finditer(r"^(MemTotal|MemAvailable):\s+(\d+) kB", meminfo, re.MULTILINE)}
+    total, free = found.get("MemTotal", 0), found.get("MemAvailable", 0)
+    return (min(total, limit), min(free, limit)) if limit else (total, free)
+
+
+def _limit() -> int:
+    try:
+        text = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return 0
+    return int(text) if text.isdigit() else 0
+
+
+def _ask(wait_s: float, limit_s: float, say: Callable[[str], None]) -> dict[str, Any]:
     """What the child told; a forked one, since a container's interpreter is not always ours to execute again."""
     reading, writing = os.pipe()
     pid = os.fork()
@@ -60,27 +107,37 @@ def _ask(deadline_s: float) -> dict[str, Any]:
         finally:
             os._exit(status)  # nothing of the parent's (handlers, buffers, temporary files) may run twice
     os.close(writing)
-    lines, whole = _listen(reading, time.monotonic() + deadline_s)
-    last = next((line for line in reversed(lines) if line.startswith("nvml")), "nvmlInit")
+    lines, whole = _listen(reading, wait_s, limit_s, say)
     if not whole:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     _reap(pid)
     if not whole:
         raise Unavailable(
-            f"the GPU query did not answer within {deadline_s:g} s; the last call was {last}",
-            expected="an answer from the NVIDIA driver",
-            do="look at dmesg for Xid messages; AIRLOCK_GPU_DEADLINE_S changes the limit",
+            f"the GPU query did not answer within {limit_s:g} s; the last call was {_last(lines)}",
+            expected="an answer from the NVIDIA driver for every GPU: none is left out, since that would choose a smaller profile",
+            do="look at dmesg for Xid messages; AIRLOCK_GPU_DEADLINE_S changes the limit, and with NIM_MODEL_PROFILE set the start waits longer",
             reason="gpu",
         )
     try:
         answer: dict[str, Any] = json.loads(lines[-1] if lines else "")
     except ValueError:
-        what = f"the GPU query ended without an answer in {last}"
+        what = f"the GPU query ended without an answer in {_last(lines)}"
         raise Unavailable(what, expected="an answer from the NVIDIA driver", do="run nvidia-smi on this host", reason="gpu") from None
     if "error" in answer:
         raise _failure(answer)
     return answer
+
+
+def _last(lines: list[str]) -> str:
+    """The last call with its GPU; where the driver told neither UUID nor bus yet, with the bus that its module lists for that index."""
+    call = next((line for line in reversed(lines) if line.startswith("nvml")), "nvmlInit")
+    match = re.search(r" of GPU (\d+)\Z", call)
+    try:
+        buses = sorted(p.name for p in MODULE.iterdir()) if match else []
+    except OSError:
+        buses = []
+    return f"{call} ({buses[int(match[1])]})" if match and int(match[1]) < len(buses) else call
 
 
 def _tell(fd: int, line: str) -> None:
@@ -89,14 +146,20 @@ def _tell(fd: int, line: str) -> None:
         raw = raw[os.write(fd, raw) :]
 
 
-def _listen(fd: int, until: float) -> tuple[list[str], bool]:
-    """The child's lines, and whether it came to its end before the deadline."""
-    raw = b""
+def _listen(fd: int, wait_s: float, limit_s: float, say: Callable[[str], None]) -> tuple[list[str], bool]:
+    """The child's lines, and whether it came to its end before the limit."""
+    raw, began = b"", time.monotonic()
+    due, end = began + wait_s, began + limit_s
     with open(fd, "rb", buffering=0) as stream:
         while True:
-            left = until - time.monotonic()
-            if left <= 0 or not select.select([stream], [], [], left)[0]:
+            now = time.monotonic()
+            if now >= end:
                 return raw.decode("utf-8", "replace").splitlines(), False
+            if now >= due:
+                due += wait_s
+                say(f"still waiting for {_last(raw.decode('utf-8', 'replace').splitlines())}: {now - began:.0f} of at most {limit_s:g} s")
+            if not select.select([stream], [], [], max(0.0, min(due, end) - now))[0]:
+                continue
             part = stream.read(65536)
             if not part:
                 return raw.decode("utf-8", "replace").splitlines(), True
@@ -121,69 +184,45 @@ def _failure(answer: dict[str, Any]) -> AirlockError:
     )
 
 
-def narrow(gpus: tuple[Gpu, ...], visible_cuda: str | None, visible_nvidia: str | None) -> tuple[Gpu, ...]:
-    """The GPUs that the two variables leave, in the order CUDA_VISIBLE_DEVICES gives; raises Invalid for an entry that names none."""
-    left = gpus
-    text = (visible_nvidia or "").strip()
-    if text == "none":
-        return ()
-    # `void` is what the container toolkit sets when it injected the devices itself (CDI). Fewer devices than entries also means that
-    # the toolkit has applied the list: the indices in it are the host's and no longer ours.
-    if text not in ("", "all", "void"):
-        entries = _entries(text)
-        if len(gpus) > len(entries):
-            left = tuple(_find(gpus, e, "NVIDIA_VISIBLE_DEVICES") for e in entries)
-    if visible_cuda is not None:
-        entries = _entries(visible_cuda)
-        if entries in ([], ["-1"], ["NoDevFiles"]):
-            return ()
-        left = tuple(_find(left, e, "CUDA_VISIBLE_DEVICES") for e in entries)
-    return tuple(dict.fromkeys(left))
+class _Driver:
+    """The child's way to NVML: each call is told before it is made, and an absent fact is no failure."""
 
+    def __init__(self, fd: int) -> None:
+        import pynvml
 
-def _entries(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+        self.nvml: Any = pynvml
+        self.call = "nvmlInit"
+        self._fd = fd
 
-
-def _find(gpus: tuple[Gpu, ...], entry: str, variable: str) -> Gpu:
-    if entry.isascii() and entry.isdigit() and len(entry) < 5 and int(entry) < len(gpus):
-        return gpus[int(entry)]
-    found = [g for g in gpus if g.uuid.startswith(entry)] if entry.startswith("GPU-") else []
-    if len(found) == 1:
-        return found[0]
-    have = ", ".join(f"{i}={g.uuid}" for i, g in enumerate(gpus)) or "none"
-    raise Invalid(f"{variable} names {entry[:60]!r}, which is no GPU of this node", expected=f"indices or UUIDs of: {have}", reason="gpu")
+    def ask(self, name: str, *args: Any, label: str = "", absent: Any = None, tolerated: tuple[int, ...] = TOLERATED) -> Any:
+        """The answer of one NVML function; what is not supported, or not there in an old driver, is `absent`."""
+        self.call = name + (f" of {label}" if label else "")
+        _tell(self._fd, self.call)  # at once: what the parent reads if this call never returns
+        try:
+            return getattr(self.nvml, name)(*args)
+        except self.nvml.NVMLError as error:
+            if error.value in tolerated:
+                return absent
+            raise
 
 
 def _query(fd: int) -> dict[str, Any]:
     """Runs in the child: every fact, or the first failure with the call's name."""
-    import pynvml as nvml
-
-    call = "nvmlInit"
-
-    def ask(name: str, *args: Any, label: str = "", absent: Any = None) -> Any:
-        nonlocal call
-        call = name + (f" of {label}" if label else "")
-        _tell(fd, call)  # at once: what the parent reads if this call never returns
-        try:
-            return getattr(nvml, name)(*args)
-        except nvml.NVMLError as error:
-            if error.value in TOLERATED:
-                return absent
-            raise
-
+    driver = _Driver(fd)
+    nvml, ask = driver.nvml, driver.ask
     try:
         ask("nvmlInit")
-        driver, cuda = ask("nvmlSystemGetDriverVersion", absent=""), ask("nvmlSystemGetCudaDriverVersion_v2", absent=0)
-        gpus = [_gpu(ask, i) for i in range(ask("nvmlDeviceGetCount", absent=0))]
+        version, cuda = ask("nvmlSystemGetDriverVersion", absent=""), ask("nvmlSystemGetCudaDriverVersion_v2", absent=0)
+        gpus = [board for i in range(ask("nvmlDeviceGetCount", absent=0)) for board in _gpu(driver, i)]
+        _peers(driver, [g for g in gpus if g["links"]])
     except nvml.NVMLError as error:
-        if error.value == LIBRARY_NOT_FOUND and call == "nvmlInit":
+        if error.value == LIBRARY_NOT_FOUND and driver.call == "nvmlInit":
             words = _unloadable()
-            return {"error": LIBRARY_NOT_FOUND, "words": words, "call": call} if words else {"library": False}
-        return {"error": error.value, "words": str(error), "call": call}
+            return {"error": LIBRARY_NOT_FOUND, "words": words, "call": driver.call} if words else {"library": False}
+        return {"error": error.value, "words": str(error), "call": _last([driver.call])}
     except nvml.NVMLLibraryMismatchError as error:
-        return {"error": 18, "words": str(error), "call": call}
-    return {"driver": driver, "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}", "gpus": gpus}
+        return {"error": 18, "words": str(error), "call": driver.call}
+    return {"driver": version, "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}", "gpus": gpus}
 
 
 def _unloadable() -> str:
@@ -197,15 +236,22 @@ def _unloadable() -> str:
     return "the library says that it is not there"
 
 
-def _gpu(ask: Any, index: int) -> dict[str, Any]:
-    label = f"GPU {index}"
+def _gpu(driver: _Driver, index: int) -> list[dict[str, Any]]:
+    """The facts of one GPU, and of the slices it is split into; what names it is asked first, so that a later call that hangs names it."""
+    ask, label = driver.ask, f"GPU {index}"
     handle = ask("nvmlDeviceGetHandleByIndex", index, label=label)
-    uuid = ask("nvmlDeviceGetUUID", handle, label=label, absent="")
-    label = f"GPU {index} ({uuid})"
     pci = ask("nvmlDeviceGetPciInfo", handle, label=label)
+    bus = pci.busId if pci else ""
+    bus = bus.decode() if isinstance(bus, bytes) else bus
+    label = f"GPU {index} ({bus})" if bus else label
+    uuid = ask("nvmlDeviceGetUUID", handle, label=label, absent="")
+    label = f"GPU {index} ({', '.join(filter(None, (uuid, bus)))})"
     memory = ask("nvmlDeviceGetMemoryInfo", handle, label=label)
     mig = ask("nvmlDeviceGetMigMode", handle, label=label, absent=(0, 0))
-    return {
+    cores = ask("nvmlDeviceGetNumGpuCores", handle, label=label, absent=0)
+    clock = ask("nvmlDeviceGetMaxClockInfo", handle, driver.nvml.NVML_CLOCK_SM, label=label, absent=0)
+    faults, notices = _health(driver, handle, label)
+    board = {
         "index": index,
         "uuid": uuid,
         "name": ask("nvmlDeviceGetName", handle, label=label, absent=""),
@@ -214,4 +260,83 @@ def _gpu(ask: Any, index: int) -> dict[str, Any]:
         "total": memory.total if memory else 0,
         "free": memory.free if memory else 0,
         "mig": bool(mig[0]),
+        "bus": bus,
+        "speed": cores * clock,
+        "links": _links(driver, handle, label),
+        "faults": faults,
+        "notices": notices,
     }
+    return [board, *(_slices(driver, handle, board, label) if mig[0] else [])]
+
+
+def _slices(driver: _Driver, handle: Any, board: dict[str, Any], label: str) -> list[dict[str, Any]]:
+    """The MIG slices of one GPU; the driver counts them with holes."""
+    ask, found = driver.ask, []
+    for i in range(ask("nvmlDeviceGetMaxMigDeviceCount", handle, label=label, absent=0)):
+        mig = ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, i, label=f"slice {i} of {label}", tolerated=(*TOLERATED, NOT_FOUND))
+        if mig is None:
+            continue
+        where = f"slice {i} of {label}"
+        memory = ask("nvmlDeviceGetMemoryInfo", mig, label=where)
+        size = ask("nvmlDeviceGetAttributes", mig, label=where) if memory is None else None
+        total = memory.total if memory else size.memorySizeMB << 20 if size else 0
+        gi, ci = ask("nvmlDeviceGetGpuInstanceId", mig, label=where, absent=0), ask("nvmlDeviceGetComputeInstanceId", mig, label=where, absent=0)
+        found.append(
+            board
+            | {
+                "uuid": ask("nvmlDeviceGetUUID", mig, label=where, absent=""),
+                "name": ask("nvmlDeviceGetName", mig, label=where, absent="") or f"{board['name']} MIG",
+                "total": total,
+                "free": memory.free if memory else total,
+                "mig": False,
+                "parent": board["uuid"],
+                "slice": f"{gi}/{ci}",
+                "links": 0,
+            }
+        )
+    return found
+
+
+def _links(driver: _Driver, handle: Any, label: str) -> int:
+    """How many NVLinks are up."""
+    up = 0
+    for link in range(driver.nvml.NVML_NVLINK_MAX_LINKS):
+        state = driver.ask("nvmlDeviceGetNvLinkState", handle, link, label=label, tolerated=(*TOLERATED, INVALID_ARGUMENT))
+        if state is None:
+            break
+        up += bool(state)
+    return up
+
+
+def _peers(driver: _Driver, boards: list[dict[str, Any]]) -> None:
+    """Adds to each GPU which others NVLink reaches."""
+    handles = [driver.ask("nvmlDeviceGetHandleByIndex", b["index"], label=f"GPU {b['index']}") for b in boards]
+    for i, a in enumerate(boards):
+        for j, b in enumerate(boards[:i]):
+            where = f"GPU {a['index']} ({a['uuid']}, {a['bus']}) to GPU {b['index']}"
+            if driver.ask("nvmlDeviceGetP2PStatus", handles[i], handles[j], driver.nvml.NVML_P2P_CAPS_INDEX_NVLINK, label=where) == 0:
+                a.setdefault("peers", []).append(b["index"])
+                b.setdefault("peers", []).append(a["index"])
+
+
+def _health(driver: _Driver, handle: Any, label: str) -> tuple[list[str], list[str]]:
+    """What is wrong with a GPU that answers, and what only slows it; Xid messages are not NVML's to tell, dmesg has them."""
+    ask, nvml = driver.ask, driver.nvml
+    faults, notices = [], []
+    errors = ask("nvmlDeviceGetTotalEccErrors", handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC, label=label, absent=0)
+    if errors:
+        faults.append(f"{errors} uncorrected ECC error(s) since the driver was loaded")
+    if ask("nvmlDeviceGetRetiredPagesPendingStatus", handle, label=label, absent=0):
+        faults.append("memory pages wait to be retired: reset the GPU or reboot the host")
+    rows = ask("nvmlDeviceGetRemappedRows", handle, label=label, absent=(0, 0, 0, 0))
+    if rows[2]:
+        faults.append("memory rows wait to be remapped: reset the GPU or reboot the host")
+    if rows[3]:
+        faults.append("remapping of memory rows failed: the GPU has to be replaced")
+    slowed = ask("nvmlDeviceGetCurrentClocksEventReasons", handle, label=label)
+    if slowed is None:  # the name before driver 535
+        slowed = ask("nvmlDeviceGetCurrentClocksThrottleReasons", handle, label=label, absent=0)
+    words = [text for bit, text in SLOWED.items() if slowed & bit]
+    if words:
+        notices.append(f"clocks are slowed now: {', '.join(words)}")
+    return faults, notices
