@@ -1,4 +1,4 @@
-"""What a node offers, as plain values: GPUs, driver, what is hidden; found by runtime/gpus.py or described in runtime/hosts.py, and no code of either."""
+"""What a node offers, as plain values: GPUs, driver, what is hidden; found by runtime/gpus.py or described in runtime/hosts.py."""
 
 from __future__ import annotations
 

@@ -52,6 +52,11 @@ class Selection:
         return self.chosen.length if self.chosen else 0
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What to warn of: a short KV cache, a precision without hardware for it, no NVLink."""
+        return self.chosen.notes if self.chosen else ()
+
+    @property
     def order(self) -> tuple[Profile, ...]:
         """The profiles that fit, best first."""
         return tuple(v.profile for v in self.verdicts if not v.rule)
