@@ -37,6 +37,7 @@ class Wanted:
     max_model_len: int = 0
     sequences: int = 1
     share: float = GPU_SHARE
+    absent: tuple[tuple[str, str], ...] = ()  # engines that cannot be started here, and why
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,9 @@ def _engine(case: Case) -> str:
     engine, able = case.profile.tags.get("llm_engine", ""), case.node.wanted.engines
     if able is None or engine in able:
         return ""
-    return f"its engine {engine or '(none stated)'} cannot be started here; engines of this runtime: {', '.join(sorted(able)) or 'none'}"
+    why = dict(case.node.wanted.absent).get(engine)
+    cannot = f"its engine {engine or '(none stated)'} cannot be started here"
+    return f"{cannot}: {why}" if why else f"{cannot}; engines of this runtime: {', '.join(sorted(able)) or 'none'}"
 
 
 def _alike(case: Case) -> str:

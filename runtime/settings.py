@@ -12,11 +12,14 @@ from pathlib import Path
 
 from artifact.errors import Invalid
 from artifact.manifest import parse_reference
+from runtime import tuning
+from runtime.tuning import Tuning
 
 DEFAULT_CACHE = "/opt/nim/.cache"
 # What an engine may inherit. Everything else (keys, tokens, proxies) stays here: the engine runs code that reads data from outside.
 INHERITED = frozenset({"PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_HOME", "NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_REQUIRE_CUDA"})
 INHERITED_PREFIXES = ("NCCL_", "OMP_", "MKL_", "KMP_", "VLLM_CPU_")
+ENGINE_PREFIX = "AIRLOCK_ENGINE_"  # and the engine's name in capitals: the directory of its environment
 LOG_LEVELS = ("TRACE", "DEBUG", "DEFAULT", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 GPU_SHARE = 0.92  # of a GPU's memory, what vLLM takes by default and what profiles are judged against
@@ -84,7 +87,8 @@ class Settings:
     trust: Path | None = None
     ca_file: Path | None = None
     cache: Path = Path(DEFAULT_CACHE)
-    engine_vllm: Path | None = None
+    engines: tuple[tuple[str, Path], ...] = ()
+    tuning: Tuning = field(default_factory=Tuning)
     profile: str = ""
     host: str = "0.0.0.0"  # noqa: S104 - a container serves its network, as a NIM does
     port: int = 8000
@@ -120,6 +124,10 @@ class Settings:
         """`name:ref` as people write it."""
         return f"{self.model}:{self.ref}"
 
+    def engine(self, name: str) -> Path | None:
+        """The directory of an engine's environment, as AIRLOCK_ENGINE_<NAME> says."""
+        return dict(self.engines).get(name)
+
     @property
     def names(self) -> tuple[str, ...]:
         """The names that the API answers to: NIM_SERVED_MODEL_NAME, else the model's name."""
@@ -147,7 +155,8 @@ def from_environment(environ: Mapping[str, str], model: str, *, host: str = "", 
         ca_file=_path(environ, "AIRLOCK_CA_FILE") or _path(environ, "SSL_CERT_FILE"),
         cache=_path(environ, "NIM_CACHE_PATH") or Path(DEFAULT_CACHE),
         cache_named=bool(environ.get("NIM_CACHE_PATH", "").strip()),
-        engine_vllm=_path(environ, "AIRLOCK_ENGINE_VLLM"),
+        engines=_engines(environ),
+        tuning=tuning.from_environment(environ),
         profile=profile or _first(environ, "NIM_MODEL_PROFILE", "NIM_MANIFEST_PROFILE"),
         host=host or environ.get("AIRLOCK_HOST", "0.0.0.0"),  # noqa: S104 - see Settings.host
         port=port or _whole(environ, ("NIM_HTTP_API_PORT", "NIM_SERVER_PORT"), 8000, 1, 65535),
@@ -229,6 +238,11 @@ def _selector(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
         if number := _whole(environ, (variable,), 0, 1, 1024):
             found[tag] = str(number)
     return tuple(sorted(found.items()))
+
+
+def _engines(environ: Mapping[str, str]) -> tuple[tuple[str, Path], ...]:
+    found = ((k[len(ENGINE_PREFIX) :].lower(), _path(environ, k)) for k in sorted(environ) if k.startswith(ENGINE_PREFIX))
+    return tuple((name, path) for name, path in found if path)
 
 
 def _path(environ: Mapping[str, str], name: str) -> Path | None:

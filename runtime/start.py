@@ -43,9 +43,9 @@ class Choice:
         return None if self.trouble else self.client
 
 
-def choose(settings: Settings, pin: str) -> Choice:
-    """Key check, GPUs, released profiles, choice; raises what each of them raises, in this order."""
-    from runtime import cache, entitlement, gpus, profiles
+def choose(settings: Settings, pin: str, *, any_engine: bool = False) -> Choice:
+    """Key check, GPUs, released profiles, choice among those whose engine is installed (or all); raises what each of them raises, in this order."""
+    from runtime import cache, engines, entitlement, gpus, profiles
 
     entitlement.require_key(settings)
     client = remote(settings)
@@ -59,7 +59,9 @@ def choose(settings: Settings, pin: str) -> Choice:
     for line in system(facts):
         log.info(line)
     log.info("Running NIM %s LoRA.", "with" if settings.lora else "without")
-    wanted = profiles.Wanted(pin, settings.lora, settings.relax_memory, frozenset({"vllm"}))
+    absent = {} if any_engine else {name: why for name, why in engines.installed(settings).items() if why}
+    able = frozenset(engines.names()) - frozenset(absent)
+    wanted = profiles.Wanted(pin, settings.lora, settings.relax_memory, able, absent=tuple(absent.items()))
     return Choice(client, trouble, trust, facts, released, profiles.select(released.profiles.profiles, facts, wanted))
 
 

@@ -24,7 +24,7 @@ def download(settings: Settings, args: argparse.Namespace) -> int:
     from runtime import profiles
 
     named = list(args.profiles or [])
-    choice = start.choose(settings, "" if named or args.all else settings.profile)
+    choice = start.choose(settings, "" if named or args.all else settings.profile, any_engine=True)
     everything = choice.released.profiles.profiles
     if args.all:
         wanted = list(everything)

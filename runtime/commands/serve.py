@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import shutil
 import tempfile
 from dataclasses import replace
@@ -25,13 +26,13 @@ def main(argv: list[str]) -> int:
 
 def serve(settings: Settings, args: argparse.Namespace) -> int:
     """`serve`: the whole story, until a signal ends it; the status is the front's."""
-    from runtime import entitlement
-    from runtime.engines import vllm
+    from runtime import engines, entitlement
 
     choice = start.choose(settings, settings.profile)
     start.check_port(settings.host, settings.port)
     profile = start.announce(choice)
-    installation = vllm.find(settings)
+    engine = engines.load(profile.tags["llm_engine"])
+    installation = engine.find(settings)
     from runtime.serve import ServeSettings, run
     from runtime.watch import Watch
 
@@ -53,15 +54,8 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         # What the engine compiles and remembers is kept in the cache; where that is read-only it is made again at each start.
         private = settings if os.access(settings.cache, os.W_OK) else replace(settings, cache=folder)
         (private.cache / "home").mkdir(exist_ok=True)
-        plan = vllm.launch(
-            profile,
-            made.path,
-            folder / "engine.sock",
-            private,
-            installation=installation,
-            gpus=choice.selection.gpus,
-            share=choice.selection.share,
-        )
+        chosen = choice.selection
+        plan = engine.plan(engines.Start(profile, made.path, folder, private, installation, chosen.gpus, chosen.share, secrets.token_urlsafe(32)))
         front = ServeSettings(
             settings.host,
             settings.port,

@@ -1,6 +1,6 @@
 """One file per engine: its name is the profile's tag `llm_engine`; none imports another, and adding one changes nothing else.
 
-Each has `find(settings) -> Installation` (raises NotFound, reason engine_absent) and `launch(start) -> Launch` (raises Invalid), and starts nothing.
+Each has `find(settings) -> Installation` (raises NotFound, reason engine_absent) and `plan(start) -> Launch` (raises Invalid), and starts nothing.
 """
 
 from __future__ import annotations

@@ -327,6 +327,7 @@ def test_list_model_profiles_as_json(node: Node) -> None:
 
 def test_one_h100_changes_the_explained_choice_and_a_broken_driver_ends_it(node: Node, tmp_path: Path) -> None:
     node.profiles.append({"tags": {"llm_engine": "vllm", "precision": "fp8", "tp": "1", "gpu": "H100"}})
+    node.files["config.json"] = b'{"model_type":"llama","quantization_config":{"quant_method":"fp8"}}'
     node.publish()
     library = build(tmp_path)
     if library is None:
