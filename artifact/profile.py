@@ -155,6 +155,19 @@ def block(value: Memory | Quantization | None) -> dict[str, object]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in pairs if v}
 
 
+def read(raw: bytes) -> ProfileSet:
+    """The profiles of a file: a profile document, or an author's list in JSON, whose model is nobody's yet; raises Invalid, TooLarge."""
+    doc = parse_json(raw, "the file of profiles")
+    if "schema" in doc:
+        return parse(raw)
+    items, weights = doc.get("profiles"), doc.get("weights_bytes", 0)
+    if not isinstance(items, list) or not items or not all(isinstance(i, dict) for i in items):
+        raise Invalid("the file holds no list of profiles", expected='{"profiles": [{"tags": {"llm_engine": "vllm", …}}, …]}')
+    if type(weights) is not int or weights < 0:
+        raise Invalid("weights_bytes of the file is not a size", expected="whole bytes")
+    return parse(build("local/model", "sha256:" + "0" * 64, items, weights))
+
+
 def _known(entry: Iterable[object], known: tuple[str, ...], where: str) -> None:
     """A misspelt word in an author's file is refused: passed over, it would run the model in another way than was meant."""
     unknown = sorted(str(k)[:40] for k in entry if k not in known)
