@@ -278,7 +278,9 @@ def test_embeddings_accept_what_nim_clients_send(serve: Serve) -> None:
     status, answer, _ = served.ask("POST", "/v1/embeddings", body)
     assert status == 200 and len(answer["data"]) == 2
     assert served.records()[0]["body"] == {"model": "acme/tiny", "input": ["a", "b"]}
-    assert served.ask("POST", "/v1/embeddings", {**body, "truncate": "START"})[0] == 400
+    assert served.ask("POST", "/v1/embeddings", {**body, "truncate": "START"})[0] == 200
+    assert served.records()[1]["body"] == {"model": "acme/tiny", "input": ["a", "b"], "truncate_prompt_tokens": -1, "truncation_side": "left"}
+    assert served.ask("POST", "/v1/embeddings", {**body, "truncate": "MIDDLE"})[0] == 400
     status, answer, _ = served.ask("POST", "/v1/chat/completions", CHAT)
     assert status == 404 and "does not support this route" in answer["message"]
 
