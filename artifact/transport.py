@@ -130,8 +130,11 @@ class Transport:
         if origin(url) != self.origin:
             raise Unsupported("the registry sends us to another host for a write", expected=self.base_url, reason="location")
         for attempt in (0, 1):
-            response = self._send(method, url, {**(headers or {}), **self._authorization(scope, bearer)}, body, follow)
+            ours = self._authorization(scope, bearer)
+            response = self._send(method, url, {**(headers or {}), **ours}, body, follow)
             challenge = response.headers.get("WWW-Authenticate", "")
+            if response.status == 401 and not attempt and not bearer and ours.get("Authorization", "").startswith("Bearer "):
+                challenge = self._first_challenge(challenge)
             if response.status != 401 or attempt or not challenge.lower().startswith("bearer ") or not self._fetch_token(response, challenge, scope):
                 break
             if body is not None and not isinstance(body, bytes):
@@ -185,6 +188,12 @@ class Transport:
         if not self._key:
             return {}
         return {"Authorization": f"Bearer {self._key}" if bearer else self._basic}
+
+    def _first_challenge(self, challenge: str) -> str:
+        """What the registry asks of those who have no token: nvcr.io sends the holder of one that ended to a realm that is of no use to it."""
+        response = self._send("GET", self.base_url + "/v2/", {}, None, follow=False)
+        self._drop(response)
+        return response.headers.get("WWW-Authenticate", "") or challenge
 
     def _fetch_token(self, refused: BaseHTTPResponse, challenge: str, scope: str) -> bool:
         """Distribution's token authentication (RFC 6750 challenge, GET with Basic); False leaves the 401 as it is."""

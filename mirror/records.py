@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from artifact.errors import AirlockError, Conflict, Invalid, NotFound, TooLarge
-from artifact.manifest import hub_name, parse_json
+from artifact.manifest import hub_name, ngc_name, parse_json
 from artifact.medium import replace_file
 from artifact.upstream import LATEST, TEXTS, check_product, check_tier
 from mirror.home import MirrorHome
@@ -202,13 +202,17 @@ def words(text: str, what: str, most: int) -> str:
 
 
 def source_of(text: str) -> str:
-    """The source that an acceptance is about, without tag, digest, revision or letter case of the Hub; raises Invalid."""
+    """The source that an acceptance is about, without tag, digest, version, revision or letter case of the Hub and NGC; raises Invalid."""
     kind, _, rest = text.partition("://")
     rest = rest.partition("@")[0]
     host, _, path = rest.partition("/")
     if kind == "hf":
         hub_name(rest)
         return f"hf://{rest.lower()}"
-    if kind != "oci" or not host or not path or len(text) > TEXTS["source"] or not text.isascii() or not text.isprintable():
-        raise Invalid(f"{text[:120]!r} is no source", expected="hf://namespace/name or oci://host/name", reason="source")
-    return f"oci://{host.lower()}/{path.partition(':')[0]}"
+    if kind == "ngc":
+        ngc_name(*rest.partition(":")[0].split("/"))
+        return f"ngc://{rest.partition(':')[0].lower()}"
+    if kind not in ("oci", "nim") or not host or not path or len(text) > TEXTS["source"] or not text.isascii() or not text.isprintable():
+        expected = "hf://namespace/name, oci://host/name, ngc://org[/team]/model or nim://host/name"
+        raise Invalid(f"{text[:120]!r} is no source", expected=expected, reason="source")
+    return f"{kind}://{host.lower()}/{path.partition(':')[0]}"

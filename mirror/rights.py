@@ -80,7 +80,7 @@ def right(item: Item, key: str, records: Records, now: float) -> Right:
 
 
 def _add(item: Item, key: Key | None) -> str:
-    source = key.source if key else "ngc" if item.base_url == "https://nvcr.io" else item.kind
+    source = key.source if key else "ngc" if item.kind == "nim" or item.base_url == "https://nvcr.io" else item.kind
     tier = item.requires.tier or (key.tier if key else "")
     name, org = (key.name, key.org) if key else ("NAME", "ORG")
     products = list(dict.fromkeys([*(key.products if key else ()), *([item.requires.product] if item.requires.product else [])]))

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="airlock mirror accept", description="Record who accepted the licence of a source; no record is ever removed.", epilog=EXAMPLE
     )
-    parser.add_argument("source", help="hf://namespace/name or oci://host/name, whatever its revision")
+    parser.add_argument("source", help="hf://namespace/name, oci://host/name, ngc://org[/team]/model or nim://host/name, whatever its revision")
     parser.add_argument("--by", required=True, metavar='"Name <mail>"', help="who accepted it")
     parser.add_argument("--license", default="", help="the licence, as the plan's requires names it; without it the terms of the source")
     parser.add_argument("--evidence", default="", metavar="FILE|TEXT", help="a file, kept in the home and named by its digest, or words")

@@ -15,7 +15,8 @@ from artifact.errors import Invalid, Unauthenticated
 from artifact.grant import TIERS, date
 from artifact.upstream import LATEST, TEXTS, check_product
 from mirror.home import MirrorHome
-from mirror.plan import HUB_ENDPOINT
+from mirror.ngc_api import Api
+from mirror.plan import HUB_ENDPOINT, NGC_AUTH, NGC_ENDPOINT
 from mirror.records import SOURCES, Key, Records, words
 from mirror.sources.huggingface import HubSource
 
@@ -70,8 +71,9 @@ def main(argv: list[str]) -> int:
     add.add_argument("--tier", choices=TIERS, default="", help="the account's tier")
     add.add_argument("--ends", default="", metavar="DATE", help="when the subscription ends: from the first moment of that day (UTC) on it is over")
     add.add_argument("--key-ends", default="", metavar="DATE", help="when the key itself ends, where it does")
-    made["check"].add_argument("--endpoint", default=HUB_ENDPOINT, help=f"the Hub to ask ({HUB_ENDPOINT})")
-    made["check"].add_argument("--ca-file", default="", help="CA of that Hub's certificate")
+    made["check"].add_argument("--endpoint", default="", help=f"the Hub or NGC API to ask ({HUB_ENDPOINT}, {NGC_ENDPOINT})")
+    made["check"].add_argument("--auth-endpoint", default="", help=f"where NGC's legacy keys are exchanged (the endpoint; of NVIDIA's {NGC_AUTH})")
+    made["check"].add_argument("--ca-file", default="", help="CA of that host's certificate")
     given = parser.parse_args(argv)
     records = Records(MirrorHome.open(given.home))
     return {"add": _add, "list": _list, "remove": _remove, "check": _check}[given.verb](records, given)
@@ -144,7 +146,11 @@ def _check(records: Records, given: argparse.Namespace) -> int:
             reason="upstream_key",
         )
     if key.source == "hf":
-        user, role = HubSource(given.endpoint, value, given.ca_file).who()
+        user, role = HubSource(given.endpoint or HUB_ENDPOINT, value, given.ca_file).who()
+        key = records.checked(key, user, role, time.time())
+    elif key.source == "ngc":
+        auth = given.auth_endpoint or given.endpoint or NGC_AUTH
+        user, role = Api(given.endpoint or NGC_ENDPOINT, auth, value, given.ca_file, (f"group/ngc:{key.org}",)).who()
         key = records.checked(key, user, role, time.time())
     print(json.dumps(_public(key)) if given.json else _text(key))
     return 0

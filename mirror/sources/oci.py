@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from artifact import copy
 from artifact.disk import Disk
-from artifact.errors import Invalid, NotFound, TooLarge
+from artifact.errors import Denied, Invalid, NotFound, TooLarge, Unauthenticated
 from artifact.manifest import MAX_MANIFEST_BYTES, MODEL_TYPE, PROFILES_TYPE, Manifest, digest_of, is_digest, parse_manifest
 from artifact.profile import Pin, references
 from artifact.remote import RemoteRegistry
@@ -20,6 +21,28 @@ from mirror.plan import Item
 
 MAX_REFERENCES = 64
 MAX_DEPTH = 4
+
+
+_ADVICE = {
+    "401": "set key_env of the item to a variable that holds a valid key of that registry",
+    "402": "the key's account has no subscription that covers it: subscribe that account, or use a key of one that is",
+    "403": "set key_env to a key that may read it: of the organisation that owns it, or whose account was given access",
+    "412": "accept its licence or terms at the vendor's site with the key's account, then record it: airlock mirror accept SOURCE --by WHO",
+    "451": "it is refused for legal reasons, such as a region where it is not offered: ask its vendor",
+}
+
+
+@contextmanager
+def advised() -> Iterator[None]:
+    """Says of an upstream's refusal for which right, licence or region what helps; nvcr.io answers so at its token endpoint or at the manifest."""
+    try:
+        yield
+    except (Denied, Unauthenticated, Invalid) as error:
+        status = error.ids.get("status", "")
+        if status not in _ADVICE:
+            raise
+        kind = Unauthenticated if status == "401" else Denied
+        raise kind(error.what, expected=error.expected, do=error.do or _ADVICE[status], reason=f"upstream_{status}", status=status) from error
 
 
 class Metered:
@@ -39,7 +62,8 @@ class Metered:
             raw = self._disk.read(ref, MAX_MANIFEST_BYTES)
             found = Descriptor(parse_manifest(raw).media_type, ref, len(raw)), raw
         else:
-            found = self._remote.read_manifest(repo, ref)
+            with advised():
+                found = self._remote.read_manifest(repo, ref)
             if self._disk.size(found[0].digest) is None:
                 self.received += len(found[1])
         self._raw[(repo, ref)] = self._raw[(repo, found[0].digest)] = found
@@ -47,14 +71,16 @@ class Metered:
 
     def stream(self, repo: str, digest: str, lo: int, hi: int) -> Iterator[bytes]:
         """Bytes [lo, hi) of a blob, counted."""
-        for part in self._remote.stream(repo, digest, lo, hi):
-            with self._lock:
-                self.received += len(part)
-            yield part
+        with advised():
+            for part in self._remote.stream(repo, digest, lo, hi):
+                with self._lock:
+                    self.received += len(part)
+                yield part
 
     def referrers(self, call: Call, repo: str, digest: str, kind: str = "", after: str = "") -> Page:
         """The referrers of a manifest, as the registry lists them."""
-        return self._remote.referrers(call, repo, digest, kind, after)
+        with advised():
+            return self._remote.referrers(call, repo, digest, kind, after)
 
 
 def graph_size(source: Metered, repo: str, ref: str, depth: int = 0) -> int:
