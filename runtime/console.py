@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from artifact.errors import AirlockError, Invalid, Unavailable
-from runtime import mounts, variables
+from runtime import mounts, preflight, variables
 from runtime.settings import DEFAULT_CACHE, Settings, from_environment
 
 log = logging.getLogger("airlock")
@@ -33,19 +33,19 @@ def parser(word: str, text: str, example: str = "") -> argparse.ArgumentParser:
     return made
 
 
-def run(parser: argparse.ArgumentParser, argv: list[str], body: Body) -> int:
-    """Parses, reads the environment, and runs the command; expected failures become their lines and exit status."""
+def run(parser: argparse.ArgumentParser, argv: list[str], body: Body, *, named: bool = True) -> int:
+    """Parses, reads the environment, and runs the command; expected failures become their lines and exit status. Not `named`: without a model too."""
     args = parser.parse_args(argv)
     port, settings = getattr(args, "port", 0), None
     try:
         if not 0 <= port <= 65535:
             raise Invalid(f"--port {port}", expected="a port from 1 to 65535")
         ignored = variables.judge(os.environ)
-        settings = from_environment(os.environ, args.model, host=getattr(args, "host", ""), port=port)
+        settings = from_environment(os.environ, args.model, host=getattr(args, "host", ""), port=port, named=named)
         _logging(settings.log_level, settings.jsonl)
         for line in ignored:
             log.warning("%s", line)
-        settings = cache_place(settings, mounts_here())
+        settings = cache_place(settings, preflight.mounts_here())
         # As process 1 of a container nothing ends us by default; the front sets its own handlers later.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         return body(settings, args)
@@ -68,14 +68,6 @@ def failed(error: AirlockError, as_json: bool) -> int:
     text = json.dumps(error.as_dict() | {"lines": lines, "exit_code": status}) if as_json else "\n".join(lines)
     sys.stderr.write(text + "\n")
     return status
-
-
-def mounts_here() -> tuple[mounts.Mount, ...]:
-    """The mounts that this process sees; none where there is no /proc."""
-    try:
-        return mounts.parse(Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape"))
-    except OSError:
-        return ()
 
 
 def cache_place(settings: Settings, there: tuple[mounts.Mount, ...]) -> Settings:

@@ -239,7 +239,9 @@ def also(trouble: Unavailable, error: AirlockError) -> Unavailable:
 
 def tell(trouble: Unavailable) -> None:
     """Logs which fault keeps the registry from answering: one of TLS as an error, since it may be somebody in between."""
-    if trouble.reason == "tls":
+    if trouble.reason == "offline":
+        log.info("%s; this start uses what the cache holds", trouble.what)
+    elif trouble.reason == "tls":
         log.error(
             "TLS: the registry is not trusted (%s); only what the cache holds, and a valid stored lease, are used. %s", trouble.what, trouble.do
         )

@@ -12,13 +12,13 @@ import secrets
 import socket
 import stat
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from artifact.errors import AirlockError, Unavailable
-from runtime.mounts import Mount, of, size, speed_words
+from artifact.errors import AirlockError, Conflict, Unavailable
+from runtime.mounts import Mount, of, parse, size, speed_words
 from runtime.node import Facts, Gpu, describe
 from runtime.settings import Settings
 
@@ -58,6 +58,40 @@ def require(lines: Iterable[Line]) -> None:
     for line in lines:
         if line.state == "fail":
             raise Unavailable(f"{line.check}: {line.text}", do=line.fix, reason=line.reason)
+
+
+def mounts_here() -> tuple[Mount, ...]:
+    """The mounts that this process sees; none where there is no /proc."""
+    try:
+        return parse(Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape"))
+    except OSError:
+        return ()
+
+
+def node_lines(
+    settings: Settings,
+    facts: Facts | None,
+    gpus: Sequence[Gpu],
+    tags: Mapping[str, str],
+    total: int,
+    missing: int,
+    files: Iterable[Path] | None,
+    who: tuple[int, int] | None = None,
+) -> list[Line]:
+    """All lines of the node for `total` bytes of weights, `missing` of which have to be fetched (-1: not known), run as `tags` say.
+
+    `files` are read to measure the speed (None: it is not measured); `who` will serve (None: we).
+    """
+    there = mounts_here()
+    lines = cache_lines(settings, there, who or (os.geteuid(), os.getegid()), total, missing)
+    if files is not None:
+        speed = measured(files, settings.cache if lines[0].state == "ok" else None)
+        lines.append(speed_line(total, speed, of(str(settings.cache.resolve()), there)))
+    tp = tags.get("tp", "1")
+    lines.append(memory_line(shm_bytes(), int(tp) if tp.isdecimal() and facts and not facts.cpu else 1))
+    if facts:
+        lines += [*gpu_lines(facts, gpus), driver_line(facts, engine_cuda(settings.engine(tags.get("llm_engine", ""))))]
+    return [*lines, port_line(settings.host, settings.port)]
 
 
 # ---- cache
@@ -192,9 +226,9 @@ def measured(files: Iterable[Path], scratch: Path | None) -> float:
     try:
         with path.open("xb", buffering=0) as out:
             until = time.monotonic() + SAMPLE_S
-            written = 0
+            written, block = 0, os.urandom(BLOCK)
             while written < SAMPLE and time.monotonic() < until:
-                written += out.write(os.urandom(BLOCK))
+                written += out.write(block)
             os.fsync(out.fileno())
         began = time.monotonic()
         read = _read(path, written, began + SAMPLE_S)
@@ -226,6 +260,8 @@ def speed_line(total: int, bytes_per_s: float, mount: Mount | None) -> Line:
     """The measured speed against the weights' size; pure."""
     if bytes_per_s <= 0:
         return Line("read speed", "warn", "not measured: nothing is there to read, and nothing can be written")
+    if not total:
+        return Line("read speed", "ok", f"{bytes_per_s / 1e6:.0f} MB/s")
     slow, words = speed_words(total, bytes_per_s, mount)
     return Line("read speed", "warn" if slow else "ok", words)
 
@@ -308,8 +344,6 @@ def port_line(host: str, port: int) -> Line:
 
 def check_port(host: str, port: int) -> None:
     """The port can be bound now; raises Conflict (reason port_taken). Before weights and engine: a start of minutes must not end with this."""
-    from artifact.errors import Conflict
-
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from artifact.errors import Invalid
-from artifact.manifest import parse_reference
+from artifact.manifest import Reference, parse_reference
 from runtime import tuning
 from runtime.tuning import Tuning
 
@@ -73,6 +73,7 @@ EXIT_CODES: Mapping[str, int] = {
     "disk_full": 48,
     "variable": 49,
     "shared_memory": 50,
+    "profile_unexpected": 51,
 }
 
 
@@ -113,6 +114,9 @@ class Settings:
     offline: bool = False
     download: bool = True
     selector: tuple[tuple[str, str], ...] = ()
+    expect_profile: str = ""
+    kv_sequences: int = 1
+    device_order: str | None = None
     ephemeral: bool = False
     scrub_bytes_s: int = 20_000_000
     jsonl: bool = False
@@ -134,10 +138,10 @@ class Settings:
         return self.served_names or (self.model,)
 
 
-def from_environment(environ: Mapping[str, str], model: str, *, host: str = "", port: int = 0, profile: str = "") -> Settings:
-    """Settings of one run; arguments win over the environment; raises Invalid naming the variable."""
-    given, local = _model(environ, model)
-    wanted = parse_reference(given)
+def from_environment(environ: Mapping[str, str], model: str, *, host: str = "", port: int = 0, profile: str = "", named: bool = True) -> Settings:
+    """Settings of one run; arguments win over the environment; raises Invalid naming the variable, or that no model is named where one must be."""
+    given, local = _model(environ, model, named)
+    wanted = parse_reference(given) if given else Reference("", "")
     registry = environ.get("AIRLOCK_REGISTRY", "").strip().rstrip("/")
     if registry and "://" not in registry:
         registry = f"https://{registry}"
@@ -172,6 +176,9 @@ def from_environment(environ: Mapping[str, str], model: str, *, host: str = "", 
         workers=_whole(environ, ("AIRLOCK_WORKERS",), 4, 1, 64),
         instance=environ.get("AIRLOCK_INSTANCE", "").strip() or socket.gethostname(),
         log_level="INFO" if level == "DEFAULT" else level,
+        expect_profile=environ.get("AIRLOCK_EXPECT_PROFILE", "").strip(),
+        kv_sequences=_whole(environ, ("NIM_NUM_KV_CACHE_SEQ_LENS",), 1, 1, 1_000_000),
+        device_order=environ.get("CUDA_DEVICE_ORDER"),
         visible_cuda=environ.get("CUDA_VISIBLE_DEVICES"),
         visible_nvidia=environ.get("NVIDIA_VISIBLE_DEVICES"),
         simulated=bool(environ.get("FAKE_NVML_CONFIG")),
@@ -193,9 +200,11 @@ def _first(environ: Mapping[str, str], *names: str) -> str:
     return next((text for name in names if (text := environ.get(name, "").strip())), "")
 
 
-def _model(environ: Mapping[str, str], given: str) -> tuple[str, Path | None]:
+def _model(environ: Mapping[str, str], given: str, named: bool) -> tuple[str, Path | None]:
     """The model's name in this site's spelling, and the local directory where one is named; raises Invalid."""
     text = given or _first(environ, "AIRLOCK_MODEL", "NIM_MODEL_NAME", "NIM_MODEL_PATH", "NIM_FT_MODEL")
+    if not text and not named:
+        return "", None
     if not text:
         raise Invalid("no model is named", expected="NAME[:VERSION]", do="say --model, or set AIRLOCK_MODEL in the image or the container")
     if text.startswith("/"):

@@ -6,24 +6,24 @@ Loads what a step needs when it needs it: `--help` must answer at once, and a re
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from artifact.errors import Conflict, Invalid, NotFound, Unavailable
+from artifact.errors import Invalid, NotFound, Unavailable
 from artifact.profile import Profile
 from runtime.node import Facts
-from runtime.settings import Settings
+from runtime.settings import GPU_SHARE, Settings
 
 if TYPE_CHECKING:
     from artifact.remote import RemoteRegistry
     from artifact.trust import SiteTrust
     from runtime import entitlement
-    from runtime.profiles import Selection
+    from runtime.profiles import Selection, Wanted
     from runtime.weights import ModelDir, Released
 
 log = logging.getLogger("airlock")
+MEASURED = 4 << 30  # bytes of weights from which on the read speed is measured at a start
 
 
 @dataclass(frozen=True)
@@ -45,30 +45,82 @@ class Choice:
 
 def choose(settings: Settings, pin: str, *, any_engine: bool = False) -> Choice:
     """Key check, GPUs, released profiles, choice among those whose engine is installed (or all); raises what each of them raises, in this order."""
-    from runtime import cache, engines, entitlement, gpus, profiles
+    from runtime import profiles
 
-    entitlement.require_key(settings)
+    client, trouble, trust, released = release(settings)
+    facts = detect(settings, pinned=bool(pin))
+    for line in system(facts):
+        log.info(line)
+    for gpu in facts.gpus:
+        for line in (*gpu.faults, *gpu.notices):
+            log.warning("%s: %s", gpu.label, line)
+    log.info("Running NIM %s LoRA.", "with" if settings.lora else "without")
+    wanted = wanted_of(settings, pin, *engines_here(settings, any_engine=any_engine))
+    return Choice(client, trouble, trust, facts, released, profiles.select(released.profiles.profiles, facts, wanted))
+
+
+def release(settings: Settings) -> tuple[RemoteRegistry, Unavailable | None, SiteTrust, Released]:
+    """Key check, trust, and the released profiles, from the registry or the cache; raises what each of them raises, in this order."""
+    from runtime import cache, entitlement
+
+    if settings.key or not settings.offline:  # without the registry the lease in the cache is what proves the right
+        entitlement.require_key(settings)
     client = remote(settings)
     trouble = entitlement.check_key(client)
     trust = entitlement.read_trust(settings)
     if trouble:
         entitlement.tell(trouble)
     cache.check(settings.cache)
-    released = _released(client, trouble, settings, trust)
-    facts = gpus.detect(settings.gpu_deadline_s, settings.visible_cuda, settings.visible_nvidia)
-    for line in system(facts):
-        log.info(line)
-    log.info("Running NIM %s LoRA.", "with" if settings.lora else "without")
+    return client, trouble, trust, _released(client, trouble, settings, trust)
+
+
+def engines_here(settings: Settings, *, any_engine: bool = False) -> tuple[frozenset[str], tuple[tuple[str, str], ...]]:
+    """The engines that can be started here (or all that there is an adapter for), and why the others cannot."""
+    from runtime import engines
+
     absent = {} if any_engine else {name: why for name, why in engines.installed(settings).items() if why}
-    able = frozenset(engines.names()) - frozenset(absent)
-    wanted = profiles.Wanted(pin, settings.lora, settings.relax_memory, able, absent=tuple(absent.items()))
-    return Choice(client, trouble, trust, facts, released, profiles.select(released.profiles.profiles, facts, wanted))
+    return frozenset(engines.names()) - frozenset(absent), tuple(absent.items())
+
+
+def detect(settings: Settings, *, pinned: bool = False) -> Facts:
+    """The node's GPUs, all of which answered; with a pinned profile they are waited for as long as an engine is; raises Unavailable."""
+    from runtime import gpus
+
+    return gpus.detect(
+        settings.gpu_deadline_s,
+        settings.visible_cuda,
+        settings.visible_nvidia,
+        order=settings.device_order,
+        patience_s=settings.start_deadline_s if pinned else 0.0,
+        say=log.warning,
+    )
+
+
+def wanted_of(settings: Settings, pin: str, engines: frozenset[str] | None, absent: tuple[tuple[str, str], ...] = ()) -> Wanted:
+    """What the settings ask of a profile."""
+    from runtime.profiles import Wanted
+
+    return Wanted(
+        pin,
+        settings.lora,
+        settings.relax_memory,
+        engines,
+        settings.selector,
+        settings.max_model_len,
+        settings.kv_sequences,
+        settings.kv_percent or GPU_SHARE,
+        absent,
+    )
 
 
 def remote(settings: Settings) -> RemoteRegistry:
-    """A client of this site's registry with the key; raises Invalid without AIRLOCK_REGISTRY."""
+    """A client of this site's registry with the key, or one that asks nobody (AIRLOCK_OFFLINE); raises Invalid without AIRLOCK_REGISTRY."""
     from artifact.remote import RemoteRegistry
 
+    if settings.offline:
+        from runtime.offline import Offline
+
+        return Offline(settings.registry or "http://offline", settings.key)
     if not settings.registry:
         raise Invalid(
             "AIRLOCK_REGISTRY is not set", expected="the URL of this site's registry, such as http://registry:5000", do="set AIRLOCK_REGISTRY"
@@ -116,8 +168,8 @@ def _no_version(source: RemoteRegistry, settings: Settings) -> NotFound:
     )
 
 
-def announce(choice: Choice) -> Profile:
-    """Logs the choice and a reason for each other profile; raises NotFound when none fits."""
+def announce(choice: Choice, expect: str = "") -> Profile:
+    """Logs the choice and a reason for each other profile; raises NotFound when none fits, Conflict when it is not the expected one."""
     from runtime import profiles
 
     selection = choice.selection
@@ -126,6 +178,9 @@ def announce(choice: Choice) -> Profile:
         log.info("Rejected profile: %s (%s): %s", profile.id, profile.description, reason)
     profile = profiles.require(selection)
     log.info("%s: %s", selection.line, selection.why)
+    for note in selection.notes:
+        log.warning("%s", note)
+    profiles.check_expected(selection, expect)
     for key, value in sorted(profile.tags.items()):
         log.info("Profile metadata: %s: %s", key, value)
     return profile
@@ -137,7 +192,7 @@ def workspace(choice: Choice, profile: Profile, settings: Settings) -> ModelDir:
 
     log.info("Preparing model workspace. This step might download additional files to run the model.")
     began = time.monotonic()
-    made = weights.materialise(choice.remote, settings.cache, profile.model, log.info, workers=settings.workers)
+    made = weights.materialise(choice.remote if settings.download else None, settings.cache, profile.model, log.info, workers=settings.workers)
     log.info(
         "Model workspace is now ready. It took %.3f seconds (%d bytes fetched, %d hashed again, %d known by stamp)",
         time.monotonic() - began,
@@ -170,20 +225,16 @@ def lease(choice: Choice, profile: Profile, settings: Settings) -> tuple[dict[st
     return entitlement.fall_back(trouble, wanted, choice.trust, folder), False
 
 
-def check_port(host: str, port: int) -> None:
-    """The port can be bound now; raises Conflict (reason port_taken). Before weights and engine: a start of minutes must not end with this."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise Conflict(
-                f"port {port} of {host} is not free: {error.strerror}",
-                expected="a free port for the API",
-                do=f"stop what listens there, or set NIM_HTTP_API_PORT (with Docker: map another one, -p {port + 1}:{port})",
-                reason="port_taken",
-            ) from error
+def prepare(choice: Choice, profile: Profile, settings: Settings) -> None:
+    """The pre-flight of a start, logged; raises Unavailable with the reason of its first failure."""
+    from runtime import preflight, weights
+
+    total, missing = weights.missing(choice.remote, settings.cache, profile.model)
+    files = weights.largest(settings.cache, profile.model) if total >= MEASURED else None
+    lines = preflight.node_lines(settings, choice.facts, choice.selection.gpus, profile.tags, total, missing, files)
+    for line in lines:
+        log.log(logging.INFO if line.state == "ok" else logging.WARNING, "Pre-flight: %s", line.words())
+    preflight.require(lines)
 
 
 def system(facts: Facts) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Protocol
 from artifact import copy, trust
 from artifact.digest import hash_fd
 from artifact.disk import Disk
-from artifact.errors import Invalid, Mismatch, NotFound, Unavailable
+from artifact.errors import AirlockError, Invalid, Mismatch, NotFound, Unavailable
 from artifact.manifest import (
     MAX_MANIFEST_BYTES,
     MODEL_TYPE,
@@ -203,6 +203,26 @@ def materialise(source: Source | None, cache: Path, model: Pin, log: Log, *, wor
     return ModelDir(target, model.digest, len(files), sum(f.size for f in files), sum(f.size for f in lacking), hashed, stamped)
 
 
+def missing(source: Source | None, cache: Path, model: Pin) -> tuple[int, int]:
+    """Bytes of a model's files, and of those that the cache lacks, by size alone; (0, -1) where its manifest cannot be had."""
+    disk = Disk(cache)
+    try:
+        files = {f.digest: f.size for f in files_of(parse_manifest(_model_manifest(source, disk, model)))}
+        return sum(files.values()), sum(size for digest, size in files.items() if disk.size(digest) != size)
+    except AirlockError:
+        return 0, -1
+
+
+def largest(cache: Path, model: Pin) -> list[Path]:
+    """The model's files that the cache holds, largest first."""
+    disk = Disk(cache)
+    try:
+        files = {f.digest: f.size for f in files_of(parse_manifest(_model_manifest(None, disk, model)))}
+    except AirlockError:
+        return []
+    return [disk.path(digest) for digest in sorted(files, key=lambda d: -files[d]) if disk.size(digest) == files[digest]]
+
+
 def _model_manifest(source: Source | None, disk: Disk, model: Pin) -> bytes:
     place.blob(disk, model.digest)
     try:
@@ -247,7 +267,7 @@ def _fetch(source: Source | None, disk: Disk, model: Pin, files: list[File], log
         first = files[0]
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         raise Unavailable(
-            f"the registry does not answer, and the cache lacks or holds damaged {first.path} of {model.name} ({first.size} bytes){more}",
+            f"nothing can be fetched now, and the cache lacks or holds damaged {first.path} of {model.name} ({first.size} bytes){more}",
             expected="every file of the pinned model, whole",
             do="start while the registry answers: only what is missing is fetched",
             reason="weights",

@@ -31,7 +31,7 @@ def download(settings: Settings, args: argparse.Namespace) -> int:
     elif named:
         wanted = [profiles.pinned(everything, pin) for pin in named]
     else:
-        wanted = [start.announce(choice)]
+        wanted = [start.announce(choice, settings.expect_profile)]
     for profile in {p.model: p for p in wanted}.values():
         made = start.workspace(choice, profile, settings)
         sys.stdout.write(f"{profile.id} {made.digest} {made.path}\n")

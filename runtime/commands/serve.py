@@ -29,10 +29,10 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     from runtime import engines, entitlement
 
     choice = start.choose(settings, settings.profile)
-    start.check_port(settings.host, settings.port)
-    profile = start.announce(choice)
+    profile = start.announce(choice, settings.expect_profile)
     engine = engines.load(profile.tags["llm_engine"])
     installation = engine.find(settings)
+    start.prepare(choice, profile, settings)
     from runtime.serve import ServeSettings, run
     from runtime.watch import Watch
 
@@ -55,6 +55,8 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         private = settings if os.access(settings.cache, os.W_OK) else replace(settings, cache=folder)
         (private.cache / "home").mkdir(exist_ok=True)
         chosen = choice.selection
+        if chosen.length:  # what the memory holds, said in a warning; an engine refuses more than that
+            private = replace(private, max_model_len=chosen.length)
         plan = engine.plan(engines.Start(profile, made.path, folder, private, installation, chosen.gpus, chosen.share, secrets.token_urlsafe(32)))
         front = ServeSettings(
             settings.host,

@@ -1,0 +1,166 @@
+"""`airlock runtime preflight` and a start against faults that are real: another user's cache, read-only and full mounts, a container's own layer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.flows.test_runtime_cache import SEED_LINE, Node, node  # noqa: F401 - the fixture
+
+pytestmark = pytest.mark.server
+LINES = dict[str, tuple[str, str, str]]
+
+
+def report(done: subprocess.CompletedProcess[str]) -> LINES:
+    """State, text and fix by check; the last of each."""
+    assert "Traceback" not in done.stderr, done.stderr
+    return {line["check"]: (line["state"], line["text"], line["fix"]) for line in json.loads(done.stdout)["lines"]}
+
+
+def inside(node: Node, script: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:  # noqa: F811
+    """Runs the command in a mount namespace of its own, behind what `script` mounts there; CI has root, elsewhere there is nothing to mount with."""
+    if os.geteuid() != 0:
+        pytest.fail("no root in CI") if os.environ.get("CI") else pytest.skip("mounts need root")
+    line = f"set -e\n{script}\nexec {shlex.join(argv)}"
+    command = ["unshare", "-m", "--propagation", "private", "sh", "-c", line]
+    return subprocess.run(command, env=node.env | env, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def test_all_is_well_and_says_what_it_looked_at(node: Node) -> None:  # noqa: F811
+    done = node.run("preflight", "--json")
+    found = report(done)
+    assert done.returncode == 0, done.stdout
+    assert set(found) >= {
+        "key",
+        "registry",
+        "lease",
+        "model",
+        "cache",
+        "file system",
+        "space",
+        "read speed",
+        "shared memory",
+        "GPUs",
+        "driver",
+        "port",
+    }
+    assert "300026 bytes of 300026 bytes have to be fetched" in found["space"][1] and "vllm-cpu-bf16-tp1" in found["model"][1]
+    assert not (node.cache / "models").exists(), "it fetches nothing"
+    assert node.run("download-to-cache").returncode == 0
+    text = node.run("preflight")
+    assert text.returncode == 0 and "ok   space: all 300026 bytes of the weights are there" in text.stdout
+
+
+@pytest.mark.parametrize(("state", "key", "status"), [("ok", "", 20), ("ok", "nvapi-nonsense", 21), ("expired", None, 22), ("revoked", None, 23)])
+def test_a_refused_key_is_the_exit_status_and_the_node_is_looked_at_all_the_same(node: Node, state: str, key: str | None, status: int) -> None:  # noqa: F811
+    node.site.state = state
+    done = node.run("preflight", "--json", **({} if key is None else {"NGC_API_KEY": key}))
+    found = report(done)
+    assert done.returncode == status and found["key"][0] == "fail" and found["cache"][0] == "ok" and found["port"][0] == "ok"
+
+
+def test_the_registry_away_counts_only_where_the_cache_lacks_something(node: Node) -> None:  # noqa: F811
+    assert node.run("serve").returncode == 36  # fills the cache and takes a lease
+    node.site.close()
+    done = node.run("preflight", "--json")
+    found = report(done)
+    assert done.returncode == 0 and found["registry"][0] == "warn" and "j1 until" in found["lease"][1]
+    next((node.cache / "leases").glob("*.json")).unlink()
+    assert node.run("preflight").returncode == 28
+
+
+def test_a_cache_of_another_user_is_told_with_the_chown(node: Node) -> None:  # noqa: F811
+    if os.geteuid() != 0:
+        pytest.fail("no root in CI") if os.environ.get("CI") else pytest.skip("becoming another user needs root")
+    node.cache.mkdir(mode=0o755)
+    for folder in (node.folder, *node.folder.parents):
+        if folder.stat().st_mode & 0o5 != 0o5 and str(folder).startswith("/tmp/"):
+            folder.chmod(folder.stat().st_mode | 0o5)
+    done = node.run("preflight", "--as", "1000:1000", "--json")
+    state, text, fix = report(done)["cache"]
+    assert done.returncode == 38 and state == "fail" and "Permission denied; owner 0:0, mode 0755, serving as 1000:1000" in text, done.stdout
+    assert fix == f"on the host: chown 1000:1000 the directory that is mounted at {node.cache}"
+    os.chown(node.cache, 1000, 1000)
+    assert node.run("preflight", "--as", "1000:1000").returncode == 0
+    assert node.run("preflight", "--as", "1000:x").returncode == 6
+    os.chown(node.cache, 0, 0)
+    alone = subprocess.run(
+        node.command("preflight", "--no-registry"), env=node.env, capture_output=True, text=True, user=1000, group=1000, timeout=60
+    )
+    if "No module named" not in alone.stderr and "Permission denied" not in alone.stderr:  # where uid 1000 can run this environment
+        assert alone.returncode == 38 and "serving as 1000:1000" in alone.stdout, alone
+
+
+def test_a_read_only_mount_serves_what_is_complete_and_refuses_what_is_not(node: Node) -> None:  # noqa: F811
+    bind = f"mount --bind {node.cache} {node.cache}; mount -o remount,ro,bind {node.cache}"
+    node.cache.mkdir()
+    empty = inside(node, bind, *node.command("preflight", "--json"))
+    assert empty.returncode == 38 and "it is mounted read-only" in report(empty)["cache"][1]
+    refused = inside(node, bind, *node.command("serve"))
+    assert refused.returncode == 38 and "mounted read-only" in refused.stderr and SEED_LINE not in refused.stderr
+    assert node.run("serve").returncode == 36
+    full = inside(node, bind, *node.command("preflight", "--json"))
+    assert full.returncode == 0 and report(full)["cache"][0] == "warn" and "it is complete and served as it is" in report(full)["cache"][1]
+    assert inside(node, bind, *node.command("serve")).returncode == 36
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_first_byte(node: Node) -> None:  # noqa: F811
+    node.cache.mkdir()
+    small = f"mount -t tmpfs -o size=200k tmpfs {node.cache}"
+    done = inside(node, small, *node.command("preflight", "--json"))
+    state, text, fix = report(done)["space"]
+    assert done.returncode == 48 and state == "fail" and "300026 bytes of 300026 bytes have to be fetched" in text
+    assert "airlock runtime cache evict" in fix
+    assert report(done)["file system"][1] == f"tmpfs at {node.cache}"
+    refused = inside(node, small, *node.command("serve"))
+    assert refused.returncode == 48 and "have to be fetched" in refused.stderr
+    assert not [line for line in node.site.log if "/v2/acme/tiny/blobs/" in line and "bytes=" in line and "299" in line]
+
+
+def test_the_layer_of_a_container_refuses_a_start_and_a_volume_in_it_does_not(node: Node) -> None:  # noqa: F811
+    """A root file system as a container has it: overlay over this machine's, with the cache in its upper layer."""
+    stage = node.folder / "stage"
+    top = f"""mkdir -p {stage}/up {stage}/root
+mount -t tmpfs tmpfs {stage}/up
+mkdir {stage}/up/u {stage}/up/w
+mount -t overlay overlay -o lowerdir=/,upperdir={stage}/up/u,workdir={stage}/up/w {stage}/root || exit 99
+mount --bind /proc {stage}/root/proc
+mount --bind /dev {stage}/root/dev
+mkdir -p {stage}/root/opt/nim/.cache {stage}/root/opt/nim/cache"""
+    enter = ["chroot", f"{stage}/root", "env", "-C", str(ROOT), "-u", "NIM_CACHE_PATH"]
+    refused = inside(node, top, *enter, *node.command("serve"))
+    if refused.returncode == 99:
+        pytest.skip("this kernel mounts no overlay over its root")
+    assert refused.returncode == 38 and "/opt/nim/.cache is no volume but the container's own layer (overlay)" in refused.stderr, refused.stderr
+    assert "-v /opt/nim-cache:/opt/nim/.cache" in refused.stderr
+    meant = inside(node, top, *enter, "AIRLOCK_EPHEMERAL_CACHE=1", *node.command("serve"))
+    assert meant.returncode == 36, meant.stderr
+    volume = f"{top}\nmount -t tmpfs tmpfs {stage}/root/opt/nim/cache"
+    published = inside(node, volume, *enter, *node.command("serve"))
+    assert published.returncode == 36, published.stderr  # the published run line: -v /opt/nim-cache:/opt/nim/cache
+    assert "a volume is mounted at /opt/nim/cache: it is the cache" in published.stderr
+
+
+def test_before_an_unmodified_nim_it_needs_no_model_and_no_engine(node: Node) -> None:  # noqa: F811
+    env = {k: v for k, v in node.env.items() if k != "AIRLOCK_ENGINE_VLLM"}
+    argv = [sys.executable, "-m", "runtime", "preflight", "--json", "--weights-gb", "140"]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    found = report(done)
+    assert done.returncode == 0 and "model" not in found and "for 140.0 GB" in found["read speed"][1]
+
+
+def test_a_taken_port_is_a_line_with_its_code(node: Node, tmp_path: Path) -> None:  # noqa: F811
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(node.env["NIM_HTTP_API_PORT"])))
+        taken.listen()
+        done = node.run("preflight", "--json")
+    assert done.returncode == 37 and report(done)["port"][0] == "fail" and "NIM_HTTP_API_PORT" in report(done)["port"][2]
