@@ -56,7 +56,7 @@ demo: system setup engine
 	$(BIN)/python -m demo
 
 test: system-test setup engine
-	$(BIN)/python -m pytest -m 'not full'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not full'
 
 test-fast: setup
 	$(BIN)/python -m pytest -n 2 -q tests/unit -m 'not server and not engine and not full and not slow'
