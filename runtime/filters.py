@@ -182,14 +182,14 @@ def _mig(case: Case) -> str:
 
 
 def _identity(case: Case) -> str:
-    t = case.profile.tags
-    if case.profile.tags.get("device") == "cpu" or len(_matching(case)) >= case.gpus:
+    t, gpus = case.profile.tags, case.node.facts.gpus
+    if t.get("device") == "cpu" or not gpus or not any(tag in t for tag in IDENTITY) or _matching(case):
         return ""
     if "compute_capability" in t or "product_name_regex" in t:
-        have = ", ".join(sorted({f"{g.name} ({precision.dotted(g.capability)})" for g in case.node.facts.gpus}))
+        have = ", ".join(sorted({f"{g.name} ({precision.dotted(g.capability)})" for g in gpus}))
         return f"it is built for {t.get('compute_capability') or t['product_name_regex']}; this node has {have}"
     built = " ".join(filter(None, (t.get("gpu"), f"[{t['gpu_device']}]" if "gpu_device" in t else "")))
-    have = ", ".join(sorted({f"{g.name} [{g.device}]" for g in case.node.facts.gpus}))
+    have = ", ".join(sorted({f"{g.name} [{g.device}]" for g in gpus}))
     return f"it is built for {'a whole ' if not case.node.whole else ''}{built}; this node has {have}"
 
 
@@ -205,12 +205,12 @@ RULES: tuple[tuple[str, Callable[[Case], str]], ...] = (
     ("tags", _tags),
     ("selector", _selector),
     ("device", _device),
+    ("identity", _identity),
     ("gpus", _count),
     ("lora", _lora),
     ("engine", _engine),
     ("alike", _alike),
     ("mig", _mig),
-    ("identity", _identity),
     ("capability", _capability),
 )
 MEMORY, FREE = "memory", "free"  # the last two rules, which also place the profile

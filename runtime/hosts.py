@@ -31,6 +31,7 @@ class Card:
     unified: bool = False
     slices: int = 0
     slice_mib: int = 0
+    slice_name: str = ""
 
 
 CARDS: dict[str, Card] = {
@@ -43,7 +44,7 @@ CARDS: dict[str, Card] = {
     "h100": Card("NVIDIA H100 80GB HBM3", "2330:10de", (9, 0), 81559, 18),
     "h100-pcie": Card("NVIDIA H100 PCIe", "2331:10de", (9, 0), 81559),
     "h100-nvl": Card("NVIDIA H100 NVL", "2321:10de", (9, 0), 95830, 12, bridged=2),
-    "h100-mig": Card("NVIDIA H100 80GB HBM3", "2330:10de", (9, 0), 81559, 18, slices=2, slice_mib=40448),
+    "h100-mig": Card("NVIDIA H100 80GB HBM3", "2330:10de", (9, 0), 81559, 18, slices=2, slice_mib=40448, slice_name="3g.40gb"),
     "h200": Card("NVIDIA H200", "2335:10de", (9, 0), 143771, 18),
     "b200": Card("NVIDIA B200", "2901:10de", (10, 0), 183359, 18),
     "gb10": Card("NVIDIA GB10", "2e12:10de", (12, 1), 122502, unified=True),
@@ -67,7 +68,7 @@ def named(text: str) -> Facts:
             raise Invalid(f"no host is known as {text[:60]!r}", expected=f"cpu, or CARDxN of: {', '.join(CARDS)}", do="describe it in a JSON file")
         for _ in range(number):
             gpus += _gpus(card, len(gpus), len({g.index for g in gpus}))
-    return Facts(False, _joined(tuple(gpus)), "described", "", simulated=True)
+    return Facts(False, _joined(tuple(gpus)), "as described", "as described", simulated=True)
 
 
 def _gpus(card: Card, at: int, index: int) -> list[Gpu]:
@@ -80,7 +81,18 @@ def _gpus(card: Card, at: int, index: int) -> list[Gpu]:
         return [board]
     size = card.slice_mib * MIB
     return [
-        Gpu(index, f"MIG-{at + n:08d}", f"{card.name} MIG", card.device, card.capability, size, size, bus=bus, parent=uuid, slice=f"{n + 1}/0")
+        Gpu(
+            index,
+            f"MIG-{at + n:08d}",
+            f"{card.name} MIG {card.slice_name}",
+            card.device,
+            card.capability,
+            size,
+            size,
+            bus=bus,
+            parent=uuid,
+            slice=f"{n + 1}/0",
+        )
         for n in range(card.slices)
     ]
 
@@ -118,7 +130,7 @@ def parse(raw: bytes) -> Facts:
             raise Invalid(f"the description of the host has more than {MAX_GPUS} GPUs, or none", expected=f"a count from 1 to {MAX_GPUS}")
         for _ in range(number):
             gpus.append(_described(item, len(gpus)))
-    return Facts(False, tuple(gpus), _word(doc, "driver", "described"), _word(doc, "cuda", ""), simulated=True)
+    return Facts(False, tuple(gpus), _word(doc, "driver", "as described"), _word(doc, "cuda", "as described"), simulated=True)
 
 
 def _described(item: dict[str, object], index: int) -> Gpu:

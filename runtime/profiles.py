@@ -27,7 +27,7 @@ class Selection:
 
     chosen: Verdict | None
     standing: str
-    why: str
+    details: tuple[str, ...]
     verdicts: tuple[Verdict, ...]
     rejected: tuple[tuple[Profile, str], ...]
 
@@ -35,6 +35,11 @@ class Selection:
     def selected(self) -> Profile | None:
         """The chosen profile."""
         return self.chosen.profile if self.chosen else None
+
+    @property
+    def why(self) -> str:
+        """Standing and details in one line."""
+        return f"{self.standing}: {'; '.join(self.details)}" if self.chosen else SEED_LINE
 
     @property
     def gpus(self) -> tuple[Gpu, ...]:
@@ -87,9 +92,9 @@ def select(profiles: Sequence[Profile], facts: Facts, wanted: Wanted | None = No
         lost = [(v.profile, _outranked(v, able[0])) for v in able[1:]]
         why = f"first of {len(able)} compatible profile(s) of {len(profiles)}" if len(able) > 1 else f"the only compatible profile of {len(profiles)}"
     if best is None:
-        return Selection(None, "", SEED_LINE, tuple(verdicts), tuple(lost + refused))
+        return Selection(None, "", (), tuple(verdicts), tuple(lost + refused))
     standing = "pinned" if named else _standing(best, verdicts, facts)
-    return Selection(best, standing, f"{standing}: {why}; {_place_words(best)}", tuple(verdicts), tuple(lost + refused))
+    return Selection(best, standing, (why, *_place_words(best)), tuple(verdicts), tuple(lost + refused))
 
 
 def require(selection: Selection) -> Profile:
@@ -239,15 +244,15 @@ def _unmatched(profiles: Sequence[Profile], wanted: Wanted) -> Invalid:
     )
 
 
-def _place_words(verdict: Verdict) -> str:
-    """Where it runs, and its memory per GPU in one sum."""
+def _place_words(verdict: Verdict) -> tuple[str, ...]:
+    """Where it runs, its memory per GPU in one sum, and what to warn of."""
     if not verdict.gpus:
-        return "on the CPU (no NVIDIA library on this node)"
+        return ("on the CPU (no NVIDIA library on this node)",)
     where = ", ".join(f"{g.index}{':' + g.slice if g.slice else ''}" for g in verdict.gpus)
-    words = f"on GPU {where} ({describe(verdict.gpus)})"
+    words = [f"on GPU {where} ({describe(verdict.gpus)})"]
     if verdict.need and verdict.budget:
-        words += f"; {gib(verdict.need.total)} GiB per GPU needed ({verdict.need.words()}), {gib(verdict.budget)} GiB usable"
-    return "; ".join((words, *verdict.notes))
+        words.append(f"{gib(verdict.need.total)} GiB per GPU needed ({verdict.need.words()}), {gib(verdict.budget)} GiB usable")
+    return (*words, *verdict.notes)
 
 
 __all__ = [
