@@ -267,24 +267,29 @@ def _messages(body: Json, images: int) -> None:
             if not isinstance(turn, dict):
                 continue
             content = turn.get("content", turn.get("output"))
-            for part in content if isinstance(content, list) else [turn] if turn.get("type") in PARTS else ():
+            for part in content if isinstance(content, list) else [turn] if _kind(turn) in PARTS else ():
                 seen += _part(part, where)
     if seen > images:
         raise Refused(400, f"the request holds {seen} images, videos or sounds; at most {images} are taken", param="messages")
+
+
+def _kind(part: object) -> str:
+    found = part.get("type") if isinstance(part, dict) else None
+    return found if isinstance(found, str) else ""
 
 
 def _part(part: object, where: str) -> int:
     """1 where the part is something seen or heard, else 0."""
     if isinstance(part, str):
         return 0
-    if not isinstance(part, dict) or part.get("type") not in PARTS:
-        kind = str(part.get("type"))[:40] if isinstance(part, dict) else type(part).__name__
-        raise Refused(400, f"a content part of type {kind!r} is not supported", param=where)
-    keys, link = PARTS[part["type"]]
+    kind = _kind(part)
+    if not isinstance(part, dict) or kind not in PARTS:
+        raise Refused(400, f"a content part of type {kind[:40]!r} is not supported", param=where)
+    keys, link = PARTS[kind]
     if unknown := [k for k in part if k != "type" and k not in keys]:
-        raise Refused(400, f"{unknown[0][:80]!r} in a content part of type {part['type']} is not supported", param=where)
+        raise Refused(400, f"{unknown[0][:80]!r} in a content part of type {kind} is not supported", param=where)
     if not link:
-        return int(part["type"] == "input_audio")
+        return int(kind == "input_audio")
     value = part.get(link)
     if isinstance(value, dict):
         if unknown := [k for k in value if k not in ("url", "detail")]:

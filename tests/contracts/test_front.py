@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,138 +18,17 @@ import openai
 import pytest
 
 from tests.conftest import ROOT, find_port
+from tests.contracts.fronts import CHAT, DRIVER, MODEL, SECRET, Fronts, Serve, Served, in_both_shapes
 
 pytestmark = pytest.mark.server
-
-FAKE = ROOT / "tests" / "fakes" / "engine.py"
-MODEL = "/srv/private/place/of/weights"
-SECRET = "airlock-key-that-must-not-travel"
-DRIVER = """
-import json, logging, sys
-from pathlib import Path
-from artifact.errors import AirlockError
-from runtime import serve
-from runtime.launch import Launch
-logging.basicConfig(level="INFO")
-args = json.loads(sys.argv[1])
-sock = Path(args["socket"])
-settings = serve.ServeSettings("127.0.0.1", args["port"], tuple(args["names"]), "ab" * 32, "sha256:" + "0" * 64, "sha256:" + "1" * 64,
-    engine_log=Path(args["log"]), backoff_s=0.1, **args["settings"])
-try:
-    sys.exit(serve.run(settings, Launch(tuple(args["argv"]), {"PATH": "/usr/bin:/bin", "FAKE_ONLY": "1"}, "/health", sock)))
-except AirlockError as e:
-    print(json.dumps(e.as_dict()), flush=True)
-    sys.exit(36)
-"""
-
-
-@dataclass
-class Served:
-    """A running front: port, process, and the files of the engine behind it."""
-
-    port: int
-    process: subprocess.Popen[str]
-    folder: Path
-
-    def ask(self, method: str, path: str, body: object = None, raw: bytes | None = None) -> tuple[int, Any, dict[str, str]]:
-        """One request, its status, its JSON (or text) and headers."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        data = raw if raw is not None else json.dumps(body).encode() if body is not None else None
-        connection.request(method, path, data, {"Authorization": f"Bearer {SECRET}", "Cookie": "a=b"})
-        answer = connection.getresponse()
-        text = answer.read()
-        connection.close()
-        try:
-            return answer.status, json.loads(text), dict(answer.getheaders())
-        except ValueError:
-            return answer.status, text.decode(), dict(answer.getheaders())
-
-    def ready(self) -> bool:
-        """Whether /v1/health/ready is 200."""
-        try:
-            return self.ask("GET", "/v1/health/ready")[0] == 200
-        except OSError:
-            return False
-
-    def wait(self, wanted: Callable[[], bool], seconds: float = 15) -> None:
-        """Polls until `wanted` holds."""
-        end = time.monotonic() + seconds
-        while not wanted():
-            log = self.folder / "engine.log"
-            assert self.process.poll() is None, (self.process.stdout and self.process.stdout.read(), log.exists() and log.read_text())
-            assert time.monotonic() < end, f"not within {seconds} s"
-            time.sleep(0.02)
-
-    def records(self) -> list[dict[str, Any]]:
-        """The requests that reached the engine."""
-        path = self.folder / "record"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def client(self) -> openai.OpenAI:
-        """The unmodified SDK, without retries."""
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
-
-    def stream(self, **more: object) -> bytes:
-        """A chat stream's bytes as they came."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        connection.request("POST", "/v1/chat/completions", json.dumps({**CHAT, "stream": True, **more}))
-        return connection.getresponse().read()
-
-
-CHAT = {"model": "acme/tiny", "messages": [{"role": "user", "content": "hi"}]}
-Serve = Callable[..., Served]
 
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
     """A function that starts a front with a scripted engine and waits until it is ready."""
-    running: list[Served] = []
-
-    def start(*flags: str, wait: bool = True, names: tuple[str, ...] = ("acme/tiny",), **settings: object) -> Served:
-        port = find_port()
-        folder = tmp_path / str(port)
-        folder.mkdir()
-        sock = str(folder / "e.sock")
-        argv = [
-            sys.executable,
-            str(FAKE),
-            "serve",
-            MODEL,
-            "--served-model-name",
-            *names,
-            "--uds",
-            sock,
-            "--fake-record",
-            str(folder / "record"),
-            *flags,
-        ]
-        args = {"socket": sock, "port": port, "names": names, "log": str(folder / "engine.log"), "argv": argv, "settings": settings}
-        env = {**os.environ, "NGC_API_KEY": SECRET}
-        process = subprocess.Popen([sys.executable, "-c", DRIVER, json.dumps(args)], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
-        served = Served(port, process, folder)
-        running.append(served)
-        served.wait(served.ready if wait else lambda: _listens(port))
-        return served
-
-    yield start
-    for served in running:
-        if served.process.poll() is None:
-            served.process.send_signal(signal.SIGTERM)
-            try:
-                served.process.wait(15)
-            except subprocess.TimeoutExpired:
-                served.process.kill()
-                served.process.wait()
-                raise
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as s:
-        return s.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _in_both_shapes(body: Any, code: int) -> None:
-    assert body["object"] == "error" and body["code"] == code and body["error"]["code"] == code and body["message"] == body["error"]["message"], body
+    fronts = Fronts(tmp_path)
+    yield fronts.start
+    fronts.stop()
 
 
 def test_live_at_once_ready_follows_the_engine(serve: Serve) -> None:
@@ -162,7 +39,7 @@ def test_live_at_once_ready_follows_the_engine(serve: Serve) -> None:
     assert served.ask("GET", "/v1/health/ready")[0] == 503
     status, body, _ = served.ask("POST", "/v1/chat/completions", CHAT)
     assert status == 503
-    _in_both_shapes(body, 503)
+    in_both_shapes(body, 503)
     served.wait(served.ready)
 
 
@@ -212,10 +89,10 @@ def test_only_listed_routes_reach_the_engine(serve: Serve) -> None:
         for method in ("GET", "POST"):
             status, body, _ = served.ask(method, path, {})
             assert status == 404, path
-            _in_both_shapes(body, 404)
+            in_both_shapes(body, 404)
     status, body, headers = served.ask("GET", "/v1/chat/completions")
     assert status == 405 and headers["Allow"] == "POST"
-    _in_both_shapes(body, 405)
+    in_both_shapes(body, 405)
     assert not served.records()
 
 
@@ -226,7 +103,7 @@ def test_no_local_path_and_no_credential_crosses_the_front(serve: Serve) -> None
         assert status == 200 and MODEL not in f"{body}{headers}" and "/e.sock" not in str(body), path
     status, body, _ = served.ask("POST", "/v1/chat/completions", {"model": "acme/tiny"})
     assert status == 400 and MODEL not in str(body)
-    _in_both_shapes(body, 400)
+    in_both_shapes(body, 400)
     assert served.ask("GET", "/v1/models")[1]["data"][0] | {"created": 0} == {
         "id": "acme/tiny",
         "object": "model",
@@ -253,7 +130,7 @@ def test_hostile_bodies_get_an_error_and_no_upstream_request(serve: Serve, raw: 
     served = serve()
     status, body, _ = served.ask("POST", "/v1/chat/completions", raw=raw)
     assert status in (400, 404)
-    _in_both_shapes(body, status)
+    in_both_shapes(body, status)
     assert not served.records() and served.ready()
 
 
@@ -301,7 +178,7 @@ def test_engine_death_in_a_stream_gives_an_error_frame_and_a_restart(serve: Serv
     data = served.stream()
     frames = [f for f in data.split(b"\n\n") if f]
     assert len(frames) == 4 and b"[DONE]" not in data and data.endswith(b"\n\n")
-    _in_both_shapes(json.loads(frames[-1][6:]), 500)
+    in_both_shapes(json.loads(frames[-1][6:]), 500)
     served.wait(lambda: "airlock_engine_restarts_total 1" in served.ask("GET", "/metrics")[1])
     served.wait(served.ready)
     with pytest.raises(openai.APIError):
@@ -311,7 +188,7 @@ def test_engine_death_in_a_stream_gives_an_error_frame_and_a_restart(serve: Serv
 def test_engine_death_before_the_answer_is_503(serve: Serve) -> None:
     status, body, _ = serve("--fake-die-after", "0").ask("POST", "/v1/chat/completions", CHAT)
     assert status == 503
-    _in_both_shapes(body, 503)
+    in_both_shapes(body, 503)
 
 
 def test_a_stalled_stream_ends_with_an_error_frame(serve: Serve) -> None:

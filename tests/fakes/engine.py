@@ -46,6 +46,8 @@ def parse() -> argparse.Namespace:
     p.add_argument("--fake-health", default="", help="file; while it exists /health is 503")
     p.add_argument("--fake-ignore-term", action="store_true")
     p.add_argument("--fake-child", default="", help="starts a child that ignores SIGTERM and writes its pid here")
+    p.add_argument("--fake-garbage", choices=["html", "redirect", "text", "cut", "reset", "noend", "silent"], help="what every inference answer is")
+    p.add_argument("--fake-up", default="", help="file that gets the time at which it listens")
     p.add_argument("--fake-record", default="", help="file that gets one JSON line per request, with `aborted` where the client went away")
     return p.parse_args()
 
@@ -67,7 +69,11 @@ class Fake:
         app.router.add_post("/invocations", self.danger)
         if self.args.runner == "pooling":
             app.router.add_post("/v1/embeddings", self.embeddings)
+            app.router.add_post("/rerank", self.rerank)
         else:
+            app.router.add_post("/v1/responses", self.responses)
+            app.router.add_post("/tokenize", self.tokenize)
+            app.router.add_post("/detokenize", self.tokenize)
             app.router.add_post("/v1/chat/completions", self.generate)
             app.router.add_post("/v1/completions", self.generate)
         app.middlewares.append(self.not_found)
@@ -118,11 +124,75 @@ class Fake:
         data = [{"object": "embedding", "index": i, "embedding": [1.0, 0.0]} for i in range(len(texts))]
         return web.json_response({"object": "list", "data": data, "model": self.names[0], "usage": {"prompt_tokens": 1, "total_tokens": 1}})
 
+    async def rerank(self, request: web.Request) -> web.Response:
+        """Scores that grow with the length of the text, in the order of the documents."""
+        body = await request.json()
+        self.record(request, body)
+        results = [{"index": i, "document": {"text": t}, "relevance_score": len(t) / 10} for i, t in enumerate(body["documents"])]
+        usage = {"prompt_tokens": 3, "total_tokens": 3}
+        return web.json_response({"id": "score-1", "model": self.names[0], "usage": usage, "results": results})
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        """One token a character, and back."""
+        body = await request.json()
+        self.record(request, body)
+        if request.path == "/detokenize":
+            return web.json_response({"prompt": "".join(map(chr, body["tokens"]))})
+        return web.json_response({"count": len(body["prompt"]), "max_model_len": 512, "tokens": [ord(c) for c in body["prompt"]], "token_strs": None})
+
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        """vLLM's response object, whole or as events; one that is cut counts as aborted."""
+        body = await request.json()
+        self.record(request, body)
+        text = "".join(WORDS)
+        output = [{"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [{"type": "output_text", "text": text}]}]
+        done = {"id": "resp_engine", "object": "response", "created_at": 1, "model": self.names[0], "status": "completed", "output": output}
+        try:
+            if not body.get("stream"):
+                await asyncio.sleep(self.args.fake_frame_s * self.args.fake_frames)
+                return web.json_response(done)
+            out = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+            await out.prepare(request)
+            began = {"type": "response.created", "response": {**done, "status": "in_progress", "output": []}}
+            deltas = [{"type": "response.output_text.delta", "delta": w, "item_id": "msg_1"} for w in WORDS]
+            for event in (began, *deltas, {"type": "response.completed", "response": done}):
+                await asyncio.sleep(self.args.fake_frame_s)
+                await out.write(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode())
+            await out.write_eof()
+        except (ConnectionError, asyncio.CancelledError):
+            self.ended["abort"] += 1
+            self.record(request, None, aborted=True)
+            raise
+        return out
+
+    async def garbage(self, request: web.Request) -> web.StreamResponse:
+        """What no engine should say."""
+        kind = self.args.fake_garbage
+        if kind == "redirect":
+            return web.Response(status=307, headers={"Location": "http://127.0.0.1:9/"})
+        if kind in ("html", "text"):
+            return web.Response(text="<html>" if kind == "html" else "{broken", content_type="text/html" if kind == "html" else "text/plain")
+        if kind == "silent":
+            await asyncio.sleep(3600)
+        assert request.transport is not None
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: "
+        if kind == "reset":
+            request.transport.write(b"\x00\x01garbage\r\n\r\n")
+        elif kind == "cut":
+            request.transport.write(head + b'application/json\r\nContent-Length: 1000\r\n\r\n{"id":')
+        else:
+            request.transport.write(head + b"text/event-stream\r\n\r\ndata: " + b"x" * (3 << 20))
+        await asyncio.sleep(0.2)
+        request.transport.close()
+        return web.Response()
+
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """Chat or completion, whole or streamed."""
         raw = await request.read()
         body = json.loads(raw)
         self.record(request, body)
+        if self.args.fake_garbage:
+            return await self.garbage(request)
         if body.get("model") not in self.names:
             error = {"message": f"The model `{body.get('model')}` does not exist.", "type": "NotFoundError", "param": "model", "code": 404}
             return web.json_response({"error": error}, status=404)
@@ -134,6 +204,7 @@ class Fake:
         if not body.get("stream"):
             if self.args.fake_die_after == 0:
                 os._exit(0)
+            await asyncio.sleep(self.args.fake_frame_s * self.args.fake_frames)
             choice = {"index": 0, "finish_reason": "stop", **({"message": {"role": "assistant", "content": text}} if chat else {"text": text})}
             kind = "chat.completion" if chat else "text_completion"
             return web.json_response({"id": "x-1", "object": kind, "created": 1, "model": self.names[0], "choices": [choice], "usage": None})
@@ -195,6 +266,8 @@ async def serve(args: argparse.Namespace) -> None:
     runner = web.AppRunner(Fake(args).app(), access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     await web.UnixSite(runner, args.uds).start()
+    if args.fake_up:
+        Path(args.fake_up).write_text(str(time.time()))
     print("Application startup complete.", flush=True)
     stop = asyncio.Event()
     if not args.fake_ignore_term:
