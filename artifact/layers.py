@@ -150,8 +150,11 @@ class _Search:
                 _scan(self._source, self._repo, layer, active, self._limit)
             for seeker in active:
                 seeker.settle(layer.digest, self._limit)
-            while seekers and seekers[0].end is not None:
-                found = self._end(layers[i:], layers, seekers.pop(0))
+                seeker.below = layers[i:]
+            last = i == len(layers) - 1  # what no layer has is absent
+            while seekers and (seekers[0].end is not None or last):
+                first = seekers.pop(0)
+                found = self._end(first.below, layers, first)
                 if found:
                     return found
             if not seekers:
@@ -190,6 +193,7 @@ class _Seeker:
         self.path = path
         self.parts = _walk((), path)
         self.end: _Entry | None = None
+        self.below: Sequence[Descriptor] = ()  # the layer that was read last and those below it
         self._hidden = len(self.parts) + 1  # what lies at this depth and deeper is hidden in the layers below
         self._dirs: set[int] = set()
         self._hits: dict[int, _Entry] = {}

@@ -121,11 +121,11 @@ class OciJob(Job):
         item = self._item = granted.item
         self._right, self._disk = granted, disk
         self._remote = RemoteRegistry(item.base_url, key, ca_file=item.ca_file or None)
-        self._source = oci.Metered(self._remote, disk)
-        self._root = parse_manifest(self._source.read_manifest(item.repository, item.wanted)[1])
-        granted.check_license(_license(self._root, disk))
-        self.size = oci.graph_size(self._source, item.repository, self._root.digest)
-        self.files = files_of(self._root) if oci.kind_of(self._root) == "model" else ()
+        self.source = oci.Metered(self._remote, disk)
+        self.root = parse_manifest(self.source.read_manifest(item.repository, item.wanted)[1])
+        granted.check_license(_license(self.root, disk))
+        self.size = oci.graph_size(self.source, item.repository, self.root.digest)
+        self.files = files_of(self.root) if oci.kind_of(self.root) == "model" else ()
         self._profiles = self._find_profiles()
         self._pins: tuple[profile.Pin, ...] = ()
 
@@ -134,29 +134,29 @@ class OciJob(Job):
         item, disk = self._item, self._disk
         if self._profiles:
             repo, manifest = self._profiles
-            self._pins = tuple(p for p in oci.pins(self._source, repo, manifest, disk) if (p.name, p.digest) != (item.name, self._root.digest))
-            if manifest.digest != self._root.digest:
-                self.size += oci.graph_size(self._source, repo, manifest.digest)
+            self._pins = tuple(p for p in oci.pins(self.source, repo, manifest, disk) if (p.name, p.digest) != (item.name, self.root.digest))
+            if manifest.digest != self.root.digest:
+                self.size += oci.graph_size(self.source, repo, manifest.digest)
             for pin in self._pins:
                 with suppress(NotFound):  # an item before this one may still bring it
-                    self.size += oci.graph_size(self._source, pin.name, pin.digest) if pin.digest != self._root.digest else 0
+                    self.size += oci.graph_size(self.source, pin.name, pin.digest) if pin.digest != self.root.digest else 0
 
     def _find_profiles(self) -> tuple[str, Manifest] | None:
         """The profile manifest with its repository at the upstream: the item itself, or the one beside a model under the same ref."""
-        item, kind = self._item, oci.kind_of(self._root)
+        item, kind = self._item, oci.kind_of(self.root)
         if kind == "profiles":
-            return item.repository, self._root
-        found = oci.find_profiles(self._source, item, item.ref) if kind == "model" else None
+            return item.repository, self.root
+        found = oci.find_profiles(self.source, item, item.ref) if kind == "model" else None
         return (f"{item.repository}/profiles", found) if found else None
 
     @property
     def received(self) -> int:
         """Bytes of blobs and new manifests that crossed the wire."""
-        return self._source.received
+        return self.source.received
 
     def run(self, progress: copy.Progress | None) -> list[Named]:
         """Fetches the graphs and says which names they are to have."""
-        item, root = self._item, self._root
+        item, root = self._item, self.root
         named = self._graph(item.repository, root.digest, item.name, item.ref, progress)
         self._right.check_license(_license(root, self._disk))  # a model's facts layer may tell it, which was fetched only now
         if self._profiles and self._profiles[1].digest != root.digest:
@@ -188,7 +188,7 @@ class OciJob(Job):
 
     def _graph(self, repo: str, digest: str, name: str, ref: str, progress: copy.Progress | None) -> list[Named]:
         """Copies one graph; the root is named `ref`, signatures and referrers keep the tags that they have upstream."""
-        graph = copy.copy_graph(self._source, repo, digest, self._disk, progress)
+        graph = copy.copy_graph(self.source, repo, digest, self._disk, progress)
         root = oci.check_whole(self._disk, digest)
         content.check_model(files_of(root) if oci.kind_of(root) == "model" else (), self._disk)
         upstream = self._upstream(repo, root)

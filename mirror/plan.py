@@ -25,6 +25,7 @@ OWN_KEYS = {
     "hf": ("endpoint", "allow", "ignore", "ref"),
     "oci": ("as", "plain_http"),
     "ngc": ("endpoint", "auth_endpoint", "allow", "ignore", "ref"),
+    "nim": ("as", "plain_http", "endpoint", "auth_endpoint", "hub_endpoint", "hub_key_env"),
 }
 KEYS = {kind: (*COMMON_KEYS, *own) for kind, own in OWN_KEYS.items()}
 
@@ -46,7 +47,10 @@ class Requires:
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to mirror: where from, as which canonical name and ref, with which key variable and profiles."""
+    """One thing to mirror: where from, as which canonical name and ref, with which key variable and profiles.
+
+    What a NIM's image chooses: `files` (exactly these), with the BLAKE3 that it tells of some in `sums`; of the image itself `selectors`, `models`.
+    """
 
     kind: str
     source: str
@@ -63,6 +67,7 @@ class Item:
     requires: Requires = Requires()
     auth_url: str = ""
     files: tuple[str, ...] = ()
+    sums: tuple[tuple[str, str], ...] = ()
     selectors: tuple[str, ...] = ()
     models: Models | None = None
 

@@ -15,7 +15,7 @@ from artifact import copy, profile
 from artifact.card import hub_warnings
 from artifact.errors import AirlockError
 from artifact.manifest import EMPTY_DIGEST
-from mirror import jobs
+from mirror import jobs, nim
 from mirror.home import MirrorHome, Named
 from mirror.plan import Item, Plan
 from mirror.records import Records
@@ -35,6 +35,8 @@ class Result:
     received: int = 0
     error: AirlockError | None = None
     warnings: list[str] = field(default_factory=list)
+    chosen: list[dict[str, object]] = field(default_factory=list)
+    size: int = 0
 
     def as_dict(self) -> dict[str, object]:
         """The result for the report; an error in its usual form."""
@@ -42,6 +44,8 @@ class Result:
         out: dict[str, object] = {"source": self.item.source, "status": self.status, "transferred": self.received, "names": names}
         if self.names:
             out["upstream"] = self.names[0].upstream
+        out |= {"size": self.size} if self.size else {}
+        out |= {"chosen": self.chosen} if self.chosen else {}
         if self.warnings:
             out["warnings"] = self.warnings
         return out | ({"error": self.error.as_dict()} if self.error else {})
@@ -53,27 +57,31 @@ def sync(
     bar: Callable[[int], copy.Progress] | None = None,
     environ: Mapping[str, str] = os.environ,
     warn: Callable[[str], None] = lambda words: None,
+    dry: bool = False,
 ) -> dict[str, object]:
     """Brings all items into the home's staging and returns the report; failures of items are in the report, only those of the home are raised.
 
     Whether the upstream's entitlement covers it is asked for every item before the first byte of any (mirror/rights.py); an item that it does not
-    cover is not fetched.
+    cover is not fetched. A dry run ends before the first byte (of a NIM's image the layers with its model manifest are fetched) and names nothing.
     """
     results = [Result(item) for item in plan.items]
     made: dict[int, jobs.Job] = {}
     with home.lock("sync"):
         records, now = Records(home), time.time()
+        choice = nim.Choice((item.name, item.ref) for item in plan.items if item.kind != "nim")
         for i, result in enumerate(results):
             with _failing(result):
-                made[i] = _job(result.item, home, records, now, environ)
-                result.warnings = hub_warnings(made[i].files)
-            for words in result.warnings:
+                made[i] = _job(result.item, home, records, now, environ, choice)
+        _each(made, results, lambda job: job.follow())
+        _each(made, results, lambda job: job.settle())
+        for i, job in made.items():
+            results[i].chosen, results[i].size = job.chosen(), job.size
+            results[i].warnings = hub_warnings(job.files)
+            for words in results[i].warnings:
                 warn(words)  # before the first byte
-        for i in list(made):
-            with _failing(results[i]):
-                made[i].follow()
-            if results[i].error:
-                del made[i]
+            results[i].status = "planned" if dry else "failed"
+        if dry:
+            made.clear()
         progress = bar(sum(job.size for job in made.values())) if bar and made else None
         try:
             for i, job in made.items():
@@ -83,6 +91,15 @@ def sync(
                 progress.close()
     failed = sum(r.status == "failed" for r in results)
     return {"items": [r.as_dict() for r in results], "transferred": sum(r.received for r in results), "failed": failed}
+
+
+def _each(made: dict[int, jobs.Job], results: list[Result], step: Callable[[jobs.Job], None]) -> None:
+    """One step of all jobs; those that it ends are left out from then on."""
+    for i in list(made):
+        with _failing(results[i]):
+            step(made[i])
+        if results[i].error:
+            del made[i]
 
 
 @contextmanager
@@ -123,10 +140,12 @@ def _steady(new: Named, old: Named | None) -> Named:
     return old if (old.digest, old.media_type, old.kind, old.display) == (new.digest, new.media_type, new.kind, new.display) else new
 
 
-def _job(item: Item, home: MirrorHome, records: Records, now: float, environ: Mapping[str, str]) -> jobs.Job:
+def _job(item: Item, home: MirrorHome, records: Records, now: float, environ: Mapping[str, str], choice: nim.Choice) -> jobs.Job:
     """What an item needs, pinned and entitled, with metadata alone."""
     if item.profiles:
         profile.build(item.name, EMPTY_DIGEST, jobs.wanted_profiles(item), 0)  # a mistake in it shows before bytes move
     key = jobs.key_of(item, environ)
     granted = right(item, key, records, now)  # before the upstream is asked for anything
+    if item.kind == "nim":
+        return nim.NimJob(granted, key, home.disk, choice, lambda other, its: right(other, its, records, now), environ)
     return jobs.JOBS[item.kind](granted, key, home.disk)

@@ -23,6 +23,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("plan", type=Path, help="plan.yaml (docs: mirror plan)")
     parser.add_argument("--home", type=Path, default=os.environ.get("AIRLOCK_MIRROR"), help="the mirror's home (AIRLOCK_MIRROR)")
+    parser.add_argument("--dry-run", action="store_true", help="say what each item is and how many bytes it has, and fetch none of them")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     chosen = parser.parse_args(argv)
     if chosen.home is None:
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
         load(chosen.plan),
         lambda total: Progress(total, "sync", sys.stderr),
         warn=lambda words: print(f"warning: {words}", file=sys.stderr, flush=True),
+        dry=chosen.dry_run,
     )
     print(json.dumps(report, indent=1, sort_keys=True) if chosen.json else _text(report))
     return exit_code(report)
@@ -42,7 +44,11 @@ def _text(report: dict[str, object]) -> str:
     assert isinstance(items, list)
     lines = []
     for item in items:
-        lines.append(f"{item['status']:9} {item['source']}  {item['transferred']} bytes")
+        count = f"{item['size']} bytes in all" if item["status"] == "planned" else f"{item['transferred']} bytes"
+        lines.append(f"{item['status']:9} {item['source']}  {count}")
+        for c in item.get("chosen", []):
+            what = f"profile {c['profile']} ({c['description']})" if "profile" in c else f"model {c['model']}"
+            lines.append(f"          {what}: {c['files']} files, {c['bytes']} bytes")
         lines += [f"          {n['name']}:{n['ref']} -> {n['digest']}" for n in item["names"]]
         if "error" in item:
             error = item["error"]

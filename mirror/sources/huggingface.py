@@ -136,6 +136,9 @@ class HubSource:
         same = isinstance(info.id, str) and info.id.isascii() and info.id.casefold() == item.repository.casefold()
         shown = info.id if same else item.repository
         files = self._ask(what, lambda: tuple(self._listing(item, commit)))
+        absent = sorted(set(item.files) - {f.path for f in files})
+        if absent:
+            raise NotFound(f"{what} has no file {absent[0]!r}", expected="the files that the image's profiles name", reason="entry")
         if not files:
             raise Invalid(
                 f"no file of {what} is chosen",
@@ -161,7 +164,7 @@ class HubSource:
             if path.casefold() in seen:
                 raise Invalid(f"two files are named {path!r} but for letter case", expected="names that differ on every file system", reason="path")
             seen.add(path.casefold())
-            if not _chosen(path, item):
+            if not (path in item.files if item.files else _chosen(path, item)):
                 continue
             yield _remote_file(path, node)
             if len(seen) > MAX_FILES * 10:

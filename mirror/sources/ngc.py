@@ -133,6 +133,8 @@ class NgcSource:
             files[path] = RemoteFile(path, -1)
         if len({path.casefold() for path in files}) != len(files):
             raise Invalid("two files are the same but for letter case", expected="names that differ on every file system", reason="path")
+        sums = dict(self._item.sums)
+        files = {path: replace(file, blake3=sums.get(path, file.blake3)) for path, file in files.items()}
         chosen = [self._sized(file) for path, file in sorted(files.items()) if self._chosen(path)]
         absent = sorted(set(self._item.files) - set(files))
         if absent or not chosen:
@@ -243,6 +245,9 @@ class NgcSource:
         if first:
             raw = disk.read(self._one(first, disk, proofs, progress, 1), MAX_SUMS)
             sums = sums_of(raw)
+        for f in shot.files:
+            if f.blake3 and sums.get(f.path, f.blake3) != f.blake3:
+                raise Mismatch(f"{SUMS} gives {f.path!r} another BLAKE3 than is told elsewhere", expected=f.blake3)
         rest = [replace(f, blake3=sums.get(f.path, f.blake3)) for f in shot.files if f.path != SUMS]
         small = [f for f in rest if f.size <= PIECE]
         with ThreadPoolExecutor(4, thread_name_prefix="ngc") as pool:

@@ -22,10 +22,11 @@ pytestmark = pytest.mark.server
 SECRETS = (PERSONAL, SERVICE, LEGACY)
 
 
-def sync(home: Path, plan: Path, key: str = PERSONAL, code: int = 0, verb: str = "sync", **env: str) -> dict[str, Any]:
+def sync(home: Path, plan: Path, key: str = PERSONAL, code: int = 0, dry: str = "", **env: str) -> dict[str, Any]:
     """One run of the command with a key in NGC_KEY; its report, no key in anything that it printed or kept."""
     given = {"PATH": os.environ["PATH"], "HOME": str(home.parent), "AIRLOCK_MIRROR": str(home), "NGC_KEY": key} | env
-    done = subprocess.run([str(AIRLOCK), "mirror", verb, str(plan), "--json"], env=given, capture_output=True, text=True, timeout=200)
+    argv = [str(AIRLOCK), "mirror", "sync", str(plan), "--json", *(["--dry-run"] if dry else [])]
+    done = subprocess.run(argv, env=given, capture_output=True, text=True, timeout=200)
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     kept = "".join(p.read_text(errors="replace") for p in home.glob("*.json"))
     assert not any(secret in done.stdout + done.stderr + kept for secret in SECRETS) and "Traceback" not in done.stderr
