@@ -18,11 +18,12 @@ from registry.holders import Badge
 from registry.home import Home
 from registry.lookup import Ask, Found, Lookup, Sought
 from registry.pace import FAILED_LOGINS, Pace
+from registry.sigv4 import Signed
 from registry.tickets import Ticket, Tickets
 from registry.tokens import Claims, Tokens, is_token
 
 TICKET: Ask = ("ticket",)
-GUESSES = ("key_invalid", "token_invalid", "ticket_invalid")  # failed logins; an absent, expired or revoked key is none
+GUESSES = ("key_invalid", "token_invalid", "ticket_invalid", "signature_invalid")  # failed logins; an absent, expired or revoked key is none
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,22 @@ class Admission:
         except ValueError as error:
             raise Invalid("AIRLOCK_STREAM_TO holds what is no network", expected="for example 10.0.0.0/8,fd00::/8", reason="setting") from error
 
-    def caller(self, key_text: str | None, request_id: str, now: float, address: str, ask: Ask = ()) -> Call:
-        """The call of a presented key or token; None is no credential at all, which a site may let read what is public.
+    def caller(self, key_text: str | Signed | None, request_id: str, now: float, address: str, ask: Ask = ()) -> Call:
+        """The call of a presented key, token or signature; None is no credential at all, which a site may let read what is public.
 
         With `ask` the same statement finds what the request is about, for the guard to decide on; with TICKET the text is a download ticket,
         which is refused as Denied ticket_invalid or ticket_expired.
         Raises Unauthenticated with reason key_absent, key_invalid, key_expired, key_revoked, token_invalid, token_expired or
-        insufficient_scope, and Throttled.
+        insufficient_scope, those of registry/sigv4.py, and Throttled.
         """
         now = self._floor.now(now)
         call = Call(Principal(), None, request_id, now, self._redirected(address))
         if key_text is None and self.policy.anonymous:
             return self.nobody(request_id, now, call.redirect)
         try:
-            if ask == TICKET:
+            if isinstance(key_text, Signed):
+                principal, found = self._signer(key_text, now, ask)
+            elif ask == TICKET:
                 ticket = self.tickets.verify(key_text or "", now)
                 ask = ("object", ticket.name, ticket.digest)
                 principal, found = self._bearer(ticket, ask)
@@ -99,6 +102,15 @@ class Admission:
         if holder is None:
             raise Denied("the download ticket is of a key that is gone", do="list the files again", reason="ticket_invalid")
         return replace(holder, access=access), found
+
+    def _signer(self, signed: Signed, now: float, ask: Ask) -> tuple[Principal, Found]:
+        """Who holds the key that a request is signed with, as it is now, and what is asked for; raises Unauthenticated."""
+        signed.verify(self._entitlements.s3_secrets(signed.key_id), now)
+        holder, found = self._holder(ask, key_id=signed.key_id)
+        if holder is None:
+            raise Unauthenticated("there is no such access key any more", do="ask for a new key", reason="access_key")
+        self._entitlements.used(holder.key_id, "", now)
+        return holder, found
 
     def _principal(self, text: str, now: float, ask: Ask) -> tuple[Principal, Found]:
         """Who holds this key, or the key that this token stands for, as it is now, and what is asked for; raises Unauthenticated."""

@@ -20,6 +20,7 @@ from registry import tables as t
 from registry.holders import caller, principal_of
 from registry.keyring import pepper_id
 from registry.people import add_grant, check_grant, rights_of
+from registry.sigv4 import secret_of
 from registry.usage import Usage
 
 PREFIX = "nvapi-"
@@ -79,6 +80,10 @@ class Entitlements:
     def hmacs(self, key: str) -> tuple[bytes, ...]:
         """What a key may be stored as: under the current pepper, then under the others."""
         return (self.hmac(key), *(hmac.new(pepper, key.encode(), hashlib.sha256).digest() for pepper in self._others))
+
+    def s3_secrets(self, key_id: str) -> tuple[str, ...]:
+        """What an S3 client may sign with for a key: under the current pepper, then under the others."""
+        return tuple(secret_of(pepper, key_id) for pepper in (self._pepper, *self._others))
 
     def principal(self, key: str) -> Principal | None:
         """The principal of a presented key with all its grants, by one indexed statement; None when nothing proves possession.
@@ -190,9 +195,9 @@ class Entitlements:
         return key_id, key
 
     def used(self, key_id: str, key: str, now: float) -> None:
-        """Notes that a key was presented, for `last_used` and, while a pepper is being replaced, for its HMAC under the current one."""
+        """Notes that a key was presented, or with none signed with, for `last_used` and, while a pepper is being replaced, for its new HMAC."""
         if self.usage.due(key_id, now):
-            self.usage.note(key_id, now, self.hmac(key) if self._others else None)
+            self.usage.note(key_id, now, self.hmac(key) if key and self._others else None)
 
     def revoke(self, conn: Connection, key_id: str, at: float) -> bool:
         """Revokes a key from now on; False when it was revoked before; raises NotFound."""

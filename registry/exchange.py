@@ -27,6 +27,7 @@ from registry.intake import take
 
 if TYPE_CHECKING:
     from registry.guard import Guard
+    from registry.sigv4 import Signed
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -141,7 +142,7 @@ class Exchange:
         """The client's address as the server sees it."""
         return str((self.scope.get("client") or ("",))[0])
 
-    async def call(self, verb: Callable[[Call], T], key: str | None = None, ask: tuple[str, ...] = ()) -> T:
+    async def call(self, verb: Callable[[Call], T], key: str | Signed | None = None, ask: tuple[str, ...] = ()) -> T:
         """Identifies the caller and runs one guarded piece of work, both in one hop to a thread.
 
         `key` is the credential where the request carries it elsewhere; `ask` what the work is about, found with the key (registry/lookup.py).

@@ -37,7 +37,9 @@ from registry.pace import CHANGES, Pace
 from registry.revisions import Revisions
 from registry.roster import Roster
 from registry.rows import owner_of
+from registry.s3_views import S3Views
 from registry.sequencer import Sequencer
+from registry.sigv4 import Signed
 from registry.tokens import granted
 from registry.upkeep import Upkeep
 
@@ -69,9 +71,10 @@ class Guard(Registry, Files):
         self.leasing = Leasing(*desk, library=library, home=home, floor=floor, life_s=lease_life_s, grace_s=lease_grace_s)
         self._admission = Admission(entitlements, Lookup(library.catalog.engine), audit, home, policy or Policy(), floor)
         self.ngc = NgcViews(library, self._admission, self._allow, self._seen, home)
+        self.s3 = S3Views(library, self._decide, self._seen)
 
-    def caller(self, key_text: str | None, request_id: str, now: float, address: str = "", ask: Ask = ()) -> Call:
-        """The call of a presented key or token, and what it asks for, by one statement; raises Unauthenticated, Throttled (registry/admission.py)."""
+    def caller(self, key_text: str | Signed | None, request_id: str, now: float, address: str = "", ask: Ask = ()) -> Call:
+        """The call of a key, token or signature, with what it asks for, by one statement; see registry/admission.py."""
         return self._admission.caller(key_text, request_id, now, address, ask)
 
     def _locate(self, call: Call, repo: str, ref: str) -> Located | None:

@@ -192,6 +192,26 @@ class Issuance(Desk):
 
         return self._change(call, call.principal.org, work)
 
+    def s3_secret(self, call: Call, body: Body) -> Facts:
+        """What an S3 client signs with as `key_id`, the caller's own key where it is absent; each showing is recorded, without the secret.
+
+        Raises Denied, NotFound, Conflict `key_revoked`, `key_expired`.
+        """
+        only(body, "key_id")
+        key_id, held = text(body, "key_id", call.principal.key_id), self._gate(call)
+        own = key_id == call.principal.key_id and call.principal.access is None
+        held = held if own else self._admin(call, call.principal.org)
+
+        def work(conn: Connection) -> Facts:
+            row = people.key_of(conn, key_id) if own else self._mine(conn, call, held, key_id)
+            if row.revoked_at or 0 < row.expires <= call.now:
+                state = "revoked" if row.revoked_at else "expired"
+                raise Conflict(f"{key_id} is {state}", do="airlock key create", reason=f"key_{state}")
+            self._audit.change(conn, call, "key_s3", key_id, owner=row.org)
+            return {"key_id": key_id, "org": row.org, "expires": people.moment(row.expires), "secret": self._entitlements.s3_secrets(key_id)[0]}
+
+        return self._change(call, call.principal.org, work)
+
     # ---- grants
 
     def create_grant(self, call: Call, body: Body) -> Facts:

@@ -330,6 +330,14 @@ def _rights() -> dict[str, dict[str, Any]]:
         f"{root}/keys/rotate": {
             "post": _operation("keys", "Makes a successor of a key", _object("*", **made, replaces=_TEXT, old_ends=_TEXT), body=turn)
         },
+        f"{root}/keys/s3": {
+            "post": _operation(
+                "keys",
+                "What an S3 client signs with as a key; each showing is recorded",
+                _object("*", **dict.fromkeys(("key_id", "org", "expires", "secret"), _TEXT)),
+                body=_only("", key_id=public),
+            )
+        },
         f"{root}/grants": {
             "get": _operation(
                 "keys", "Grants that this key may look at, at least its own", _object("*", items=_list(**right), after=_COUNT), params=behind

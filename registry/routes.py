@@ -33,6 +33,10 @@ _NGC = (
     (re.compile(r"/v2/(?:org/.+/|)repos/."), Route("ngc", "/v2/…/repos/{image}/…")),
     (re.compile(r""), Route("ngc", "other")),
 )
+_S3 = (
+    (re.compile(r"/*\Z"), Route("s3", "/")),
+    (re.compile(r""), Route("s3", "/{bucket}/{key}", "file")),
+)
 _OCI = (
     (re.compile(r"/v2/?\Z"), Route("oci", "/v2/")),
     (re.compile(r"/v2/_catalog\Z"), Route("oci", "/v2/_catalog")),
@@ -99,6 +103,8 @@ def route(path: str, door: str = "") -> Route:
     """The route of a decoded path, with `door` on that door's own listener; OTHER for what no door serves."""
     if door == "ngc":
         return _first(_NGC, "/" + path.lstrip("/"))
+    if door == "s3":
+        return _first(_S3, path)
     if path.startswith("/v2"):
         return _first(_OCI, path)
     if path in ("/token", "/proxy_auth"):

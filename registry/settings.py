@@ -28,6 +28,9 @@ _ORIGIN = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::([0-9]
 _HOOK = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::([0-9]{1,5}))?(?:[/?][!-~]*)?", re.ASCII)
 _KEY_PREFIX = re.compile(r"nvapi-([a-z0-9]{1,20}-)?")
 _INSIDE = re.compile(r"/(?:[0-9A-Za-z_~-][0-9A-Za-z._~-]*/)+", re.ASCII)
+_HOST = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*", re.ASCII)
+_REGION = re.compile(r"[A-Za-z0-9-]{1,40}", re.ASCII)
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{2,62}", re.ASCII)
 _SECRET_OPTION = re.compile(r"([?&][^=&]*(?:pass|secret|token|key)[^=&]*=)[^&\s]*", re.IGNORECASE)
 Parser = Callable[[str], Any]
 
@@ -120,6 +123,25 @@ def key_prefix(text: str) -> str:
     return text
 
 
+def _domain(text: str) -> str:
+    if len(text) > 200 or not _HOST.fullmatch(text.lower()):
+        raise ValueError(text)
+    return text.lower()
+
+
+def _region(text: str) -> str:
+    if not _REGION.fullmatch(text):
+        raise ValueError(text)
+    return text
+
+
+def _bucket(text: str) -> str:
+    """The name of a bucket; `models` is that of the other kind (registry/s3_shapes.py)."""
+    if not _BUCKET.fullmatch(text) or text == "models":
+        raise ValueError(text)
+    return text
+
+
 def _inside(text: str) -> str:
     if not _INSIDE.fullmatch(text):
         raise ValueError(text)
@@ -157,6 +179,10 @@ class Settings:
     metrics: str = _setting("", "Listener of /healthz, /readyz and /metrics; empty is none.", _place, "HOST:PORT")
     ngc: str = _setting("", "Listener of the NGC API; empty is none.", _place, "HOST:PORT")
     ngc_url: str = _setting("", "URL that NGC clients are told, where it is not the one they used.", _web, "http[s]://HOST[:PORT], no path")
+    s3: str = _setting("", "Listener of the S3 API, which reads only; empty is none.", _place, "HOST:PORT")
+    s3_domain: str = _setting("", "Domain below which each bucket is a host of its own.", _domain, "a host name")
+    s3_region: str = _setting("us-east-1", "Region that S3 clients sign for.", _region, "letters, digits and -")
+    s3_bucket: str = _setting("nim", "Bucket whose keys NIM_REPOSITORY_OVERRIDE makes.", _bucket, "3 to 63 of a-z, 0-9, . _ -, not models")
     tls: str = _choice("off", ("off", "self-signed"), "self-signed makes a key and certificate in the data directory once.")
     tls_cert: str = _text("", "File of the certificate chain, PEM.", "a file")
     tls_key: str = _text("", "File of the certificate's private key, PEM.", "a file")

@@ -55,8 +55,9 @@ def served(settings: Settings) -> Path | None:
 
 def names(settings: Settings) -> list[str]:
     """The host names and addresses that a certificate of this registry must hold, the most telling first."""
-    listened = [settings.host, *([settings.ngc.rpartition(":")[0].strip("[]")] if settings.ngc else [])]
+    listened = [settings.host, *(place.rpartition(":")[0].strip("[]") for place in (settings.ngc, settings.s3) if place)]
     found = [urlsplit(url).hostname or "" for url in (settings.public_url, settings.ngc_url)]
+    found += [settings.s3_domain, f"*.{settings.s3_domain}"] if settings.s3_domain else []  # each bucket is a host below it
     found += [host if host not in _EVERYWHERE else socket.gethostname() for host in listened]
     if set(listened) & {*_EVERYWHERE, "127.0.0.1", "::1", "localhost"}:
         found += ["localhost", "127.0.0.1"]
@@ -70,7 +71,7 @@ def _alternative(given: list[str]) -> x509.SubjectAlternativeName:
             out.append(x509.IPAddress(ipaddress.ip_address(name)))
         except ValueError:
             try:
-                out.append(x509.DNSName(name.encode("idna").decode()))
+                out.append(x509.DNSName("*." * name.startswith("*.") + name.removeprefix("*.").encode("idna").decode()))
             except UnicodeError as error:
                 raise Invalid(f"{name[:60]!r} is no host name for a certificate", expected="a name or an address in AIRLOCK_PUBLIC_URL") from error
     return x509.SubjectAlternativeName(out)

@@ -68,6 +68,7 @@ POSTS: dict[str, Callable[[Guard, Call, Body], Answer]] = {
     "keys": lambda g, call, body: g.issuance.create_key(call, body),
     "keys/revoke": lambda g, call, body: g.issuance.revoke_key(call, body),
     "keys/rotate": lambda g, call, body: g.issuance.rotate_key(call, body),
+    "keys/s3": lambda g, call, body: g.issuance.s3_secret(call, body),
     "grants": lambda g, call, body: g.issuance.create_grant(call, body),
     "grants/revoke": lambda g, call, body: g.issuance.revoke_grant(call, body),
     "grants/extend": lambda g, call, body: g.issuance.extend_grant(call, body),

@@ -1,4 +1,4 @@
-"""`airlock key create|list|revoke|rotate`: API keys of a site; a key is shown once and stored as an HMAC only."""
+"""`airlock key create|list|revoke|rotate|s3`: API keys of a site; a key is shown once and stored as an HMAC only."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ EXAMPLES = {
     "list": "airlock key list --data /srv/airlock --json",
     "revoke": "airlock key revoke KEY_ID --data /srv/airlock",
     "rotate": "airlock key rotate KEY_ID --overlap 7d --registry https://registry.example.com",
+    "s3": "airlock key s3 KEY_ID --data /srv/airlock",
 }
 
 
@@ -29,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         "list keys by their public facts",
         "revoke a key at once",
         "make a key's successor; the old one ends later",
+        "show what an S3 client signs with as a key; each showing is recorded",
     )
     made = {verb: verbs.add_parser(verb, help=words, epilog=f"example: {EXAMPLES[verb]}") for verb, words in zip(EXAMPLES, helps, strict=True)}
     create = made["create"]
@@ -41,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     made["list"].add_argument("--org", default="", help="of one organisation only")
     for verb in ("revoke", "rotate"):
         made[verb].add_argument("key_id", help="public id, as key list shows it")
+    made["s3"].add_argument("key_id", nargs="?", default="", help="public id (with --registry, the key that is presented)")
     rotate = made["rotate"]
     rotate.add_argument("--overlap", default="7d", help="how long the old key is accepted beside its successor (7d; 0s: not at all)")
     rotate.add_argument("--expires", help="life of the successor (it ends when the old key would have)")
@@ -54,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Runs one verb and returns the exit status."""
     args = _parser().parse_args(argv)
-    verb = {"create": _create, "list": _list, "revoke": _revoke, "rotate": _rotate}[args.verb]
+    verb = {"create": _create, "list": _list, "revoke": _revoke, "rotate": _rotate, "s3": _s3}[args.verb]
     if args.verb == "create" and not args.models and not args.member:
         raise Invalid("the key is granted nothing", expected="--models PATTERN, or --member NAME", do="--models 'acme/*'", reason="models")
     if args.verb == "create" and not args.expires[:1].isdigit():
@@ -97,3 +100,15 @@ def _list(ask: Ask, args: argparse.Namespace) -> int:
 def _revoke(ask: Ask, args: argparse.Namespace) -> int:
     found = ask("POST", "keys/revoke", {"key_id": args.key_id})
     return tell(args, found, f"{args.key_id} {found['state']}")
+
+
+def _s3(ask: Ask, args: argparse.Namespace) -> int:
+    """The pair as the variables that S3 clients read, so that the answer can be a file of an environment."""
+    found = ask("POST", "keys/s3", given(args, "key_id"))
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    print(f"AWS_ACCESS_KEY_ID={found['key_id']}\nAWS_SECRET_ACCESS_KEY={found['secret']}")
+    words = f"expires {found['expires'] or 'never'}; it reads what the key may read, while the key lives"
+    print(f"{found['key_id']} of {found['org']}, {words}", file=sys.stderr)
+    return 0

@@ -39,7 +39,8 @@ TICK_S = 0.2
 TELL_S = 10.0  # between two lines that tell that no connection can be accepted
 WATCH_S = 2.0
 END_S = 10.0  # how long after a second SIGTERM an orderly end may take
-WHAT = {"ngc": "NGC API", "metrics": "health and metrics"}
+APART = ("ngc", "s3")  # settings of the listeners that are one door's
+WHAT = {"ngc": "NGC API", "s3": "S3 API", "metrics": "health and metrics"}
 LOG = logging.getLogger("airlock.registry")
 
 
@@ -129,7 +130,9 @@ def _listen(host: str, port: int) -> Listener:
         sock.listen(BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:
         text = f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}"
-        raise Unavailable(text, expected="a free port of this host", do="choose another (--port, AIRLOCK_NGC), or stop what uses it") from error
+        raise Unavailable(
+            text, expected="a free port of this host", do="choose another (--port, AIRLOCK_NGC, AIRLOCK_S3), or stop what uses it"
+        ) from error
     return sock
 
 
@@ -206,11 +209,14 @@ def _serve(settings: Settings, as_json: bool) -> int:
         port = sock.getsockname()[1]
         sockets, others = [sock], dict[str, str]()
         scheme = "https" if certificate else "http"
-        if settings.ngc:
-            host, _, number = settings.ngc.rpartition(":")
-            sockets.append(stack.enter_context(_listen(host.strip("[]"), int(number))))
-            sockets[1].crowd = crowd
-            others["ngc"] = f"{scheme}://{host}:{sockets[1].getsockname()[1]}"
+        apart: dict[str, tuple[str, int]] = {}
+        for name in APART:
+            if place := getattr(settings, name):
+                host, _, number = place.rpartition(":")
+                sockets.append(stack.enter_context(_listen(host.strip("[]"), int(number))))
+                sockets[-1].crowd = crowd
+                apart[name] = sockets[-1].getsockname()[:2]
+                others[name] = f"{scheme}://{host}:{apart[name][1]}"
         site = stack.enter_context(open_site(settings))
         site.log.start(lambda error: LOG.error("the audit log: %s", _told(error)))
         stack.callback(site.collector.start(settings.gc_every_s, lambda error: LOG.error("the collection failed: %s", error)))
@@ -223,7 +229,7 @@ def _serve(settings: Settings, as_json: bool) -> int:
         if settings.metrics:
             others["metrics"], end = health.listen(settings.metrics, state)
             stack.callback(end)
-        front = create_app(site, settings, metrics, tracing, sockets[1].getsockname()[:2] if settings.ngc else None)
+        front = create_app(site, settings, metrics, tracing, apart)
         server = _Server(_config(front, settings, certificate), front, state, settings, crowd)
         server.certificate = certificate
         host = f"[{settings.host}]" if ":" in settings.host else settings.host

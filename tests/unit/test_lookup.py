@@ -236,7 +236,7 @@ def served(site: Site, method: str, path: str, key: str, body: bytes = b"", port
     plain, _, query = path.partition("?")
     scope = {"type": "http", "method": method, "path": plain, "raw_path": plain.encode(), "query_string": query.encode(), "headers": headers}
     scope |= {"client": ("127.0.0.1", 1), "server": ("127.0.0.1", port), "scheme": "http", "extensions": {}, "http_version": "1.1", "root_path": ""}
-    asyncio.run(create_app(site, site.settings, ngc=("127.0.0.1", 3))(scope, receive, send))
+    asyncio.run(create_app(site, site.settings, listeners={"ngc": ("127.0.0.1", 3)})(scope, receive, send))
     return answers[0]
 
 
