@@ -12,7 +12,10 @@ from artifact.manifest import PROFILES_TYPE, canonical_json, check_digest, check
 SCHEMA = 1
 ENGINES = ("tensorrt_llm", "vllm", "sglang")
 AUTHORED = ("tags", "options", "id", "image", "memory", "quantization")
-OPTIONS = ("task", "max_model_len", "dtype")
+OPTIONS = (
+    *("task", "max_model_len", "dtype", "max_num_seqs", "max_num_batched_tokens", "quantization", "kv_cache_dtype"),
+    *("tool_call_parser", "reasoning_parser", "draft_model", "draft_tokens", "trust_remote_code"),
+)
 TASKS = ("generate", "embed")
 MAX_EXCLUDED = 4096
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
