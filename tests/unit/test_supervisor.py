@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,19 @@ CASES = [
     (1, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "does_not_fit", "never", 0),
     (1, "importlib.metadata.PackageNotFoundError: No package metadata was found for vllm", "bad_config", "never", 0),
     (1, "RuntimeError: [enforce fail at device.cc:212] Unable to find interface for: [127.0.0.1]" + GENERIC, "no_loopback", "never", 0),
+    (2, "Error: No such option: --no-such", "bad_config", "never", 0),
+    (1, "ValueError: No GPU devices found on the node", "no_gpu", "never", 0),
+    (1, "RuntimeError: Failed to bind socket to 127.0.0.1:8000: [Errno 98] Address already in use", "port", "once", 0),
+    (1, "[Errno 98] error while attempting to bind on address ('127.0.0.1', 30000): address already in use", "port", "once", 0),
+    (1, "RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.", "does_not_fit", "never", 0),
+    (1, "(The engine plan file is not compatible with this version of TensorRT, expecting library version 10.1", "wrong_engine", "never", 0),
+    (1, "(The engine plan file is generated on an incompatible device, expecting compute 8.0 got compute 9.0", "wrong_engine", "never", 0),
+    (1, "[TensorRT-LLM][ERROR] Cuda Runtime (out of memory)", "does_not_fit", "never", 0),
+    (1, "User-specified context_length (4096) is greater than the derived context_length (512).", "bad_config", "never", 0),
+    (1, "Please pass the argument `trust_remote_code=True` to allow custom code to be run.", "needs_code", "never", 0),
+    (1, "server_args=ServerArgs(trust_remote_code=True)", "unknown", "back-off", 0),
+    (127, "the engine's program cannot be executed: /x/bin/trtllm-serve: No such file or directory", "bad_config", "never", 0),
+    (-3, "Received sigquit from a child process. It usually means the child failed.", "unknown", "back-off", 0),
     (-9, "SafetensorError", "oom_kill", "back-off", 0),
     (137, "", "oom_kill", "back-off", 0),
     (0, "EngineDeadError: EngineCore encountered an issue", "engine_died", "back-off", 0),
@@ -131,6 +145,47 @@ def test_keeper_shortens_the_context_once_only(tmp_path: Path) -> None:
     end = asyncio.run(keeper.run(said.append))
     assert end.kind == "does_not_fit" and keeper.restarts == 1 and "warning" in said[0]
     assert [line for line in (tmp_path / "log").read_text().splitlines() if "[" in line] == ["[]", "['--max-model-len', '3072']"]
+
+
+def test_a_taken_port_costs_one_restart_on_another(tmp_path: Path) -> None:
+    code = "import sys; print('port', sys.argv[2]); print('[Errno 98] Address already in use'); sys.exit(1)"
+    launch = Launch((sys.executable, "-c", code, "--port", "0"), {"PATH": "/usr/bin:/bin"}, "/health", None)
+    keeper = Keeper(launch, log_file=tmp_path / "log", backoff_s=0.01)
+    said: list[str] = []
+    end = asyncio.run(keeper.run(said.append))
+    ports = [int(line.split()[1]) for line in (tmp_path / "log").read_text().splitlines() if line.startswith("port")]
+    assert end.kind == "port" and keeper.restarts == 1 and len(set(ports)) == 2 and min(ports) > 1023 and "trying once more" in said[0]
+
+
+def test_files_are_ours_alone_links_are_made_again_and_the_key_is_not_logged(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    code = "import os,stat; print('the-key', oct(stat.S_IMODE(os.stat('x/f.yaml').st_mode)), os.path.realpath('x/l/name'), flush=True); os._exit(3)"
+    launch = replace(
+        _launch(tmp_path, code),
+        cwd=tmp_path,
+        files={tmp_path / "x" / "f.yaml": "the-key"},
+        links={tmp_path / "x" / "l" / "name": tmp_path / "weights"},
+        key="the-key",
+    )
+    for _ in range(2):
+        engine = _run(launch, tmp_path)
+        assert engine.log.lines[0] == f"[key] 0o600 {tmp_path / 'weights'}"
+    assert "the-key" not in repr(launch) and "the-key" not in (tmp_path / "log").read_text()
+    with pytest.raises(Unavailable, match="cannot be made"):
+        asyncio.run(Engine(replace(launch, files={tmp_path / "weights": "x"})).start())
+
+
+def test_a_child_that_left_the_group_and_cleared_its_environment_is_ended(tmp_path: Path) -> None:
+    hidden = (
+        "import subprocess,sys; print(subprocess.Popen([sys.executable,'-I','-c','import time; time.sleep(99)'],start_new_session=True,env={}).pid)"
+    )
+    engine = _run(_launch(tmp_path, f"import subprocess,sys; subprocess.run([sys.executable,'-c',{hidden!r}]); sys.exit(7)"), tmp_path)
+    assert "rc=7" in engine.log.lines[-1] and not Path(f"/proc/{engine.log.lines[0]}").exists()
+
+
+def test_the_signal_that_ended_an_engine_is_told(tmp_path: Path) -> None:
+    engine = _run(_launch(tmp_path, "import os,signal; os.kill(os.getpid(), signal.SIGSEGV)"), tmp_path)
+    assert "rc=-11" in engine.log.lines[-1]
 
 
 def test_stop_kills_what_ignores_sigterm(tmp_path: Path) -> None:
