@@ -159,7 +159,8 @@ def test_a_taken_port_costs_one_restart_on_another(tmp_path: Path) -> None:
 
 def test_files_are_ours_alone_links_are_made_again_and_the_key_is_not_logged(tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
-    code = "import os,stat; print(open('x/f.yaml').read(), oct(stat.S_IMODE(os.stat('x/f.yaml').st_mode)), os.path.realpath('x/l/name'), flush=True); os._exit(3)"
+    code = "import os,stat; mode = oct(stat.S_IMODE(os.stat('x/f.yaml').st_mode))"
+    code += "; print(open('x/f.yaml').read(), mode, os.path.realpath('x/l/name'), flush=True); os._exit(3)"
     launch = replace(
         _launch(tmp_path, code),
         cwd=tmp_path,
