@@ -27,50 +27,56 @@ START_S = 240
 DRIVER = """
 import json, logging, sys
 from pathlib import Path
-from runtime import serve
-from runtime.launch import Launch
+from artifact.profile import Pin, Profile
+from runtime import engines, serve
+from runtime.settings import from_environment
 logging.basicConfig(level="INFO")
 args = json.loads(sys.argv[1])
-settings = serve.ServeSettings("127.0.0.1", args["port"], tuple(args["names"]), "ab" * 32, "", "", engine_log=Path(args["log"]))
-sys.exit(serve.run(settings, Launch(tuple(args["argv"]), args["env"], "/health", Path(args["socket"]))))
+folder, engine = Path(args["folder"]), engines.load("vllm")
+settings = from_environment(args["env"], "acme/tiny:1")
+tags = {"llm_engine": "vllm", "device": "cpu", "tp": "1", **args["tags"]}
+profile = Profile("ab" * 32, tags, Pin("acme/tiny", "sha256:" + "1" * 64), options=args["options"])
+plan = engine.plan(engines.Start(profile, Path(args["model"]), folder, settings, engine.find(settings)))
+front = serve.ServeSettings("127.0.0.1", args["port"], settings.names, profile.id, "", "", engine_log=folder / "engine.log")
+sys.exit(serve.run(front, plan))
 """
 
 
-def _environment(engine: Path, folder: Path) -> dict[str, str]:
-    """What an engine gets: nothing inherited."""
-    home = folder / "home"
-    home.mkdir()
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    places = {"HOME": str(home), "VLLM_CACHE_ROOT": str(home / "vllm"), "PYTHONPATH": str(engine / "meta")}
-    return {"PATH": f"{engine / 'bin'}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "USER": "nim", **offline, **places}
-
-
 @contextmanager
-def _served(engine: Path, folder: Path, model: Path, *flags: str) -> Iterator[tuple[openai.OpenAI, subprocess.Popen[bytes]]]:
-    """A front with a real engine, ready; ended and found clean at the end."""
+def _served(
+    engine: Path, folder: Path, model: Path, tags: dict[str, str], options: dict[str, str]
+) -> Iterator[tuple[openai.OpenAI, subprocess.Popen[bytes]]]:
+    """A front with a real engine that its adapter planned, ready; ended and found clean at the end."""
     port = find_port()
-    sock = str(folder / "e.sock")
-    argv = [str(engine / "bin" / "vllm"), "serve", str(model), "--served-model-name", "acme/tiny", "--uds", sock, "--enforce-eager", *flags]
+    env = {"AIRLOCK_ENGINE_VLLM": str(engine), "NIM_CACHE_PATH": str(folder / "cache"), "PATH": "/usr/bin:/bin"}
+    (folder / "cache" / "home").mkdir(parents=True)
     log = folder / "engine.log"
-    args = {"port": port, "names": ["acme/tiny"], "log": str(log), "argv": argv, "env": _environment(engine, folder), "socket": sock}
-    process = subprocess.Popen([sys.executable, "-c", DRIVER, json.dumps(args)], cwd=ROOT)
+    args = {"port": port, "folder": str(folder), "model": str(model), "tags": tags, "options": options, "env": env}
+    with (folder / "front.log").open("wb") as out:
+        process = subprocess.Popen([sys.executable, "-c", DRIVER, json.dumps(args)], cwd=ROOT, stderr=out)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     try:
-        end = time.monotonic() + START_S
-        while True:
-            assert process.poll() is None and time.monotonic() < end, log.read_text()[-6000:] if log.exists() else "no log"
-            try:
-                client.models.list()
-                break
-            except openai.APIError:
-                time.sleep(0.3)
+        _wait_ready(client, process, log)
         yield client, process
+        started = _children(process.pid)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(60) == 0 and not any(Path(f"/proc/{p}").exists() for p in started)
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def _wait_ready(client: openai.OpenAI, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + START_S
+    while True:
+        assert process.poll() is None and time.monotonic() < end, log.read_text()[-6000:] if log.exists() else "no log"
+        try:
+            client.models.list()
+        except openai.APIError:
+            time.sleep(0.3)
+        else:
+            return
 
 
 def _run_there(engine: Path, script: str, *argv: str) -> str:
@@ -88,7 +94,7 @@ def test_trained_llama_answers_exactly(engine_env: Path, tmp_path: Path) -> None
     model = tmp_path / "model"
     _run_there(engine_env, "train_llama.py", "--question", QUESTION, "--answer", answer, "--out", str(model))
     messages: Any = [{"role": "user", "content": QUESTION}]
-    with _served(engine_env, tmp_path, model, "--dtype", "bfloat16", "--max-model-len", "512") as (client, process):
+    with _served(engine_env, tmp_path, model, {"precision": "bf16"}, {"max_model_len": "512", "max_num_seqs": "16"}) as (client, process):
         (listed,) = client.models.list().data
         assert listed.id == "acme/tiny" and str(tmp_path) not in listed.model_dump_json()
         assert client.chat.completions.create(model="acme/tiny", messages=messages, temperature=0).choices[0].message.content == answer
@@ -106,7 +112,13 @@ def test_trained_llama_answers_exactly(engine_env: Path, tmp_path: Path) -> None
             client.embeddings.create(model="acme/tiny", input="x")
         with pytest.raises(openai.BadRequestError):
             client.chat.completions.create(model="acme/tiny", messages=messages, max_tokens=99999)
-        _check_death(client, process)
+        # Each of its processes killed as an out-of-memory kill does it: told at once, nothing left, and it comes back with the same answer.
+        for words, kind in ((b"EngineCore", "engine_died"), (b"bin/vllm", "oom_kill")):
+            _check_death(client, process, words)
+            _wait_ready(client, process, tmp_path / "engine.log")
+            again = client.chat.completions.create(model="acme/tiny", messages=messages, temperature=0)
+            assert again.choices[0].message.content == answer
+            assert f"engine ended ({kind})" in (tmp_path / "front.log").read_text()
 
 
 def _children(pid: int) -> list[int]:
@@ -114,11 +126,11 @@ def _children(pid: int) -> list[int]:
     return own + [g for c in own for g in _children(c)]
 
 
-def _check_death(client: openai.OpenAI, process: subprocess.Popen[bytes]) -> None:
-    """The engine's core killed as an out-of-memory kill does: not ready within 2 s, nothing of it left."""
+def _check_death(client: openai.OpenAI, process: subprocess.Popen[bytes], words: bytes) -> None:
+    """One process of the engine killed: not ready within 2 s, nothing of it left."""
     before = _children(process.pid)
-    core = next(p for p in before if b"EngineCore" in Path(f"/proc/{p}/cmdline").read_bytes())
-    os.kill(core, signal.SIGKILL)
+    lines = {p: Path(f"/proc/{p}/cmdline").read_bytes() for p in before}
+    os.kill(next(p for p, line in lines.items() if words in line and b"guardian.py" not in line), signal.SIGKILL)
     end = time.monotonic() + 2
     while True:
         try:
@@ -137,8 +149,7 @@ def _check_death(client: openai.OpenAI, process: subprocess.Popen[bytes]) -> Non
 def test_real_embeddings_equal_the_reference(engine_env: Path, tmp_path: Path, minilm: Path) -> None:
     texts = ["That is a happy person", "That is a happy dog", "A registry behind an air gap serves models without any network."]
     reference = json.loads(_run_there(engine_env, "minilm_reference.py", str(minilm), *texts))["embeddings"]
-    flags = ("--runner", "pooling", "--convert", "embed", "--dtype", "float32")
-    with _served(engine_env, tmp_path, minilm, *flags) as (client, _):
+    with _served(engine_env, tmp_path, minilm, {}, {"task": "embed"}) as (client, _):
         answer = client.embeddings.create(model="acme/tiny", input=texts, encoding_format="float", extra_body={"input_type": "passage"})
         vectors = [d.embedding for d in answer.data]
         assert max(abs(a - b) for v, r in zip(vectors, reference, strict=True) for a, b in zip(v, r, strict=True)) < 1e-3
@@ -147,6 +158,49 @@ def test_real_embeddings_equal_the_reference(engine_env: Path, tmp_path: Path, m
         assert abs(sum(a * b for a, b in zip(vectors[0], vectors[1], strict=True)) - 0.695) < 2e-3
         packed = client.embeddings.create(model="acme/tiny", input=texts).data  # the SDK asks for base64 by itself
         assert max(abs(a - b) for d, v in zip(packed, vectors, strict=True) for a, b in zip(d.embedding, v, strict=True)) < 1e-6
+
+
+PARSE = """
+import json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+out = {}
+for name, argv in json.load(sys.stdin).items():
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(argv[2:])
+    validate_parsed_serve_args(args)
+    out[name] = {k: v if isinstance(v, (str, int, float, bool, list, dict, type(None))) else str(v) for k, v in vars(args).items()}
+json.dump(out, sys.stdout, default=str)
+"""
+
+
+def test_its_own_parser_takes_every_golden_start(engine_env: Path) -> None:
+    golden = {p.stem: json.loads(p.read_text())["argv"] for p in (ROOT / "tests" / "golden" / "engines").glob("vllm-*.json")}
+    env = {"PYTHONPATH": str(engine_env / "meta"), "PATH": "/usr/bin:/bin", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    argv = [str(engine_env / "bin" / "python"), "-c", PARSE]
+    done = subprocess.run(argv, input=json.dumps(golden), capture_output=True, text=True, env=env, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    assert found.keys() == golden.keys()
+    for name, args in found.items():
+        assert args["uds"].endswith("engine.sock") and args["load_format"] == "safetensors", name
+        assert args["trust_remote_code"] is (name == "vllm-draft-code") and not args["api_key"] and not args["middleware"], name
+    big = found["vllm-fp8-tp2-pp2-throughput"]
+    assert (big["tensor_parallel_size"], big["pipeline_parallel_size"], big["max_num_seqs"], big["max_model_len"]) == (2, 2, 64, 8192)
+    assert big["quantization"] is None and found["vllm-fp8-online"]["quantization"] == "fp8"
+    assert found["vllm-lora"]["enable_lora"] is True and len(found["vllm-lora"]["lora_modules"]) == 2
+    assert found["vllm-wishes"]["enable_prefix_caching"] is True and found["vllm-wishes"]["served_model_name"] == ["meta/llama:1", "short"]
+    assert found["vllm-draft-code"]["speculative_config"]["num_speculative_tokens"] == 5
+
+
+def test_what_may_be_passed_through_is_known_to_its_parser(engine_env: Path) -> None:
+    from runtime.engines import vllm
+
+    script = "import json,sys; from vllm.entrypoints.launchers.cli_args import make_arg_parser as m; from vllm.utils.argparse_utils import"
+    script += " FlexibleArgumentParser as F; print(json.dumps({o: a.nargs != 0 for a in m(F())._actions for o in a.option_strings}))"
+    env = {"PYTHONPATH": str(engine_env / "meta"), "PATH": "/usr/bin:/bin", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    done = subprocess.run([str(engine_env / "bin" / "python"), "-c", script], capture_output=True, text=True, env=env, check=False, timeout=300)
+    known = json.loads(done.stdout.splitlines()[-1])
+    assert {flag: known.get(flag) for flag in vllm.PASSTHROUGH} == vllm.PASSTHROUGH
 
 
 @pytest.fixture(scope="session")
