@@ -11,7 +11,7 @@ from artifact.manifest import PROFILES_TYPE, canonical_json, check_digest, check
 
 SCHEMA = 1
 ENGINES = ("tensorrt_llm", "vllm", "sglang")
-AUTHORED = ("tags", "options", "id", "image", "memory", "quantization")
+AUTHORED = ("tags", "options", "id", "image", "memory", "quantization", "expected")
 OPTIONS = (
     *("task", "max_model_len", "dtype", "max_num_seqs", "max_num_batched_tokens", "quantization", "kv_cache_dtype"),
     *("tool_call_parser", "reasoning_parser", "draft_model", "draft_tokens", "trust_remote_code"),
@@ -60,6 +60,17 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What somebody measured or promises: first token within so many ms for 95 of 100 requests, tokens a second of all streams."""
+
+    ttft_p95_ms: int = 0
+    tok_s: int = 0
+    concurrency: int = 0
+    hardware: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class Profile:
     """One way to run a model: opaque id, NIM tags (all strings), the model's digest, options of the engine, bytes of its weights."""
 
@@ -71,6 +82,7 @@ class Profile:
     weights_bytes: int = 0
     memory: Memory | None = None
     quantization: Quantization | None = None
+    expected: Expected | None = None
 
     @property
     def description(self) -> str:
@@ -139,20 +151,20 @@ def build(model: str, digest: str, wanted: list[dict[str, object]], weights_byte
 
 
 def _needs(item: Mapping[str, object], i: int) -> dict[str, object]:
-    """The author's blocks memory and quantization, checked: a misspelt word in them is refused too."""
+    """The author's blocks memory, quantization and expected, checked: a misspelt word in them is refused too."""
     out: dict[str, object] = {}
-    for word, kind in (("memory", Memory), ("quantization", Quantization)):
+    for word, kind, read_block in (("memory", Memory, _memory), ("quantization", Quantization, _quantization), ("expected", Expected, _expected)):
         given = item.get(word)
         if given is None:
             continue
         if not isinstance(given, Mapping):
             raise Invalid(f"{word} of profile {i} is not a mapping", expected="keys " + ", ".join(f.name for f in fields(kind)))
         _known(given, tuple(f.name for f in fields(kind)), f"{word} of profile {i}")
-        out[word] = block(_memory(given, i) if kind is Memory else _quantization(given, i))
+        out[word] = block(read_block(given, i))
     return out
 
 
-def block(value: Memory | Quantization | None) -> dict[str, object]:
+def block(value: Memory | Quantization | Expected | None) -> dict[str, object]:
     """The block of a document for a value: what is known of it, nothing where there is none."""
     pairs = ((f.name, getattr(value, f.name)) for f in fields(value)) if value else ()
     return {k: list(v) if isinstance(v, tuple) else v for k, v in pairs if v}
@@ -208,6 +220,7 @@ def _profile(item: object, i: int) -> Profile:
         weights,
         _memory(item["memory"], i) if item.get("memory") is not None else None,
         _quantization(item["quantization"], i) if item.get("quantization") is not None else None,
+        _expected(item["expected"], i) if item.get("expected") is not None else None,
     )
 
 
@@ -233,6 +246,21 @@ def _quantization(value: object, i: int) -> Quantization:
     if not isinstance(excluded, list) or len(excluded) > MAX_EXCLUDED or not all(isinstance(e, str) and len(e) <= 512 for e in excluded):
         raise Invalid(f"excluded in {what} is no list of module names", expected=f"at most {MAX_EXCLUDED} names of at most 512 characters")
     return Quantization(value["method"], bits, group, tuple(excluded))
+
+
+def _expected(value: object, i: int) -> Expected:
+    what = f"expected of profile {i}"
+    if not isinstance(value, Mapping):
+        raise Invalid(f"{what} is not an object", expected="keys " + ", ".join(f.name for f in fields(Expected)))
+    numbers = {k: value.get(k, 0) for k in ("ttft_p95_ms", "tok_s", "concurrency")}
+    words = {k: value.get(k, "") for k in ("hardware", "source")}
+    if not all(type(n) is int and 0 <= n < 1 << 31 for n in numbers.values()):
+        raise Invalid(f"ttft_p95_ms, tok_s or concurrency in {what} are no such numbers", expected="whole numbers, not negative")
+    if not all(isinstance(w, str) and len(w) <= 200 and w.isprintable() for w in words.values()):
+        raise Invalid(f"hardware or source in {what} is no line of text", expected="at most 200 printable characters")
+    if not (numbers["ttft_p95_ms"] or numbers["tok_s"]) or not words["source"]:
+        raise Invalid(f"{what} names no figure, or nobody who says so", expected="ttft_p95_ms or tok_s, and source")
+    return Expected(**numbers, **words)
 
 
 def _options(value: object, i: int) -> dict[str, str]:
