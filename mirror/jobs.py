@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from artifact import copy, profile
+from artifact import copy, model_dir, profile
 from artifact.disk import Disk
 from artifact.errors import AirlockError, Invalid, NotFound, Unauthenticated
 from artifact.manifest import (
@@ -267,7 +267,9 @@ def wanted_profiles(item: Item) -> list[dict[str, object]]:
 def _build_profiles(item: Item, digest: str, files: tuple[File, ...], disk: Disk) -> str:
     """Puts a profile manifest for a model into the store and returns its digest; raises Invalid."""
     weights = sum(f.size for f in files if content_kind(f.path).endswith(".weight.v1.raw"))
-    document = profile.build(item.name, digest, wanted_profiles(item), weights)
+    # What cannot be told (no safetensors, a config.json of an engine) leaves the profiles as they are: a runtime then counts weights alone.
+    wanted, _ = model_dir.with_facts(wanted_profiles(item), {f.path: disk.path(f.digest) for f in files if "/" not in f.path}, item.name)
+    document = profile.build(item.name, digest, wanted, weights)
     layer = Descriptor(PROFILES_TYPE, disk.put(document), len(document))
     disk.put(EMPTY_BYTES)
     return disk.put(build_manifest(PROFILES_TYPE, [layer.as_json()], {}))

@@ -6,7 +6,7 @@ Overhead, and the part of the weights that each GPU of a group holds again, are 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from artifact.profile import Memory, Profile
 
@@ -80,6 +80,8 @@ class Need:
 def need(profile: Profile, tp: int, pp: int, *, length: int = 0, sequences: int = 1) -> Need | None:
     """The need of a profile over tp x pp GPUs for sequences of `length` tokens (0: its option, else the model's context); None: not told."""
     facts = profile.memory or Memory()
+    if profile.options.get("kv_cache_dtype", "").startswith("fp8"):
+        facts = replace(facts, kv_bytes=1)
     stored = facts.weights_bytes or profile.weights_bytes
     if not stored:
         return None

@@ -239,9 +239,9 @@ def prepare(choice: Choice, profile: Profile, settings: Settings) -> None:
 
 def system(facts: Facts) -> list[str]:
     """The lines of SYSTEM INFO, as a NIM prints them."""
-    if facts.cpu:
-        return ["SYSTEM INFO", "- No NVIDIA library on this node: CPU profiles only"]
     mark = " SIMULATED" if facts.simulated else ""
+    if facts.cpu:
+        return ["SYSTEM INFO", f"- No NVIDIA library on this node: CPU profiles only{mark}"]
     lines = ["SYSTEM INFO", f"- Driver {facts.driver}, CUDA {facts.cuda}{mark}", "- GPUs:" if facts.gpus else "- GPUs: <None>"]
     for gpu in facts.gpus:
         used = 100 * (gpu.total - gpu.free) // gpu.total if gpu.total else 0

@@ -23,7 +23,7 @@ from artifact import model_dir, profile
 from artifact.card import hub_warnings
 from artifact.copy import Progress
 from artifact.digest import hash_fd
-from artifact.errors import AirlockError, Invalid, Mismatch, NotFound, TooLarge, Unauthenticated
+from artifact.errors import Invalid, Mismatch, NotFound, TooLarge, Unauthenticated
 from artifact.manifest import (
     COMMIT,
     EMPTY_BYTES,
@@ -130,19 +130,6 @@ def _wanted(path: Path) -> list[dict[str, object]]:
     return items
 
 
-def _with_facts(top: Path, wanted: list[dict[str, object]]) -> list[dict[str, object]]:
-    """The author's profiles with what the directory itself tells of memory and quantisation, where they do not say it; nothing told is a warning."""
-    if all(item.get("memory") for item in wanted):
-        return wanted
-    try:
-        config = model_dir.read(top).config
-    except AirlockError as error:
-        print(f"warning: the profiles tell no memory facts, so a runtime counts weights alone: {error.what}", file=sys.stderr, flush=True)
-        return wanted
-    facts = {"memory": profile.block(config.memory), "quantization": profile.block(config.quantization) or None}
-    return [{**facts, **{k: v for k, v in item.items() if v is not None}} for item in wanted]
-
-
 def walk(top: Path) -> list[Source]:
     """The files of a model directory with their paths; raises Invalid for links that leave it, special files and hostile names, TooLarge."""
     if not top.is_dir():
@@ -206,7 +193,10 @@ class _Push:
         raw = build_model(files, Descriptor(FACTS_TYPE, digest_of(facts), len(facts)), notes)
         digest = digest_of(raw)
         weights = sum(f.size for f in files if content_kind(f.path) == WEIGHT)
-        document = profile.build(self._name, digest, _with_facts(top, wanted), weights) if wanted else b""  # a mistake shows before bytes move
+        wanted, untold = model_dir.with_facts(wanted, {s.path: s.local for s in sources if "/" not in s.path}, str(top))
+        if untold:
+            print(f"warning: {untold}", file=sys.stderr, flush=True)
+        document = profile.build(self._name, digest, wanted, weights) if wanted else b""  # a mistake in it shows before bytes move
         sent = self._transfer(sources, files) if self._at(self._name) != digest else 0
         changed = self._manifest(self._name, raw, [facts, EMPTY_BYTES])
         profiles_digest = ""

@@ -23,7 +23,7 @@ example:
   airlock profile make ./llama --gpu h100 --gpu l40s > llama.profiles.json
   airlock model push ./llama acme/llama:1 --profiles llama.profiles.json
 
-The table of estimates is for people and goes to stderr; stdout is what model push and airlock runtime explain --profiles take.
+The table of estimates is for people and goes to stderr; stdout is what model push, a plan of mirror sync and airlock runtime explain take.
 exit codes: 0 made, 2 usage, 3 no model or shard there, 6 a file of it is refused, 11 a limit"""
 
 
@@ -38,14 +38,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tp", action="append", type=int, metavar="N", help="GPUs that share one copy (1, 2, 4, 8, as the attention heads allow)")
     parser.add_argument("--max-model-len", type=int, default=0, metavar="TOKENS", help="longest context (the model's)")
     parser.add_argument("--cpu", action="store_true", help="a profile for nodes without GPUs too")
-    parser.add_argument("--json", action="store_true", help="no table on stderr")
+    parser.add_argument("--json", action="store_true", help="warnings and estimates beside the profiles, and no table")
     args = parser.parse_args(argv)
     found = model_dir.read(args.dir)
     document: dict[str, object] = {"profiles": items(found, args.engine, tuple(args.tp or ()), args.max_model_len, cpu=args.cpu)}
     rows = estimates(document, tuple(args.gpu or GPUS))
-    if not args.json:
+    if args.json:
+        document |= {"warnings": found.warnings, "estimates": rows}
+    else:
         sys.stderr.write(table(args.dir, found, rows))
-    sys.stdout.write(json.dumps(document | {"warnings": found.warnings, "estimates": rows}, indent=2) + "\n")
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
     return 0
 
 

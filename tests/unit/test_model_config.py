@@ -15,7 +15,6 @@ from artifact import model_dir, profile
 from artifact.errors import AirlockError, Invalid, NotFound, TooLarge
 from artifact.model_config import MAX_HEADER, read_config, tensor_bytes
 from artifact.profile import Memory, Quantization
-from registry.commands.model import _with_facts
 from runtime.commands import profile_make
 
 LLAMA: dict[str, object] = {
@@ -151,17 +150,22 @@ def test_profiles_of_a_directory_are_what_push_and_explain_take(tmp_path: Path, 
     assert made[0].memory == Memory(64, 32, 8, 128, context=131072) and made[0].options == {"max_model_len": "8192"}
     assert made[0].quantization == Quantization("awq", 4, 128, ("lm_head",))
     assert "1 module(s) stay as they were: lm_head" in err and "pytorch_model.bin is a pickle" in err and "names code (x.Y): it is never run" in err
-    assert json.loads(out)["estimates"][0]["gpu"] == "h100"
+    assert list(json.loads(out)) == ["profiles"]
+    assert profile_make.main([str(tmp_path), "--gpu", "h100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["estimates"][0]["gpu"] == "h100"
 
 
-def test_push_takes_the_facts_where_the_author_says_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_facts_are_taken_where_the_author_says_none(tmp_path: Path) -> None:
     directory(tmp_path, LLAMA)
     tags = {"llm_engine": "vllm"}
-    assert _with_facts(tmp_path, [{"tags": tags}])[0]["memory"] == profile.block(Memory(64, 32, 8, 128, context=131072))
-    own = {"tags": tags, "memory": {"layers": 1}}
-    assert _with_facts(tmp_path, [own, {"tags": tags}])[0]["memory"] == {"layers": 1}
+    files = {p.name: p for p in tmp_path.iterdir()}
+    found, untold = model_dir.with_facts([{"tags": tags}], files, "m")
+    assert found[0]["memory"] == profile.block(Memory(64, 32, 8, 128, context=131072)) and not untold
+    own: dict[str, object] = {"tags": tags, "memory": {"layers": 1}}
+    assert model_dir.with_facts([own, {"tags": tags}], files, "m")[0][0]["memory"] == {"layers": 1}
     (tmp_path / "model.safetensors").write_bytes(b"not one")
-    assert _with_facts(tmp_path, [{"tags": tags}]) == [{"tags": tags}] and "tell no memory facts" in capsys.readouterr().err
+    assert model_dir.with_facts([{"tags": tags}], files, "m")[0] == [{"tags": tags}]
+    assert "tell no memory facts" in model_dir.with_facts([{"tags": tags}], files, "m")[1]
 
 
 def test_an_embedding_model_and_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
