@@ -300,5 +300,8 @@ def _told(raw: bytes) -> tuple[str, str, str, str, str]:
     if isinstance(errors, Sequence) and errors and isinstance(errors[0], dict):
         code, detail = clean(errors[0].get("code") or ""), errors[0].get("detail")
         doc = {"what": errors[0].get("message"), **(detail if isinstance(detail, dict) else {})}
-    words = doc.get("what") or doc.get("details") or doc.get("error") or ""
+    envelope = doc.get("requestStatus")  # of the NGC door
+    words = (
+        doc.get("what") or doc.get("details") or doc.get("error") or (envelope.get("statusDescription") if isinstance(envelope, dict) else "") or ""
+    )
     return code, clean(doc.get("reason") or ""), clean(words), clean(doc.get("expected") or ""), clean(doc.get("do") or "")
