@@ -140,7 +140,7 @@ def find(served: Served, words: bytes) -> int:
     found = []
     for pid in descendants(served.process.pid):
         line = Path(f"/proc/{pid}/cmdline").read_bytes()
-        if words in line and b"guardian.py" not in line:
+        if words in line and (b"guardian.py" in line) == (words == b"guardian.py"):
             found.append(pid)
     assert len(found) == 1, found
     return found[0]
@@ -179,7 +179,8 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         }
         (tmp_path / "private").mkdir(exist_ok=True)
         driver = [sys.executable, "-c", DRIVER, json.dumps(args)]
-        served = Served(port, subprocess.Popen(driver, cwd=ROOT, stdout=subprocess.PIPE, text=True), tmp_path)
+        with (tmp_path / "front.log").open("wb") as out:
+            served = Served(port, subprocess.Popen(driver, cwd=ROOT, stdout=subprocess.PIPE, stderr=out, text=True), tmp_path)
         running.append(served)
         if wait:
             served.wait(served.ready)
@@ -392,12 +393,23 @@ def test_a_prebuilt_engine_is_served_by_its_backend(serve: Serve) -> None:
     assert argv[argv.index(b"--backend") + 1] == b"tensorrt"
 
 
-def test_the_scheduler_of_sglang_killed(serve: Serve) -> None:
-    served = serve("sglang")
-    os.kill(find(served, b"sglang.launch_server"), signal.SIGKILL)
-    before = set(served.seen)
-    served.wait(lambda: not before & set(descendants(served.process.pid)))
+@pytest.mark.parametrize(
+    ("engine", "words", "kind"),
+    [
+        ("tensorrt_llm", b"trtllm_serve.py", "oom_kill"),
+        ("sglang", b"sglang.launch_server", "oom_kill"),
+        ("sglang", b"sglang::scheduler", "engine_died"),
+        ("sglang", b"guardian.py", "oom_kill"),
+    ],
+)
+def test_a_process_of_it_killed_is_classified_and_it_comes_back(engine: str, words: bytes, kind: str, serve: Serve) -> None:
+    served = serve(engine)
+    before = set(descendants(served.process.pid))
+    os.kill(find(served, words), signal.SIGKILL)
+    served.wait(lambda: not any(map(alive, before)))
     served.wait(served.ready)
+    assert f"engine ended ({kind})" in (served.folder / "front.log").read_text()
+    assert served.ask("POST", "/v1/chat/completions", CHAT)[0] == 200
 
 
 def test_embeddings_of_sglang(serve: Serve) -> None:

@@ -10,9 +10,12 @@ import argparse
 import asyncio
 import json
 import os
+import resource
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +136,13 @@ class Server:
         return await stream(request, body, chat, self.script) if body.get("stream") else web.json_response(answer(body, chat))
 
 
+def watch(scheduler: subprocess.Popen[bytes]) -> None:
+    """A dead scheduler takes the server along, by SIGQUIT as in the real one."""
+    print(f"Scheduler exited with status {scheduler.wait()}. It usually means the child failed.", flush=True)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.kill(os.getpid(), signal.SIGQUIT)
+
+
 def main() -> None:
     """Parses, tells its settings, starts a scheduler, loads, binds, serves."""
     root, argv = Path(sys.argv[1]), sys.argv[2:]
@@ -140,7 +150,8 @@ def main() -> None:
     args = parse(argv[2:])
     script = Script(root)
     print("server_args=ServerArgs(" + ", ".join(f"{k}={v!r}" for k, v in vars(args).items()) + ")", flush=True)
-    subprocess.Popen([sys.executable, "-c", WORKER, "sglang::scheduler"])
+    scheduler = subprocess.Popen([sys.executable, "-c", WORKER, "sglang::scheduler"])
+    threading.Thread(target=watch, args=(scheduler,), daemon=True).start()
     script.begin()
     listener = socket.socket()
     try:
