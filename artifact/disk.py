@@ -334,11 +334,19 @@ class Partial:
         except OSError:
             pass  # held, published meanwhile, or a file system without locks: all of them mean a private name
         os.close(fd)
-        private = folder / f"{key}.{socket.gethostname()[:40].replace('/', '_')}.{os.getpid()}.{secrets.token_hex(4)}.private"
-        fd = os.open(private, _WRITE | os.O_EXCL, 0o600)
-        with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return fd, private
+        while True:
+            private = folder / f"{key}.{socket.gethostname()[:40].replace('/', '_')}.{os.getpid()}.{secrets.token_hex(4)}.private"
+            fd = os.open(private, _WRITE | os.O_EXCL, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                ours = os.fstat(fd).st_nlink > 0
+            except BlockingIOError:  # another process sweeps, and took this one, not locked yet, for one that was left behind
+                ours = False
+            except OSError:
+                ours = True  # a file system without locks, on which nobody sweeps
+            if ours:
+                return fd, private
+            os.close(fd)
 
     @staticmethod
     def _sweep(folder: Path, key: str) -> None:

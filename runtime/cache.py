@@ -126,6 +126,12 @@ class Stamps:
                     write(self._path(digest), json.dumps(self._facts(path, digest)).encode())
 
 
+def touch(target: Path) -> None:
+    """Notes that a model is used now: eviction takes the one that was used longest ago."""
+    with suppress(OSError):
+        os.utime(target, follow_symlinks=False)
+
+
 def write(path: Path, raw: bytes) -> None:
     """A small file, whole or not at all."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ from runtime.front.vocabulary import POSTED, RANKING, RESPONSES
 from runtime.launch import Launch
 from runtime.node import Gpu
 from runtime.supervisor import Keeper
-from runtime.watch import Watch
+from runtime.watch import Voice
 
 BODY_S = 60.0
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
@@ -48,7 +48,7 @@ class Front:
         self,
         settings: ServeSettings,
         keeper: Keeper,
-        watch: Watch | None = None,
+        watch: Voice | None = None,
         callers: Callers | None = None,
         gpus: Callable[[], Sequence[Gpu]] | None = None,
         idle: Sequence[Gpu] = (),
@@ -303,7 +303,7 @@ async def _serve(settings: ServeSettings, launch: Launch, make: Callable[[Keeper
 def run(
     settings: ServeSettings,
     launch: Launch,
-    watch: Watch | None = None,
+    watch: Voice | None = None,
     callers: Callable[[], Callers] | None = None,
     gpus: Callable[[], Sequence[Gpu]] | None = None,
     idle: Sequence[Gpu] = (),

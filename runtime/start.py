@@ -17,9 +17,11 @@ from runtime.settings import GPU_SHARE, Settings
 
 if TYPE_CHECKING:
     from artifact.remote import RemoteRegistry
+    from artifact.store import File
     from artifact.trust import SiteTrust
     from runtime import entitlement
     from runtime.profiles import Selection, Wanted
+    from runtime.upkeep import Scrub
     from runtime.weights import ModelDir, Released
 
 log = logging.getLogger("airlock")
@@ -192,7 +194,9 @@ def workspace(choice: Choice, profile: Profile, settings: Settings) -> ModelDir:
 
     log.info("Preparing model workspace. This step might download additional files to run the model.")
     began = time.monotonic()
-    made = weights.materialise(choice.remote if settings.download else None, settings.cache, profile.model, log.info, workers=settings.workers)
+    code = profile.options.get("trust_remote_code", "false").lower() == "true"
+    source = choice.remote if settings.download else None
+    made = weights.materialise(source, settings.cache, profile.model, log.info, workers=settings.workers, code=code)
     log.info(
         "Model workspace is now ready. It took %.3f seconds (%d bytes fetched, %d hashed again, %d known by stamp)",
         time.monotonic() - began,
@@ -201,6 +205,17 @@ def workspace(choice: Choice, profile: Profile, settings: Settings) -> ModelDir:
         made.stamped,
     )
     return made
+
+
+def scrub(choice: Choice, profile: Profile, settings: Settings, made: ModelDir) -> Scrub:
+    """The scrub of what a start serves."""
+    from runtime import upkeep, weights
+
+    def repair(file: File) -> None:
+        source = choice.client if settings.download and not settings.offline else None  # also one that was away at the start
+        weights.again(source, settings.cache, profile.model, made.path, file, log.info)
+
+    return upkeep.Scrub(settings.cache, made.path, made.listed, settings.scrub_bytes_s, repair)
 
 
 def lease_for(choice: Choice, profile: Profile, settings: Settings) -> entitlement.Choice:

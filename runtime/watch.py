@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from artifact.errors import AirlockError, Denied, NotFound, Unauthenticated, Unavailable
 from artifact.grant import SOON_S, Lease, date, decide_lease
@@ -42,6 +43,31 @@ class Known:
     refused: str = ""
     away: str = ""
     ends: tuple[End, ...] = ()
+
+
+class Voice(Protocol):
+    """What the front asks when it answers: words for its readiness and header, lines for its metrics."""
+
+    def warning(self) -> str:
+        """One line without names, empty when all is well."""
+
+    def metrics(self) -> list[str]:
+        """Lines of Prometheus text."""
+
+
+class Voices:
+    """Several as one."""
+
+    def __init__(self, *voices: Voice) -> None:
+        self._voices = voices
+
+    def warning(self) -> str:
+        """What they say, in their order."""
+        return "; ".join(filter(None, (voice.warning() for voice in self._voices)))[:HEADER]
+
+    def metrics(self) -> list[str]:
+        """All their lines."""
+        return [line for voice in self._voices for line in voice.metrics()]
 
 
 class Watch:

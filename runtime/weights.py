@@ -36,6 +36,7 @@ from artifact.profile import Pin, ProfileSet
 from artifact.profile import parse as parse_profiles
 from artifact.store import Descriptor, File
 from runtime import cache as place
+from runtime import content
 
 PROFILES = "/profiles"
 MAX_PAYLOAD = 1 << 20
@@ -71,6 +72,7 @@ class ModelDir:
     fetched: int
     hashed: int
     stamped: int
+    listed: tuple[File, ...] = ()
 
 
 def released(source: Source | None, cache: Path, name: str, ref: str, keys: Mapping[str, str]) -> Released:
@@ -168,10 +170,11 @@ def _small(source: Source | None, disk: Disk, repo: str, digest: str, size: int)
     return bytes(raw)
 
 
-def materialise(source: Source | None, cache: Path, model: Pin, log: Log, *, workers: int = 4, show: bool = True) -> ModelDir:
+def materialise(source: Source | None, cache: Path, model: Pin, log: Log, *, workers: int = 4, show: bool = True, code: bool = False) -> ModelDir:
     """The model directory of a pinned model, every file verified; missing pieces are fetched, with source None they are an error naming the file.
 
-    Raises NotFound, Mismatch (reason weights), Unavailable (also a full disk, with the bytes needed and free).
+    `code`: the promoted profile lets the model's own code run. Raises NotFound, Mismatch (reason weights), Unavailable (also a full disk, with the
+    bytes needed and free), Invalid (reason model_content) for what hides a pickle.
     """
     disk = Disk(cache)
     target = cache / "models" / model.name / model.digest.split(":", 1)[1][:12]
@@ -192,15 +195,29 @@ def materialise(source: Source | None, cache: Path, model: Pin, log: Log, *, wor
             lacking.append(file)
     _fetch(source, disk, model, lacking, log, workers, show)
     place.folders(cache, target.parent)  # again: the download may have taken hours
-    if not _intact(target, files, disk):
+    seen, left_out = content.allowed(files, disk, code=code)
+    for line in left_out:
+        log(line)
+    kept = tuple(seen)
+    if not _intact(target, kept, disk):
         try:
-            _build(target, files, disk)
+            _build(target, kept, disk)
         except Unavailable:
-            if not _intact(target, files, disk):  # unless another start on the same cache was faster
+            if not _intact(target, kept, disk):  # unless another start on the same cache was faster
                 raise
-        log(f"Model workspace {target} built from {len(files)} files")
+        log(f"Model workspace {target} built from {len(kept)} files")
+    place.touch(target)
     stamps.record({f.digest: disk.path(f.digest) for f in files})
-    return ModelDir(target, model.digest, len(files), sum(f.size for f in files), sum(f.size for f in lacking), hashed, stamped)
+    return ModelDir(target, model.digest, len(files), sum(f.size for f in files), sum(f.size for f in lacking), hashed, stamped, kept)
+
+
+def again(source: Source | None, cache: Path, model: Pin, target: Path, file: File, log: Log) -> None:
+    """Fetches one damaged file of a model again and puts it into its directory; raises Unavailable without a registry, and what a fetch raises."""
+    disk = Disk(cache)
+    disk.delete(file.digest)
+    _fetch(source, disk, model, [file], log, 1, False)
+    disk.link(file.digest, target / file.path)
+    place.Stamps(cache / "stamps").record({file.digest: disk.path(file.digest)})
 
 
 def missing(source: Source | None, cache: Path, model: Pin) -> tuple[int, int]:

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
 
 def serve(settings: Settings, args: argparse.Namespace) -> int:
     """`serve`: the whole story, until a signal ends it; the status is the front's."""
-    from runtime import engines, entitlement
+    from runtime import engines, entitlement, upkeep
 
     choice = start.choose(settings, settings.profile)
     profile = start.announce(choice, settings.expect_profile)
@@ -34,7 +34,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     installation = engine.find(settings)
     start.prepare(choice, profile, settings)
     from runtime.serve import ServeSettings, run
-    from runtime.watch import Watch
+    from runtime.watch import Voices, Watch
 
     claims, fresh = start.lease(choice, profile, settings)
     start.log.info("Lease %s until %s", claims.get("jti"), entitlement.until(claims))
@@ -49,6 +49,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         fresh=fresh,
         receipt={"digest": made.digest, "bytes": made.bytes, "files": made.files},
     )
+    scrub = start.scrub(choice, profile, settings, made)
     folder = Path(tempfile.mkdtemp(prefix="airlock-"))
     try:
         # What the engine compiles and remembers is kept in the cache; where that is read-only it is made again at each start.
@@ -70,7 +71,10 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
             ready_s=settings.start_deadline_s,
         )
         watch.start()
-        return run(front, plan, watch)
+        scrub.start()
+        with upkeep.holding(made.path):
+            return run(front, plan, Voices(watch, scrub))
     finally:
+        scrub.stop()
         watch.stop()
         shutil.rmtree(folder, ignore_errors=True)

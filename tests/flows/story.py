@@ -21,7 +21,7 @@ MODEL = "acme/big"
 def random_model(folder: Path, size: int) -> Path:
     """A model directory with one file of `size` random bytes, a small one and a profile file beside it."""
     folder.mkdir(parents=True)
-    with (folder / "weights.bin").open("wb") as out:
+    with (folder / "weights.gguf").open("wb") as out:
         left = size
         while left:
             left -= out.write(os.urandom(min(left, 1 << 20)))
@@ -101,7 +101,7 @@ class Story:
             "NIM_CACHE_PATH": str(self.cache),
         }
         yield Step(
-            "pull", ["runtime", "download-to-cache", "--model", f"{MODEL}:1"], env, lambda: not list(self.cache.glob("models/acme/big/*/weights.bin"))
+            "pull", ["runtime", "download-to-cache", "--model", f"{MODEL}:1"], env, lambda: not list(self.cache.glob("models/acme/big/*/weights.gguf"))
         )
 
     def run(self, step: Step, timeout: float = 600) -> subprocess.CompletedProcess[str]:

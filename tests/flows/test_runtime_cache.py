@@ -337,7 +337,7 @@ def test_one_h100_changes_the_explained_choice_and_a_broken_driver_ends_it(node:
     env = {"LD_LIBRARY_PATH": str(library), "FAKE_NVML_CONFIG": str(config)}
     started = node.run("serve", **env)
     assert started.returncode == 36, started.stderr
-    assert "(vllm-h100-fp8-tp1): the only compatible profile of 3; on GPU 0 (1x NVIDIA H100 80GB HBM3)" in started.stderr
+    assert "(vllm-h100-fp8-tp1): expected: the only compatible profile of 3; on GPU 0 (1x NVIDIA H100 80GB HBM3)" in started.stderr
     assert "it is for nodes without the NVIDIA library; this node has one and shows 1 GPU(s)" in started.stderr
     assert "it needs 2 GPU(s) (tp x pp); 1 present" in started.stderr and "SIMULATED" in started.stderr
     asked = len(node.site.log)
