@@ -3,17 +3,25 @@
 A program of its own that imports no project code. Its one argument is the model manifest (the shape with a list of profiles, as JSON).
 What says where to fetch is the container's own environment:
   NGC_API_KEY or NGC_CLI_API_KEY, NGC_API_ENDPOINT, NGC_AUTH_ENDPOINT (host[:port][/prefix]), NGC_API_SCHEME, NIM_MODEL_PROFILE, NIM_CACHE_PATH,
-  NIM_SDK_USE_NATIVE_TLS with SSL_CERT_FILE, NIM_REPOSITORY_OVERRIDE (https://… and jfrog://…),
+  NIM_SDK_USE_NATIVE_TLS with SSL_CERT_FILE, NIM_REPOSITORY_OVERRIDE (https://…, jfrog://… and s3://BUCKET/, for which AWS_ACCESS_KEY_ID,
+  AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL),
+  NIM_MODEL_NAME or NIM_MODEL_PATH (a local model directory: nothing is fetched),
 and which of the ways that clients of this family differ in: PLAY_PAGED (the listing is asked for by pages from 1), PLAY_TOKEN (the key is exchanged
-whatever it looks like), PLAY_ENCODING (plain, once or twice: how an override spells the object).
+whatever it looks like), PLAY_ENCODING (plain, once or twice: how an override spells the object), PLAY_STYLE (virtual or path: the bucket's place),
+PLAY_HEAD (the object's head is asked for first). With PLAY_HOST every name that ends so is this machine, as the site's name server says.
+
+Without a key it starts as a container of an air-gapped site does: from the cache alone, with the profile pinned. What it served from is printed as
+JSON lines {"file", "path", "sha256"}. PLAY_WATCH makes any attempt to open a connection an error of its own.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import http.client
 import json
 import os
+import socket
 import ssl
 import sys
 from collections.abc import Mapping
@@ -138,6 +146,24 @@ class Nim:
         lines = self.fetch(f"{base}/checksums.blake3", bearer).good().body.decode().splitlines()
         return {path: f"{base}/{quote(path, safe='/%')}" for _, _, path in (line.partition("  ") for line in lines)}
 
+    def bucket(self, place: str, uri: str) -> bytes:
+        """An object by NIM_REPOSITORY_OVERRIDE=s3://BUCKET/: its key is all after ngc://, percent-encoded whole."""
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        style = self.environ.get("PLAY_STYLE", "virtual")
+        config = Config(signature_version="s3v4", s3={"addressing_style": style}, retries={"max_attempts": 1})
+        trusted = self.environ["SSL_CERT_FILE"] if self.environ.get("NIM_SDK_USE_NATIVE_TLS") == "1" else None
+        client = boto3.client("s3", region_name=self.environ.get("AWS_REGION", "us-east-1"), config=config, verify=trusted)
+        wanted = {"Bucket": urlsplit(place).netloc, "Key": quote(uri.removeprefix("ngc://"), safe="")}
+        try:
+            if self.environ.get("PLAY_HEAD"):
+                client.head_object(**wanted)
+            return bytes(client.get_object(**wanted)["Body"].read())
+        except (ClientError, BotoCoreError) as error:
+            raise Failed(f"error fetching {place}{wanted['Key']}: {error}") from error
+
     def overridden(self, place: str, uri: str) -> Answer:
         """An object by NIM_REPOSITORY_OVERRIDE, its key being all after ngc://, spelled in one of the three known ways."""
         key, way = uri.removeprefix("ngc://"), self.environ.get("PLAY_ENCODING", "once")
@@ -148,6 +174,8 @@ class Nim:
     def file(self, uri: str) -> bytes:
         """The bytes of ngc://org/team/model:version?file=path."""
         place = self.environ.get("NIM_REPOSITORY_OVERRIDE", "")
+        if place.startswith("s3://"):
+            return self.bucket(place, uri)
         if place:
             return self.overridden(place, uri).good().body
         target, _, path = uri.removeprefix("ngc://").partition("?file=")
@@ -159,12 +187,65 @@ class Nim:
         org, *team, _ = name.split("/")
         return self.fetch(urls[path], self.bearer(org, team[0] if team else "") if own else "").good().body
 
+    def place(self, uri: str) -> Path:
+        """Where the cache has a file of ngc://org/team/model:version?file=path, or of the Hub's like, by the layout of each hub client."""
+        scheme, _, rest = uri.partition("://")
+        target, _, path = rest.partition("?file=")
+        name, _, version = target.partition(":")
+        hub = Path(self.environ["NIM_CACHE_PATH"]) / ("ngc" if scheme == "ngc" else "huggingface") / "hub"
+        repo = hub / f"models--{name.replace('/', '--')}"
+        reference = repo / "refs" / version
+        if scheme == "hf" and reference.is_file():
+            version = reference.read_text()
+        return repo / "snapshots" / version / path
+
+    def offline(self, profile: Mapping[str, Any]) -> None:
+        """Takes each file from the cache; what is not there would have to be asked for, and nobody may be asked without a key."""
+        errors = []
+        for inside, entry in sorted(profile["workspace"]["files"].items()):
+            at = self.place(entry["uri"])
+            repo = at.parents[len(entry["uri"].partition("?file=")[2].split("/")) + 1]
+            try:
+                inode = at.resolve(strict=True)
+                raw = inode.read_bytes()
+            except OSError as error:
+                errors.append(f"{entry['uri']}: {error.strerror}: {NO_KEY}")
+                continue
+            if not at.is_symlink() or inode.parent != (repo / "blobs").resolve() or Path(at.readlink()).is_absolute():
+                errors.append(f"{entry['uri']}: {at} is no link into the blobs of its model")
+            if "checksum" in entry and blake3(raw).hexdigest() != entry["checksum"]:
+                errors.append(f"checksum mismatch of {entry['uri']}")
+            print(f"INFO File: {inside} found in cache: {json.dumps(str(at))}")
+            print(json.dumps({"file": inside, "path": str(at), "sha256": hashlib.sha256(raw).hexdigest()}))
+        if errors:
+            raise Failed("One or more errors fetching files:\n" + "\n".join(errors))
+
+    def local(self, folder: Path, profile: Mapping[str, Any] | None) -> None:
+        """Serves a model directory in place; the profile, where one is pinned, says which files must be there."""
+        if not folder.is_absolute() or not folder.is_dir():
+            raise Failed(f"{folder} is no model directory")
+        found = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+        lacking = sorted(set(profile["workspace"]["files"]) - set(found)) if profile else []
+        if lacking or not found:
+            raise Failed(f"{folder} is without {', '.join(lacking) or 'any file'}")
+        for inside, path in sorted(found.items()):
+            print(json.dumps({"file": inside, "path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}))
+
     def run(self, manifest: Mapping[str, Any]) -> None:
-        """Fetches the chosen profile into the cache; raises Failed."""
+        """Fetches the chosen profile into the cache, or starts from what is there; raises Failed."""
         wanted = self.environ.get("NIM_MODEL_PROFILE", "")
         profile = next((p for p in manifest["profiles"] if p["id"] == wanted), None)
+        folder = self.environ.get("NIM_MODEL_PATH") or self.environ.get("NIM_MODEL_NAME", "")
+        if folder.startswith("/"):
+            return self.local(Path(folder), profile)
         if profile is None:
             raise Failed("Could not match a profile in manifest")
+        if not self.key and not self.environ.get("NIM_REPOSITORY_OVERRIDE") and (Path(self.environ["NIM_CACHE_PATH"]) / "ngc").is_dir():
+            return self.offline(profile)
+        return self.download(profile)
+
+    def download(self, profile: Mapping[str, Any]) -> None:
+        """Fetches every file of a profile; raises Failed with all that went wrong."""
         errors = []
         for _, entry in sorted(profile["workspace"]["files"].items()):
             uri = entry["uri"]
@@ -175,17 +256,34 @@ class Nim:
             except Failed as error:
                 errors.append(str(error))
                 continue
-            target, _, path = uri.removeprefix("ngc://").partition("?file=")
-            name, _, version = target.partition(":")
-            into = Path(self.environ["NIM_CACHE_PATH"]) / "ngc" / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / version / path
+            into = self.place(uri)
             into.parent.mkdir(parents=True, exist_ok=True)
             into.write_bytes(raw)
         if errors:
             raise Failed("One or more errors fetching files:\n" + "\n".join(errors))
 
 
+def watched(*_: object, **__: object) -> Any:
+    """Takes the place of every way to a connection."""
+    raise RuntimeError("a connection was opened")
+
+
+def _name_server(domain: str) -> None:
+    """Every name below a domain is this machine, as the site's name server says."""
+    real = socket.getaddrinfo
+
+    def find(host: Any, *args: Any, **more: Any) -> Any:
+        return real("127.0.0.1" if isinstance(host, str) and host.endswith(domain) else host, *args, **more)
+
+    socket.getaddrinfo = find
+
+
 def main() -> int:
     """The container's exit status."""
+    if os.environ.get("PLAY_WATCH"):
+        socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = watched  # type: ignore[assignment, method-assign]
+    if domain := os.environ.get("PLAY_HOST"):
+        _name_server(domain)
     try:
         Nim(os.environ).run(json.loads(Path(sys.argv[1]).read_text()))
     except Failed as error:

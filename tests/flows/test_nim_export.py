@@ -1,0 +1,308 @@
+"""`airlock nim profiles`, `export` and `env` against a real registry, and starts from what was exported.
+
+The container is tests/fakes/nim.py: this says that its sequence is answered from the tree, not that a NIM works.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from blake3 import blake3
+
+from tests.contracts.ngc import PLUS, fill, new_ngc_site, ngc_serving
+from tests.contracts.nim_images import Entry, nim_layers, push_image, tar
+from tests.operated import Operated, operated, wait_for
+
+pytestmark = pytest.mark.server
+AIRLOCK = str(Path(sys.executable).parent / "airlock")
+NIM = Path(__file__).resolve().parent.parent / "fakes" / "nim.py"
+IMAGE = "nvcr.io/nim/meta/llama:1.8.4"
+WEIGHTS = random.Random(7).randbytes(40_000_000)
+ENGINE = {"config.json": b'{"b":2}', "rank0.engine": WEIGHTS, "sub dir/tokenizer+1.json": b"{}", "LICENSE": b"", "copy.bin": b'{"b":2}'}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+WHOLE, OTHER, LACKING, HUB = (letter * 64 for letter in "abcd")
+PROFILES: dict[str, dict[str, str]] = {
+    WHOLE: {path: f"ngc://nim/meta/engine:fp8-1.0?file={path}" for path in ENGINE if path != "rank0.engine"}
+    | {"trtllm_engine/rank0.engine": "ngc://nim/meta/engine:fp8-1.0?file=rank0.engine"}
+    | {"params/config.json": f"ngc://nim/meta/llama:{PLUS}?file=config.json"},
+    OTHER: {
+        "config.json": f"ngc://nim/meta/llama:{PLUS}?file=config.json",
+        "model.safetensors": f"ngc://nim/meta/llama:{PLUS}?file=model.safetensors",
+    },
+    LACKING: {"config.json": "ngc://nim/meta/engine:fp8-1.0?file=config.json", "x": "ngc://nim/meta/absent:1?file=x"},
+    HUB: {"config.json": "hf://acme/M:main?file=config.json", "w/model.safetensors": f"hf://acme/M:{COMMIT}?file=model.safetensors"},
+}
+TAGS = {WHOLE: ("tensorrt_llm", "2"), OTHER: ("vllm", "1"), LACKING: ("vllm", "4"), HUB: ("sglang", "1")}
+
+
+def manifest() -> dict[str, Any]:
+    """What the image's manifest says, with the sum of one file."""
+    out = []
+    for name, files in PROFILES.items():
+        engine, tp = TAGS[name]
+        listed: dict[str, dict[str, str]] = {path: {"uri": uri} for path, uri in files.items()}
+        if name == WHOLE:
+            listed["trtllm_engine/rank0.engine"]["checksum"] = blake3(WEIGHTS).hexdigest()
+        tags = {"llm_engine": engine, "precision": "fp8", "tp": tp, "pp": "1"}
+        out.append({"id": name, "tags": tags, "workspace": {"files": listed}})
+    return {"schema_version": "2.0", "profiles": out}
+
+
+RAW = b"# shipped as it is\n" + yaml.safe_dump(manifest(), sort_keys=False).encode()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
+    data = tmp_path_factory.mktemp("nim") / "data"
+    keys = new_ngc_site(data)
+    with ngc_serving(data, keys) as door:
+        fill(door, data)
+        door.push("ngc/nim/meta/engine", "fp8-1.0", ENGINE)
+        push_image(door.main, *IMAGE.split(":"), nim_layers(RAW))
+        push_image(door.main, "nvcr.io/nim/meta/native", "1", [tar(Entry("x"))], config={"Labels": {LABEL: "native-v1"}})
+    with operated(data, keys) as found:
+        yield found
+
+
+LABEL = "com.nvidia.nim.model_download_protocol"
+
+
+def command(server: Operated, *words: str, who: str = "root", **more: Any) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("AIRLOCK_")} | {"AIRLOCK_KEY": server.keys[who]}
+    done = subprocess.run(
+        [AIRLOCK, "nim", *words, "--registry", server.url], capture_output=True, text=True, timeout=120, check=False, env=env, **more
+    )
+    assert "Traceback" not in done.stderr and server.keys[who] not in done.stdout + done.stderr
+    return done
+
+
+def exported(server: Operated, folder: Path, profile: str = WHOLE, *more: str, **run: Any) -> dict[str, Any]:
+    done = command(server, "export", str(folder), IMAGE, profile, "--json", *more, **run)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def start(folder: Path, profile: str = WHOLE, nobody: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    """The container on a site without a network, and as the user whom it runs as."""
+    what = folder.parent / "model_manifest.json"
+    what.write_text(json.dumps(manifest()))
+    fake = folder.parent / "nim.py"
+    shutil.copy(NIM, fake)
+    given = {"NIM_MODEL_PROFILE": profile, "NIM_CACHE_PATH": str(folder), "PLAY_WATCH": "1", **env}
+    user: dict[str, Any] = {"user": 1000, "group": 2000, "extra_groups": []} if nobody and os.geteuid() == 0 else {}
+    for parent in folder.parents[:3] if user else ():  # the test's own folders are root's alone
+        parent.chmod(parent.stat().st_mode | 0o055)
+    argv = [shutil.which("python3", path="/usr/bin:/usr/local/bin") or sys.executable, "-P", str(fake), str(what)]
+    site = next(str(p) for p in map(Path, sys.path) if (p / "blake3").is_dir())
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60, env=given | {"PYTHONPATH": site}, check=False, **user)
+
+
+def served(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    assert done.returncode == 0, done.stderr + done.stdout
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {line["file"]: line["sha256"] for line in lines}
+
+
+def wanted() -> dict[str, str]:
+    data = {path: ENGINE[path] for path in ENGINE if path != "rank0.engine"} | {
+        "trtllm_engine/rank0.engine": WEIGHTS,
+        "params/config.json": b'{"a":1}',
+    }
+    return {path: hashlib.sha256(raw).hexdigest() for path, raw in data.items()}
+
+
+def test_the_profiles_of_a_mirrored_image_and_what_is_here(server: Operated) -> None:
+    done = command(server, "profiles", IMAGE, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert {p["id"]: p["here"] for p in told["profiles"]} == {WHOLE: True, OTHER: True, LACKING: False, HUB: True}
+    missing = told["profiles"][2]["missing"]
+    assert [m["uri"] for m in missing] == ["ngc://nim/meta/absent:1?file=x"] and "is not here" in missing[0]["reason"]
+    assert told["manifest"] == "/opt/nim/etc/default/model_manifest.yaml" and told["shape"] == 2
+    table = command(server, "profiles", f"{server.url.removeprefix('http://')}/{IMAGE}").stdout
+    assert "tensorrt_llm-fp8-tp2" in table and "1 of 2 files missing" in table and table.count("whole") == 3
+
+
+def test_the_manifest_is_shipped_as_it_is(server: Operated) -> None:
+    env = os.environ | {"AIRLOCK_KEY": server.keys["root"]}
+    done = subprocess.run([AIRLOCK, "nim", "profiles", IMAGE, "--manifest", "--registry", server.url], capture_output=True, env=env, check=True)
+    assert done.stdout == RAW
+
+
+@pytest.mark.parametrize(("image", "words"), [("nvcr.io/nim/meta/none:1", "not"), ("nvcr.io/nim/meta/native:1", "native-v1")])
+def test_images_without_a_manifest(server: Operated, image: str, words: str) -> None:
+    done = command(server, "profiles", image)
+    assert done.returncode == 3 and words in done.stderr
+
+
+def test_a_container_starts_from_the_exported_cache_alone(server: Operated, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    told = exported(server, cache, "trtllm-fp8-tp2-pp1")
+    assert (told["profile"], told["files"], told["kept"]) == (WHOLE, 6, 0) and told["fetched"] >= len(WEIGHTS)
+    before = len(server.lines())
+    done = start(cache)
+    assert served(done) == wanted() and "a connection was opened" not in done.stderr
+    assert len(server.lines()) == before, "it asked the registry"
+    links = [p for p in cache.rglob("*") if p.is_symlink()]
+    assert len(links) == 6 and all(not Path(os.readlink(p)).is_absolute() and p.resolve(strict=True).is_file() for p in links)
+    blobs = cache / "ngc/hub/models--nim--meta--engine/blobs"
+    assert {p.name for p in blobs.iterdir()} == {hashlib.md5(raw).hexdigest() for raw in ENGINE.values()}, "one content, one blob"
+    assert (cache / "ngc/hub/tmp").is_dir() and not (cache / ".airlock-export").exists()
+
+
+def test_the_tree_survives_a_copy_with_its_links(server: Operated, tmp_path: Path) -> None:
+    exported(server, tmp_path / "cache")
+    subprocess.run(["cp", "-a", str(tmp_path / "cache"), str(tmp_path / "carried")], check=True)
+    shutil.rmtree(tmp_path / "cache")
+    assert served(start(tmp_path / "carried")) == wanted()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
+def test_owner_and_modes(server: Operated, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    told = exported(server, cache, umask=0o077)
+    assert told["owned"] and told["owner"] == "1000:2000"
+    for path in [cache, *cache.rglob("*")]:
+        found = path.lstat()
+        assert (found.st_uid, found.st_gid) == (1000, 2000), path
+        if stat.S_ISDIR(found.st_mode):
+            assert stat.S_IMODE(found.st_mode) == 0o2775, path
+        elif stat.S_ISREG(found.st_mode):
+            assert stat.S_IMODE(found.st_mode) == 0o664, path
+    other = tmp_path / "other"
+    assert exported(server, other, OTHER, "--owner", "0:0")["owner"] == "0:0" and other.stat().st_gid == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another")
+def test_whoever_is_not_root_is_told_what_to_do(server: Operated, tmp_path: Path) -> None:
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(parent.stat().st_mode | 0o055)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    os.chown(mine, 1001, 1001)
+    done = command(server, "export", str(mine / "cache"), IMAGE, OTHER, user=1001, group=1001, extra_groups=[])
+    if "Permission denied" in done.stderr or "No module named" in done.stderr:
+        pytest.skip("another user cannot run this environment")
+    assert done.returncode == 0, done.stderr
+    assert f"chown -hR 1000:2000 {mine}/cache" in done.stdout and (mine / "cache").stat().st_uid == 1001
+
+
+def test_a_second_profile_comes_beside_the_first_and_nothing_is_fetched_twice(server: Operated, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    exported(server, cache)
+    told = exported(server, cache, OTHER)
+    assert (told["files"], told["kept"]) == (2, 1) and told["fetched"] == 3_000_000, "the shared file is there"
+    again = exported(server, cache)
+    assert (again["kept"], again["fetched"]) == (6, 0)
+    assert served(start(cache)) == wanted() and set(served(start(cache, OTHER))) == {"config.json", "model.safetensors"}
+
+
+def test_a_damaged_file_is_made_whole(server: Operated, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    exported(server, cache, OTHER)
+    hit = next(p for p in cache.rglob("model.safetensors")).resolve()
+    hit.write_bytes(b"\0" * hit.stat().st_size)
+    assert exported(server, cache, OTHER)["kept"] == 1
+    assert set(served(start(cache, OTHER))) == {"config.json", "model.safetensors"}
+
+
+def test_a_plain_directory(server: Operated, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    exported(server, model, WHOLE, "--form", "directory")
+    assert served(start(model, NIM_MODEL_PATH=str(model))) == wanted() == served(start(model, NIM_MODEL_NAME=str(model)))
+    assert not [p for p in model.rglob("*") if p.is_symlink()] and [p.name for p in tmp_path.glob(".airlock*")] == []
+    assert exported(server, model, WHOLE, "--form", "directory")["kept"] == 6
+    (model / "config.json").unlink()
+    done = command(server, "export", str(model), IMAGE, WHOLE, "--form", "directory")
+    assert done.returncode == 8 and "with other content" in done.stderr
+
+
+def test_a_profile_that_is_not_whole_is_refused_with_the_way_to_bring_it(server: Operated, tmp_path: Path) -> None:
+    done = command(server, "export", str(tmp_path / "cache"), IMAGE, LACKING)
+    assert done.returncode == 3 and not (tmp_path / "cache").exists()
+    assert "ngc://nim/meta/absent:1?file=x" in done.stderr and f"source: nim://{IMAGE}" in done.stderr
+    unknown = command(server, "export", str(tmp_path / "cache"), IMAGE, "auto")
+    assert unknown.returncode == 3 and WHOLE in unknown.stderr and "vllm-fp8-tp4" in unknown.stderr
+
+
+def test_a_key_that_sees_less(server: Operated, tmp_path: Path) -> None:
+    done = command(server, "export", str(tmp_path / "cache"), IMAGE, WHOLE, who="nothing")
+    assert done.returncode in (3, 4) and not (tmp_path / "cache").exists()
+
+
+def test_kill_9_leaves_nothing_that_looks_whole_and_the_next_run_goes_on(server: Operated, tmp_path: Path) -> None:
+    """Killed as soon as the big file has begun to arrive, again and again, each time a little later."""
+    cache = tmp_path / "cache"
+    env = os.environ | {"AIRLOCK_KEY": server.keys["root"]}
+    argv = [AIRLOCK, "nim", "export", str(cache), IMAGE, WHOLE, "--registry", server.url, "--workers", "1"]
+    ended, kept = False, 0
+    for i in range(8):
+        child = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if i == 0:
+            wait_for(lambda: list((cache / ".airlock-export" / "partial").glob("*")) if cache.exists() else [], "the big file begins")
+        time.sleep(0.05 * i)
+        ended = child.poll() is not None
+        child.send_signal(signal.SIGKILL)
+        child.wait(20)
+        if ended:
+            break
+        kept += (cache / ".airlock-export").exists()
+        done = start(cache)
+        if done.returncode == 0:
+            assert served(done) == wanted(), "whole is whole"
+    assert kept, "it was never killed in the middle"
+    assert exported(server, cache)["files"] == 6
+    assert served(start(cache)) == wanted() and not (cache / ".airlock-export").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts")
+def test_no_room_is_told_before_anything_is_fetched(server: Operated, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(small)], check=False, capture_output=True).returncode:
+        pytest.skip("no mounts here")
+    try:
+        done = command(server, "export", str(small / "cache"), IMAGE, WHOLE)
+        assert done.returncode == 9 and "are free" in done.stderr
+        assert sum(p.stat().st_blocks for p in small.rglob("*") if p.is_file()) * 512 < 100_000
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize("planted", ["ngc", "ngc/hub/models--nim--meta--engine", ".airlock-export"])
+def test_a_link_that_lies_in_the_target_is_not_followed(server: Operated, tmp_path: Path, planted: str) -> None:
+    elsewhere, cache = tmp_path / "elsewhere", tmp_path / "cache"
+    elsewhere.mkdir()
+    (cache / planted).parent.mkdir(parents=True)
+    (cache / planted).symlink_to(elsewhere)
+    done = command(server, "export", str(cache), IMAGE, WHOLE)
+    assert done.returncode == 6 and "is a link" in done.stderr and list(elsewhere.iterdir()) == []
+
+
+def test_the_hub_form_is_one_that_the_hub_client_reads(server: Operated, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    exported(server, cache, HUB)
+    code = (
+        "import sys; from huggingface_hub import hf_hub_download as get\n"
+        "for name, rev in (('config.json', 'main'), ('model.safetensors', sys.argv[2])):\n"
+        "    print(get('acme/M', name, revision=rev, cache_dir=sys.argv[1], local_files_only=True))\n"
+    )
+    hub = cache / "huggingface" / "hub"
+    done = subprocess.run([sys.executable, "-c", code, str(hub), COMMIT], capture_output=True, text=True, check=False, env={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.splitlines()[0]).read_bytes() == b'{"a":1}'
