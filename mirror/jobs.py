@@ -221,7 +221,7 @@ class NgcJob(Job):
 
     @property
     def received(self) -> int:
-        """Bytes of files and signatures that crossed the wire."""
+        """Bytes of files that crossed the wire."""
         return self._source.received
 
     def run(self, progress: copy.Progress | None) -> list[Named]:

@@ -197,7 +197,7 @@ def _hub_item(entry: Mapping[object, object], source: str, where: str) -> Item:
 def ngc_item(source: str, where: str, endpoint: str, auth: str) -> Item:
     """The item for a version of an NGC model; raises Invalid."""
     found = _NGC.match(source.removeprefix("ngc://"))
-    if not found or found[2] in RESERVED_VERSIONS:
+    if not found or found[2] in RESERVED_VERSIONS or {".", ".."} & set(found[1].split("/")):
         raise Invalid(f"{where} names no version of an NGC model", expected="ngc://org/model:version or ngc://org/team/model:version", reason="plan")
     name = ngc_name(*found[1].split("/"))
     if name.rsplit("/", 1)[-1] == "profiles":

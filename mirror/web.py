@@ -92,10 +92,10 @@ class Fetcher:
         self._lock = threading.Lock()
         self.received = 0
 
-    def stream(self, path: str, lo: int, hi: int, url: str = "") -> Iterator[bytes]:
+    def stream(self, path: str, lo: int, hi: int, url: str = "", total: int = -1) -> Iterator[bytes]:
         """Bytes [lo, hi) of a path below the endpoint, exactly; raises Unavailable, NotFound, Denied, Unauthenticated, Mismatch, Invalid.
 
-        With `url`, a signed URL for that path: it gets no key, wherever it leads, and appears in no error.
+        With `url`, a signed URL for that path: it gets no key, wherever it leads, and appears in no error. `total` is the size, where it is known.
         """
         response = self._follow(url or self.endpoint + path, {"Range": f"bytes={lo}-{hi - 1}"}, bool(url))
         try:
@@ -106,6 +106,10 @@ class Fetcher:
             found = _RANGE.match(response.headers.get("Content-Range", ""))
             if not all_of_it and (not found or (int(found[1]), int(found[2]) + 1) != (lo, hi)):
                 raise Mismatch(f"asked for bytes {lo}-{hi - 1} of {path[:200]}, got another range", expected="exactly the range asked for")
+            if found and total >= 0 and int(found[3]) != total:
+                raise Mismatch(
+                    f"{path[:200]} has {found[3]} bytes", expected=f"{total} bytes", do="the listing or the file is wrong; nothing was kept"
+                )
             yield from self._body(response, hi - lo, path)
         finally:
             response.close()

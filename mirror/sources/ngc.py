@@ -274,7 +274,7 @@ class NgcSource:
                 raise Mismatch(what, expected=file.blake3, do="the upstream or the path to it is damaged; nothing was kept")
 
         def ranges(lo: int, hi: int) -> Iterator[bytes]:
-            return self._on_urls(file.path, lambda path, url: _begun(self.api.fetcher.stream(path, lo, hi, url)))
+            return self._on_urls(file.path, lambda path, url: _begun(self.api.fetcher.stream(path, lo, hi, url, file.size)))
 
         if file.size == 0:
             digest = disk.put(b"")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from artifact.errors import AirlockError, Invalid, NotFound, TooLarge
 from artifact.manifest import check_name, hub_name
-from mirror.plan import Requires, load, parse
+from mirror.plan import Models, Requires, load, parse
 
 HERE = Path("/plans")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -53,10 +53,42 @@ def test_oci_items() -> None:
     assert (item.wanted, item.name, item.ref) == (digest, "nvcr.io/nim/meta/llama", "1.0")
 
 
+def test_ngc_items() -> None:
+    item = one('source: "ngc://Nim/meta/Llama3-8b:hf-1.0+x", allow: ["*.json"]')
+    assert (item.kind, item.repository, item.wanted, item.ref) == ("ngc", "Nim/meta/Llama3-8b", "hf-1.0+x", "hf-1.0+x")
+    assert (item.name, item.base_url, item.auth_url) == ("ngc/nim/meta/llama3-8b", "https://api.ngc.nvidia.com", "https://authn.nvidia.com")
+    item = one('source: "ngc://acme/m:1", endpoint: "https://ngc.example/", ref: stable')
+    assert (item.name, item.base_url, item.auth_url, item.ref) == ("ngc/acme/m", "https://ngc.example", "https://ngc.example", "stable")
+    assert one('source: "ngc://acme/m:1", endpoint: "https://a.example", auth_endpoint: "https://b.example"').auth_url == "https://b.example"
+
+
+def test_nim_items() -> None:
+    item = one(
+        'source: "nim://nvcr.io/nim/meta/llama3-8b-instruct:1.0.3", profiles: [vllm-bf16-tp1, "tp=2"], key_env: NGC_KEY, hub_key_env: HF_TOKEN'
+    )
+    assert (item.kind, item.base_url, item.repository, item.wanted) == ("nim", "https://nvcr.io", "nim/meta/llama3-8b-instruct", "1.0.3")
+    assert (item.name, item.selectors, item.profiles) == ("nvcr.io/nim/meta/llama3-8b-instruct", ("vllm-bf16-tp1", "tp=2"), None)
+    assert item.models == Models("https://api.ngc.nvidia.com", "https://authn.nvidia.com", "https://huggingface.co", "HF_TOKEN")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("items: []", "no items"),
+        ("items: [{source: 'ngc://acme/m'}]", "names no version of an NGC model"),
+        ("items: [{source: 'ngc://acme/m:versions'}]", "names no version of an NGC model"),
+        ("items: [{source: 'ngc://a/b/c/d:1'}]", "names no version of an NGC model"),
+        ("items: [{source: 'ngc://acme/m:1?file=x'}]", "names no version of an NGC model"),
+        ("items: [{source: 'ngc://../m:1'}]", "names no version of an NGC model"),
+        ("items: [{source: 'ngc://acme/profiles:1'}]", "reserved"),
+        ("items: [{source: 'ngc://acme/m:1', plain_http: true}]", "unknown keys: plain_http"),
+        ("items: [{source: 'ngc://acme/m:1', auth_endpoint: 'ftp://x'}]", "endpoint of item 1"),
+        ("items: [{source: 'nim://nvcr.io/nim/m:1'}]", "profiles of item 1 is no list of profiles"),
+        ("items: [{source: 'nim://nvcr.io/nim/m:1', profiles: p.yaml}]", "profiles of item 1 is no list of profiles"),
+        ("items: [{source: 'nim://nvcr.io/nim/m:1', profiles: []}]", "profiles of item 1 is no list of profiles"),
+        ("items: [{source: 'nim://nvcr.io/nim/m:1', profiles: [7]}]", "profiles of item 1 is no list of profiles"),
+        ("items: [{source: 'nim://nvcr.io/nim/m:1', profiles: [all], hub_key_env: 'hf_secret.x'}]", "hub_key_env of item 1"),
+        ("items: [{source: 'nim://nvcr.io/nim/m:1', profiles: [all], allow: [x]}]", "unknown keys: allow"),
         ("[1, 2]", "not a mapping"),
         ("items: [{source: 'hf://a/b', revison: x}]", "item 1 has unknown keys: revison"),
         ("items: [{source: 'hf://a/b', plain_http: true}]", "unknown keys: plain_http"),
