@@ -206,7 +206,7 @@ def _walk(nodes: Iterable[Node], asked: Asked) -> Iterator[tuple[str, Entry | No
         if told and start.startswith(told):
             continue
         rest = start[len(asked.prefix) :] if start.startswith(asked.prefix) else ""
-        if asked.delimiter and asked.delimiter in rest:
+        if asked.delimiter and asked.delimiter in rest and start > asked.after:  # a subtree that begins before it may have nothing behind it
             told = asked.prefix + rest.partition(asked.delimiter)[0] + asked.delimiter
             if told != asked.after:
                 yield told, None

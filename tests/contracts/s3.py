@@ -21,7 +21,7 @@ from tests.contracts.doors import Answer, Door
 from tests.contracts.ngc import NgcDoor, ngc_serving
 
 DOMAIN = "s3.airlock.test"
-BUCKET = "nim_bucket"
+BUCKET = "nim-bucket"
 ENV = {"AIRLOCK_S3": "127.0.0.1:0", "AIRLOCK_S3_DOMAIN": DOMAIN, "AIRLOCK_S3_BUCKET": BUCKET}
 
 

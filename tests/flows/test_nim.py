@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
+from tests.conftest import airlock
 from tests.contracts.ngc import PLUS, fill, new_ngc_site, ngc_serving
 from tests.operated import Operated, operated
 
@@ -25,6 +26,8 @@ NIM = Path(__file__).resolve().parent.parent / "fakes" / "nim.py"
 WEIGHTS = {"config.json": b'{"b":2}', "rank0.engine": os.urandom(400_000), "sub dir/tokenizer+1.json": b"{}", "LICENSE": b""}
 ENGINE, PARAMS = "ngc/nim/meta/engine", "ngc/nim/params"
 PROFILE = "ee0d01" + "0" * 58
+DOMAIN = "s3.airlock.test"
+S3 = {"AIRLOCK_S3": "127.0.0.1:0", "AIRLOCK_S3_DOMAIN": DOMAIN, "AIRLOCK_S3_BUCKET": "nim-bucket"}
 
 
 def manifest(**more: str) -> dict[str, Any]:
@@ -44,7 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
         fill(door, data)
         door.push(ENGINE, "fp8-1.0", WEIGHTS)
         door.push(PARAMS, "1", {"config.json": b'{"p":1}'})
-    with operated(data, keys, AIRLOCK_TLS="self-signed", AIRLOCK_NGC="127.0.0.1:0") as found:
+    with operated(data, keys, AIRLOCK_TLS="self-signed", AIRLOCK_NGC="127.0.0.1:0", **S3) as found:
         yield found
 
 
@@ -120,6 +123,45 @@ def test_the_spellings_of_the_repository_override(server: Operated, tmp_path: Pa
     assert status == 0, said
     assert cached(tmp_path) == {k: v for k, v in WHOLE.items() if way != "plain" or "sub dir" not in k}
     assert all(a.endswith(" 200") for a in asked) and len(asked) == len(cached(tmp_path))
+
+
+def s3(server: Operated, style: str = "virtual") -> dict[str, str]:
+    """The environment of a container whose operator made a bucket of ours its repository."""
+    data = ("--data", str(server.data))
+    key_id = next(k for k in json.loads(airlock("key", "list", *data, "--json").stdout)["items"] if k["tier"] == "developer")["key_id"]
+    pair = dict(line.split("=", 1) for line in airlock("key", "s3", key_id, *data).stdout.splitlines())
+    assert server.told and pair["AWS_ACCESS_KEY_ID"] == key_id
+    place = f"https://{DOMAIN if style == 'virtual' else '127.0.0.1'}:{server.told['s3'].rpartition(':')[2]}"
+    told = {"NIM_REPOSITORY_OVERRIDE": "s3://nim-bucket/", "AWS_ENDPOINT_URL": place, "AWS_REGION": "us-east-1"}
+    return pair | told | {"PLAY_STYLE": style, "PLAY_HOST": DOMAIN}
+
+
+def asked_s3(server: Operated) -> list[dict[str, Any]]:
+    time.sleep(0.1)
+    return [line for line in server.lines() if line["log"] == "airlock.access" and line.get("door") == "s3"]
+
+
+@pytest.mark.parametrize("style", ["path", "virtual"])
+@pytest.mark.parametrize("head", ["", "1"])
+def test_the_s3_override(server: Operated, tmp_path: Path, style: str, head: str) -> None:
+    before = len(asked_s3(server))
+    env = s3(server, style=style) | ({"PLAY_HEAD": head} if head else {})
+    status, said, asked = start(server, tmp_path, None, manifest(plus=f"ngc://nim/meta/llama:{PLUS}?file=config.json"), **env)
+    assert (status, asked) == (0, []), said
+    assert cached(tmp_path) == WHOLE | {f"models--nim--meta--llama/snapshots/{PLUS}/config.json": b'{"a":1}'}
+    found = asked_s3(server)[before:]
+    assert {line["status"] for line in found} == {200} and len(found) == (12 if head else 6)
+    keys = [line["path"].removeprefix("/nim-bucket" if style == "path" else "") for line in found]
+    assert all(key.startswith("/nim%2F") and "%3Ffile%3D" in key for key in keys), "the documented key, encoded once more on the wire"
+
+
+def test_the_s3_override_refuses_as_the_others(server: Operated, tmp_path: Path) -> None:
+    env = s3(server)
+    for uri, words in (("paid:1", "AccessDenied"), ("absent:1", "NoSuchKey"), ("llama:9", "NoSuchKey")):
+        status, said, _ = start(server, tmp_path, None, manifest(x=f"ngc://nim/meta/{uri}?file=config.json"), **env)
+        assert status == 1 and words in said and "Traceback" not in said, said
+    status, said, _ = start(server, tmp_path, None, **env | {"AWS_SECRET_ACCESS_KEY": "x" * 43})
+    assert status == 1 and "SignatureDoesNotMatch" in said
 
 
 def fallback(server: Operated, folder: Path, who: str) -> tuple[int, str, list[str]]:
