@@ -89,17 +89,17 @@ class Log:
         if self._secret:  # SGLang prints all its settings at start, its key among them
             data = data.replace(self._secret, b"[key]")
         *whole, rest = data.split(b"\n")
-        for line in whole:
-            self._add(line)
-        while len(rest) > LINE_CAP:
-            self._add(rest[:LINE_CAP])
+        while len(rest) > LINE_CAP + len(self._secret):  # a key that has not come whole is not cut in two
+            whole.append(rest[:LINE_CAP])
             rest = rest[LINE_CAP:]
         self._rest = rest
+        if whole:
+            self._keep([line[:LINE_CAP].rstrip(b"\r") for line in whole])
 
     def close(self) -> None:
         """Ends the last line and the file."""
         if self._rest:
-            self._add(self._rest)
+            self._keep([self._rest[:LINE_CAP]])
             self._rest = b""
         if self._out:
             self._out.close()
@@ -109,14 +109,15 @@ class Log:
         """All kept lines."""
         return "\n".join(self.lines)
 
-    def _add(self, line: bytes) -> None:
-        kept = line[:LINE_CAP].rstrip(b"\r")
-        self.lines.append(kept.decode("utf-8", "replace"))
+    def _keep(self, lines: list[bytes]) -> None:
+        """Many lines at once: an engine that floods its log must not take the time of those who are answered."""
+        data = b"\n".join(lines) + b"\n"
+        self.lines.extend(line.decode("utf-8", "replace") for line in lines[-LINES:])
         # A full disk or a closed stderr must not stop the engine: the kept lines are enough to classify.
         with suppress(OSError, ValueError):
             if self._out is None:
                 if self._path is None:
-                    sys.stderr.buffer.write(kept + b"\n")
+                    sys.stderr.buffer.write(data)
                     sys.stderr.buffer.flush()
                 return
             if self._written > LOG_FILE_CAP and self._path:
@@ -124,8 +125,8 @@ class Log:
                 self._path.replace(self._path.with_name(self._path.name + ".1"))
                 self._out = self._path.open("ab", buffering=0)
                 self._written = 0
-            self._out.write(kept + b"\n")
-            self._written += len(kept) + 1
+            self._out.write(data)
+            self._written += len(data)
 
 
 class Engine:

@@ -334,6 +334,15 @@ class TestEachEngine:
         memory = int(Path(f"/proc/{served.process.pid}/statm").read_text().split()[1]) * 4096
         assert worst < 1.0 and memory < 300 << 20 and (served.folder / "engine.log").stat().st_size < 80 << 20
 
+    def test_a_flood_of_log_does_not_hold_up_a_stream(self, engine: str, serve: Serve) -> None:
+        served = serve(engine, {"chatter_s": 600, "frames": 200, "frame_s": 0.005})
+        began = time.monotonic()
+        text = served.stream()
+        assert text.endswith(b"data: [DONE]\n\n") and text.count(b"data: {") == 200
+        assert time.monotonic() - began < 10  # 1 s of pauses; each of 400 writes waits for at most a few reads of the log
+        files = sorted(p.stat().st_size for p in served.folder.glob("engine.log*"))
+        assert len(files) <= 2 and sum(files) < 200 << 20
+
     def test_a_sick_engine_is_started_again(self, engine: str, serve: Serve, tmp_path: Path) -> None:
         served = serve(engine, {"unhealthy": str(tmp_path / "sick")})
         before = set(descendants(served.process.pid))

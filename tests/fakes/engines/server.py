@@ -2,8 +2,9 @@
 
 A `script.json` in the directory of the environment (the one that holds `bin`) says what goes wrong: `load_s` before it listens, `start_log`
 and `start_rc` (it ends then), `fail_times` (a file that counts down), `frames`, `frame_s`, `die_after`, `stall_after` (frames), `garbage` (answers
-that are no HTTP), `flood_s` (seconds of log as fast as it can), `unhealthy` (a file; while it exists health is 503), `ignore_term`, `record` (a file
-of JSON lines), `child` (a file that gets the pid of a child which leaves the process group, clears its environment and ignores SIGTERM).
+that are no HTTP), `flood_s` (seconds of log as fast as it can, before it listens), `chatter_s` (the same in short lines, while it serves),
+`unhealthy` (a file; while it exists health is 503), `ignore_term`, `record` (a file of JSON lines), `child` (a file that gets the pid of a child
+which leaves the process group, clears its environment and ignores SIGTERM).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,12 @@ class Script:
         while time.monotonic() < end:
             os.write(1, b"flood " * 10_000 + b"\n" + b"\xff\x00garbage without an end " * 1000)
         time.sleep(self.load_s or 0)
+
+    def chatter(self) -> None:
+        """Short lines as fast as the pipe takes them."""
+        end = time.monotonic() + (self.chatter_s or 0)
+        while time.monotonic() < end:
+            os.write(1, b"x\n" * 16_000)
 
     def record(self, path: str, body: object, **more: object) -> None:
         """One line per request."""
@@ -107,6 +115,7 @@ async def serve(app: web.Application, listener: Any, script: Script, *, after: i
     else:
         await web.SockSite(runner, listener).start()
     print("Application startup complete.", flush=True)
+    threading.Thread(target=script.chatter, daemon=True).start()
     stop = asyncio.Event()
     if not script.ignore_term:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
