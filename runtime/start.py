@@ -222,7 +222,7 @@ def lease_for(choice: Choice, profile: Profile, settings: Settings) -> entitleme
     """What a lease of this start is for."""
     from runtime import entitlement
 
-    uuids = tuple(g.uuid for g in choice.selection.gpus)
+    uuids = tuple(dict.fromkeys(g.parent or g.uuid for g in choice.selection.gpus))  # slices count as the GPU that they are of
     return entitlement.Choice(settings.model, settings.ref, choice.released.digest, profile.id, uuids, settings.instance, profile.model.digest)
 
 
