@@ -75,7 +75,7 @@ def sync(
         _each(made, results, lambda job: job.follow())
         _each(made, results, lambda job: job.settle())
         for i, job in made.items():
-            results[i].chosen, results[i].size = job.chosen(), job.size
+            results[i].chosen, results[i].size, results[i].received = job.chosen(), job.size, job.received
             results[i].warnings = hub_warnings(job.files)
             for words in results[i].warnings:
                 warn(words)  # before the first byte
