@@ -74,6 +74,8 @@ EXIT_CODES: Mapping[str, int] = {
     "variable": 49,
     "shared_memory": 50,
     "profile_unexpected": 51,
+    "slo_missed": 52,
+    "regression": 53,
 }
 
 
