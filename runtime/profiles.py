@@ -256,6 +256,7 @@ def _place_words(verdict: Verdict) -> tuple[str, ...]:
 
 
 __all__ = [
+    "FREE",
     "SEED_LINE",
     "Selection",
     "Verdict",

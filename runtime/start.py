@@ -56,7 +56,8 @@ def choose(settings: Settings, pin: str, *, any_engine: bool = False) -> Choice:
     for gpu in facts.gpus:
         for line in (*gpu.faults, *gpu.notices):
             log.warning("%s: %s", gpu.label, line)
-    log.info("Running NIM %s LoRA.", "with" if settings.lora else "without")
+    words = ("with", "support") if settings.lora else ("without", "do not support")
+    log.info("Running NIM %s LoRA. Only looking for compatible profiles that %s LoRA.", *words)
     wanted = wanted_of(settings, pin, *engines_here(settings, any_engine=any_engine))
     return Choice(client, trouble, trust, facts, released, profiles.select(released.profiles.profiles, facts, wanted))
 
@@ -176,6 +177,10 @@ def announce(choice: Choice, expect: str = "") -> Profile:
 
     selection = choice.selection
     log.info("Detected %d compatible profile(s).", len(selection.order))
+    if low := sum(v.rule == profiles.FREE for v in selection.verdicts):
+        log.info("Detected additional %d compatible profile(s) that are currently not runnable due to low free GPU memory.", low)
+    for verdict in selection.verdicts[: len(selection.order)]:
+        log.info("Valid profile: %s (%s) on GPUs %s", verdict.profile.id, verdict.profile.description, [g.index for g in verdict.gpus])
     for profile, reason in selection.rejected:
         log.info("Rejected profile: %s (%s): %s", profile.id, profile.description, reason)
     profile = profiles.require(selection)

@@ -8,6 +8,7 @@ import sys
 
 from artifact.profile import Profile
 from runtime import console, start
+from runtime.profiles import FREE, Wanted, select
 from runtime.settings import Settings
 from runtime.start import Choice
 
@@ -23,15 +24,21 @@ def main(argv: list[str]) -> int:
 def list_profiles(settings: Settings, args: argparse.Namespace) -> int:
     """`list-model-profiles`: what fits, what does not and why, as NIM prints it or as JSON."""
     choice = start.choose(settings, settings.profile)
-    sys.stdout.write(_as_json(choice, settings) if args.json else _as_text(choice))
+    sys.stdout.write(_as_json(choice, settings) if args.json else _as_text(choice, settings))
     return 0
 
 
-def _as_text(choice: Choice) -> str:
+def _as_text(choice: Choice, settings: Settings) -> str:
     selection = choice.selection
     lines = [*start.system(choice.facts), "MODEL PROFILES", "- Compatible with system and runnable:" + ("" if selection.order else " <None>")]
     lines += [f"  - {p.id} ({p.description})" + ("   <- selected" if p is selection.selected else "") for p in selection.order]
-    refused = [(p, r) for p, r in selection.rejected if p not in selection.order]
+    # As a NIM, which keeps the other kind apart: what would fit if LoRA were switched the other way.
+    other = select([v.profile for v in selection.verdicts if v.rule == "lora"], choice.facts, Wanted(lora=not settings.lora)).order
+    lines += [f"  - {'Without' if settings.lora else 'With'} LoRA support:", *(f"    - {p.id} ({p.description})" for p in other)] if other else []
+    low = [v for v in selection.verdicts if v.rule == FREE]
+    lines += ["- Compatible with system but low memory:", *(f"  - {v.profile.id} ({v.profile.description}): {v.reason}" for v in low)] if low else []
+    shown = {p.id for p in (*selection.order, *other, *(v.profile for v in low))}
+    refused = [(p, r) for p, r in selection.rejected if p.id not in shown]
     lines.append("- Incompatible with system:" + ("" if refused else " <None>"))
     lines += [f"  - {p.id} ({p.description}): {reason}" for p, reason in refused]
     return "\n".join(lines) + "\n"

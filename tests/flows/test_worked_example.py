@@ -85,3 +85,22 @@ def test_slices_of_one_gpu_are_leased_as_that_gpu(node: Node, library: Path) -> 
     node.run("serve", **env)
     assert (node.folder / "visible").read_text().strip() == "MIG-00000000-0000-0000-0000-000000000001"
     assert asked == [["GPU-00000000-0000-0000-0000-000000000000"]]
+
+
+def test_the_list_keeps_lora_and_low_memory_apart(node: Node, library: Path) -> None:
+    env = many(node, library, host("h100", each="free=20000000000"))
+    tags = {"llm_engine": "vllm", "tp": "1"}
+    node.profiles = [
+        {"tags": tags | {"precision": "bf16"}, "memory": {"weights_bytes": 30 << 30}},
+        {"tags": tags | {"precision": "fp8"}, "memory": {"weights_bytes": 9 << 30}},
+        {"tags": tags | {"precision": "fp8", "feat_lora": "true"}, "memory": {"weights_bytes": 9 << 30}},
+    ]
+    node.publish()
+    lines = [line.split(" (", 1)[-1] if "(" in line else line for line in node.run("list-model-profiles", **env).stdout.splitlines()]
+    at = lines.index("- Compatible with system and runnable:")
+    assert lines[at + 1 : at + 4] == ["vllm-fp8-tp1)   <- selected", "  - With LoRA support:", "vllm-fp8-tp1-lora)"]
+    assert lines[at + 4] == "- Compatible with system but low memory:" and lines[at + 5].startswith("vllm-bf16-tp1): compatible, but not runnable")
+    assert lines[at + 6] == "- Incompatible with system: <None>"
+    started = node.run("serve", **env).stderr
+    assert "Detected 1 compatible profile(s)." in started and "Detected additional 1 compatible profile(s) that are currently not runnable" in started
+    assert "(vllm-fp8-tp1) on GPUs [0]" in started
