@@ -39,6 +39,7 @@ RULES: tuple[tuple[str, str, str, str], ...] = (
         "the weights leave no memory for the KV cache",
     ),
     (r"Free memory on device .* is less than desired GPU memory utilization", "gpu_busy", NEVER, "another process holds memory of the GPU"),
+    (r"Cannot find any model weights", "bad_weights", NEVER, "there are no weights as safetensors; a pickle is not read"),
     (r"SafetensorError", "bad_weights", NEVER, "the engine cannot read the weights: a verified file means a wrong artefact"),
     (
         r"engine plan file is not compatible with this version|engine plan file is generated on an incompatible device",

@@ -119,6 +119,12 @@ def test_trained_llama_answers_exactly(engine_env: Path, tmp_path: Path) -> None
             again = client.chat.completions.create(model="acme/tiny", messages=messages, temperature=0)
             assert again.choices[0].message.content == answer
             assert f"engine ended ({kind})" in (tmp_path / "front.log").read_text()
+        # A stop finishes the running stream whole: without the front's drain vLLM would cut it.
+        more: Any = {"ignore_eos": True}
+        long = client.chat.completions.create(model="acme/tiny", messages=messages, max_tokens=400, stream=True, extra_body=more)
+        next(long)
+        process.send_signal(signal.SIGTERM)
+        assert [c.choices[0].finish_reason for c in long if c.choices][-1] == "length"
 
 
 def _children(pid: int) -> list[int]:

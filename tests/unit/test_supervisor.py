@@ -36,6 +36,7 @@ CASES = [
     (1, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "does_not_fit", "never", 0),
     (1, "importlib.metadata.PackageNotFoundError: No package metadata was found for vllm", "bad_config", "never", 0),
     (1, "RuntimeError: [enforce fail at device.cc:212] Unable to find interface for: [127.0.0.1]" + GENERIC, "no_loopback", "never", 0),
+    (1, "RuntimeError: Cannot find any model weights with `/m`" + GENERIC, "bad_weights", "never", 0),
     (2, "Error: No such option: --no-such", "bad_config", "never", 0),
     (1, "ValueError: No GPU devices found on the node", "no_gpu", "never", 0),
     (1, "RuntimeError: Failed to bind socket to 127.0.0.1:8000: [Errno 98] Address already in use", "port", "once", 0),
