@@ -1,0 +1,72 @@
+"""airlock runtime smoke against a scripted engine behind the front: reached, half the speed, a profile's promise, failures, nobody there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import AIRLOCK, find_port
+from tests.contracts.fronts import Fronts, Serve
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """A function that starts a front."""
+    fronts = Fronts(tmp_path)
+    yield fronts.start
+    fronts.stop()
+
+
+def _smoke(port: int, *flags: str) -> tuple[int, str, str]:
+    argv = [str(AIRLOCK), "runtime", "smoke", "--url", f"http://127.0.0.1:{port}", "--levels", "1,4", "--each", "3", *flags]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_run_is_recorded_and_half_its_speed_is_named(serve: Serve, tmp_path: Path) -> None:
+    record, svg = tmp_path / "run.json", tmp_path / "run.svg"
+    fast = serve("--fake-frames", "30", "--fake-frame-s", "0.02")
+    status, out, err = _smoke(fast.port, "--slo", "ttft_p95_ms=2000,tok_s=20", "--record", str(record), "--svg", str(svg))
+    assert status == 0 and "target reached at 4 streams" in out and "expected: none recorded in this profile" in out, out + err
+    assert "GPU memory: not told" in out and svg.read_text().startswith("<svg")
+    doc: dict[str, Any] = json.loads(record.read_text())
+    levels = doc["levels"]
+    assert [x["concurrency"] for x in levels] == [1, 4] and [x["requests"] for x in levels] == [3, 12] and levels[1]["tokens"] == 12 * 30
+    assert levels[1]["tok_s"] > 2 * levels[0]["tok_s"] and 15 < levels[0]["itl_p50_ms"] < 60 and doc["profile"] == "ab" * 32
+    slow = serve("--fake-frames", "30", "--fake-frame-s", "0.04")
+    status, out, _ = _smoke(slow.port, "--baseline", str(record))
+    assert status == 53 and "REGRESSION: tok_s at 4 streams" in out and "REGRESSION: itl_p95_ms at 1 streams" in out, out
+    bar = 0.8 * levels[1]["tok_s"]
+    status, out, _ = _smoke(slow.port, "--slo", f"tok_s={bar:.1f}", "--baseline", str(record))
+    assert status == 52 and "BELOW TARGET: tok_s at 4 streams" in out, out
+
+
+def test_a_profiles_promise_is_compared_and_never_guessed(serve: Serve) -> None:
+    promise = {"tok_s": 100_000, "concurrency": 1, "hardware": "8x H100", "source": "a data sheet"}
+    served = serve(expected=promise)
+    status, out, _ = _smoke(served.port)
+    assert status == 53 and "BELOW EXPECTED: tok_s at 1 streams" in out and "source: a data sheet" in out, out
+    status, out, _ = _smoke(served.port, "--json")
+    doc = json.loads(out)
+    assert status == 53 and doc["expected"] == promise and doc["at"] == 1 and doc["below_expected"]
+
+
+def test_requests_that_fail_are_a_miss(serve: Serve) -> None:
+    served = serve("--fake-no-done", "--fake-garbage", "html")
+    status, out, _ = _smoke(served.port, "--slo", "tok_s=1")
+    assert status == 52 and "12 of 12 requests failed" in out and "failed: 502" in out, out
+
+
+def test_wrong_words_and_nobody_there() -> None:
+    for flags in (("--slo", "speed=1"), ("--levels", "0"), ("--at", "3"), ("--baseline", "/nonexistent")):
+        status, _, err = _smoke(find_port(), *flags)
+        assert status in (6, 9), err
+    assert _smoke(find_port())[0] == 9
