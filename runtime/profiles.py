@@ -19,6 +19,11 @@ from runtime.node import Facts, Gpu, describe
 ENGINE_RANK = {"tensorrt_llm": 0, "vllm": 1, "sglang": 2}
 GOAL = {"latency": 0, "balanced": 1, "throughput": 2, "": 1}
 SEED_LINE = "No profile found for the detected hardware"
+# What a NIM 1.x says of the same, word for word: people search for it.
+NIM_LINE = (
+    "Could not find a profile that is currently runnable with the detected hardware. "
+    "Please check the system information below and make sure you have enough free GPUs."
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def require(selection: Selection) -> Profile:
         return selection.selected
     reasons = "\n".join(f"  - {p.id} ({p.description}): {reason}" for p, reason in selection.rejected)
     raise NotFound(
-        f"{SEED_LINE}\n{reasons}",
+        f"{SEED_LINE}\n{NIM_LINE}\n{reasons}",
         expected="hardware that one of these profiles fits",
         do="use more or larger GPUs, a smaller or quantised model, or push a profile for this hardware",
         reason="no_profile",
@@ -221,7 +226,7 @@ def pinned(profiles: Sequence[Profile], pin: str) -> Profile:
         )
     if not found:
         raise Invalid(
-            f"NIM_MODEL_PROFILE is {pin[:200]!r}, but no matching profile id or description is in the manifest",
+            f"Environment variable NIM_MODEL_PROFILE is set to {pin[:200]}, but no matching profile_id or profile description is found in manifest",
             expected=f"one of: {valid_values(profiles)}",
             do="set an id or a description exactly, or unset it for the automatic choice",
             reason="profile_unknown",
