@@ -48,10 +48,12 @@ def plan(start: Start) -> Launch:
     """The start of one SGLang server; raises Invalid for options outside the known words and for a model that is not what it says."""
     profile, settings, wish = start.profile, start.settings, start.settings.tuning
     secret = start.folder / "server.yaml"
+    # A colon in a request's model would be read as BASE:ADAPTER, and refused: the engine gets a name without one, the front turns it back.
+    first = settings.names[0].replace(":", "-")
     checkpoint.demand_precision(profile, start.model)
     tp, pp = launch.parallel(start)
     argv = [str(start.installation.program), "-m", "sglang.launch_server", "--model-path", str(start.model)]
-    argv += ["--served-model-name", settings.names[0], "--host", "127.0.0.1", "--port", "0", "--enable-metrics"]
+    argv += ["--served-model-name", first, "--host", "127.0.0.1", "--port", "0", "--enable-metrics"]
     argv += ["--load-format", "safetensors", "--dtype", _dtype(start), "--tp-size", tp, "--pp-size", pp]
     argv += ["--is-embedding"] if launch.task(profile, "sglang") == "embed" else []
     for option in ("quantization", "kv_cache_dtype"):
@@ -74,7 +76,6 @@ def plan(start: Start) -> Launch:
         argv += ["--max-loaded-loras", str(wish.max_cpu_loras)] if wish.max_cpu_loras else []
     argv += tuning.allowed(wish.passthrough, PASSTHROUGH, "sglang")
     argv += ["--config", str(secret)]
-    first = settings.names[0]
     models: dict[str, dict[str, object]] = {name: {"model": first} for name in settings.names}
     models |= {a.name: {"model": first, "lora_path": a.name} for a in found}
     if not start.key:

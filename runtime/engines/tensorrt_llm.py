@@ -116,6 +116,8 @@ def prebuilt(start: Start, world: int) -> Path | None:
     if ranks != list(range(world)):
         raise _mismatch(f"its ranks are {ranks}", f"rank0.engine to rank{world - 1}.engine")
     _demand_gpu(start, config)
+    if checkpoint.draft(start.profile, start.model, start.settings)[0]:
+        raise Invalid("a draft model is named, and a prebuilt engine takes none", expected="a checkpoint (trtllm_buildable)", reason="variable")
     return folder
 
 

@@ -209,7 +209,7 @@ class TestEachEngine:
             assert status == 200 and answer["model"] == name and answer["choices"][0]["message"]["content"] == "The answer is forty-two."
             frames = served.stream(model=name).decode()
             assert frames.endswith("data: [DONE]\n\n") and frames.count(f'"model": "{name}"') == 6, frames
-        own = {"tensorrt_llm": "meta-llama-1", "sglang": NAMES[0]}[engine]
+        own = {"tensorrt_llm": "meta-llama-1", "sglang": "meta/llama-1"}[engine]
         assert {r["body"]["model"] for r in served.records()} == {own}
         status, listed = served.ask("GET", "/v1/models")
         assert status == 200 and [m["id"] for m in listed["data"]] == list(NAMES) and str(served.folder) not in json.dumps(listed)

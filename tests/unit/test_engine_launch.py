@@ -317,6 +317,13 @@ def test_the_ranks_of_a_prebuilt_engine_are_there(tmp_path: Path) -> None:
         plan(tagged)
 
 
+def test_a_prebuilt_engine_takes_no_draft(tmp_path: Path) -> None:
+    tags, _, env, files = CASES["tensorrt_llm-h100-fp8-tp2-throughput"]
+    more = {"draft/config.json": {}, "draft/m.safetensors": ""}
+    with pytest.raises(Invalid, match="a prebuilt engine takes none"):
+        plan(start(tmp_path, tags, {"draft_model": "draft"}, env, files | more))
+
+
 def test_a_name_becomes_the_last_part_of_a_path() -> None:
     assert [tensorrt_llm.engine_name(n) for n in ("meta/llama:1", "../..", "a b", "x")] == ["meta-llama-1", "-", "a-b", "x"]
 

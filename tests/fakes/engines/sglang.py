@@ -130,6 +130,11 @@ class Server:
         body = await request.json()
         self.script.record(request.path, body)
         chat = request.path.endswith("chat/completions")
+        _, _, adapter = str(body.get("model", "")).partition(":")
+        adapter = adapter or body.get("lora_path") or ""
+        if adapter and adapter not in [p.partition("=")[0] for p in self.args.lora_paths or ()]:
+            words = f"LoRA adapter '{adapter}' was requested, but LoRA is not enabled."
+            return web.json_response({"object": "error", "message": words, "type": "BadRequestError", "param": None, "code": 400}, status=400)
         if ("messages" if chat else "prompt") not in body:
             words = f"1 validation error for ChatCompletionRequest in {self.args.model_path}"
             return web.json_response({"object": "error", "message": words, "type": "Bad Request", "param": "messages", "code": 400}, status=400)
