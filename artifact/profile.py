@@ -276,13 +276,14 @@ def _options(value: object, i: int) -> dict[str, str]:
 
 
 def _texts(value: object, what: str) -> dict[str, str]:
-    if not isinstance(value, Mapping) or not all(isinstance(k, str) and _is_text(v) for k, v in value.items()):
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) and k.isprintable() and _is_text(v) for k, v in value.items()):
         raise Invalid(f"the {what} are not text", expected="a mapping of words to words or whole numbers")
     return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in value.items()}
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, int) and abs(value) < 1 << 63)
+    # Tags and options are printed in logs and tables: nothing that steers a terminal or forges a line.
+    return (isinstance(value, str) and value.isprintable()) or (isinstance(value, int) and abs(value) < 1 << 63)
 
 
 def _pin(value: object, what: str) -> Pin:

@@ -187,7 +187,7 @@ def _identity(case: Case) -> str:
         return ""
     if "compute_capability" in t or "product_name_regex" in t:
         have = ", ".join(sorted({f"{g.name} ({precision.dotted(g.capability)})" for g in gpus}))
-        return f"it is built for {t.get('compute_capability') or t['product_name_regex']}; this node has {have}"
+        return f"it is built for {t.get('compute_capability') or t.get('product_name_regex') or 'no product'}; this node has {have}"
     built = " ".join(filter(None, (t.get("gpu"), f"[{t['gpu_device']}]" if "gpu_device" in t else "")))
     have = ", ".join(sorted({f"{g.name} [{g.device}]" for g in gpus}))
     return f"it is built for {'a whole ' if not case.node.whole else ''}{built}; this node has {have}"

@@ -87,7 +87,8 @@ def need(profile: Profile, tp: int, pp: int, *, length: int = 0, sequences: int 
         return None
     gpus = tp * pp
     weights = math.ceil(stored / gpus * (1 + REPLICATED)) if gpus > 1 else stored
-    wanted = length or int(profile.options.get("max_model_len") or 0) or facts.context
+    # Of more digits than any model has tokens only the first count: the document is from outside, and the sum is refused either way.
+    wanted = length or int(profile.options.get("max_model_len", "")[:12] or 0) or facts.context
     each = _layer(facts, tp)
     return Need(
         gpus,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from artifact.errors import Conflict, Invalid
-from artifact.profile import Memory, Pin, Profile, spelling
+from artifact.manifest import canonical_json
+from artifact.profile import Memory, Pin, Profile, parse, spelling
 from runtime import precision
-from runtime.filters import Wanted, families, product
+from runtime.commands.explain import as_json, as_text
+from runtime.filters import IDENTITY, Wanted, families, product
 from runtime.hosts import named
 from runtime.memory import need
 from runtime.profiles import check_expected, parse_selector, select
@@ -195,3 +199,28 @@ def test_linked_gpus_go_together() -> None:
     crossed = {0: (), 1: (3,), 2: (), 3: (1,)}
     gpus = tuple(replace(g, peers=crossed[g.index]) for g in node.gpus)
     assert [g.index for g in select([made(Memory(), tp="2")], replace(node, gpus=gpus)).gpus] == [1, 3]
+
+
+WORDS = st.sampled_from(["", "1", "0", "8", "fp8", "vllm", "H100", "true", "cpu", "gpu", "(((", "9" * 50, "ö", "2330:10de", "^(a|b)*", "9.0"])
+TAGS = st.dictionaries(st.sampled_from(["tp", "pp", "precision", "profile", "device", "llm_engine", "feat_lora", "number_of_gpus", *IDENTITY]), WORDS)
+NUMBERS = st.sampled_from([0, 1, 7, 4096, (1 << 31) - 1])
+FACTS = st.fixed_dictionaries({f.name: NUMBERS for f in fields(Memory) if f.name != "kv_bytes"})
+OPTIONS = st.fixed_dictionaries({}, optional={"max_model_len": st.sampled_from(["1", "0", "9" * 5000])})
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(TAGS, st.none() | FACTS, OPTIONS), min_size=1, max_size=4), st.sampled_from(["h100x8", "h100-mig", "gb10", "l4x1,l40s", "cpu"])
+)
+def test_no_document_breaks_the_choice(items: list[tuple[dict[str, str], dict[str, int] | None, dict[str, str]]], host: str) -> None:
+    entries = [
+        {"id": str(i), "tags": t, "model": {"name": "a/b", "digest": "sha256:" + "0" * 64}, "options": o} | ({"memory": m} if m is not None else {})
+        for i, (t, m, o) in enumerate(items)
+    ]
+    found = parse(canonical_json({"schema": 1, "model": "a/b", "profiles": entries})).profiles
+    selection = select(found, named(host))
+    assert len(selection.verdicts) == len(found) and {p.id for p, _ in selection.rejected} | {p.id for p in selection.order[:1]} == {
+        p.id for p in found
+    }
+    assert as_text(selection, named(host), "x") and as_json(selection, named(host), "x")

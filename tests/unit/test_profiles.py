@@ -208,6 +208,8 @@ TAGS: dict[str, object] = {"llm_engine": "vllm"}
         {"id": 10**5000},
         {"id": ["x"]},
         {"options": {"dtype": "--trust-remote-code"}},
+        {"tags": {"llm_engine": "vllm", "gpu": "\x1b[2J"}},
+        {"tags": {"llm_engine": "vllm", "gpu": "H100\nSelected profile: x"}},
         {"options": {"max_model_len": "12k"}},
         {"options": {"max_model_len": "٣"}},
         {"options": {"max_model_len": ""}},
