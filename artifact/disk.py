@@ -339,12 +339,12 @@ class Partial:
             fd = os.open(private, _WRITE | os.O_EXCL, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                ours = os.fstat(fd).st_nlink > 0
+                mine = os.fstat(fd).st_nlink > 0
             except BlockingIOError:  # another process sweeps, and took this one, not locked yet, for one that was left behind
-                ours = False
+                mine = False
             except OSError:
-                ours = True  # a file system without locks, on which nobody sweeps
-            if ours:
+                mine = True  # a file system without locks, on which nobody sweeps
+            if mine:
                 return fd, private
             os.close(fd)
 

@@ -40,6 +40,7 @@ MAX_PROFILES_BYTES = 4 * 1024 * 1024
 MAX_GPUS = 64
 MAX_NONCE = 64
 MAX_BYTES = 1 << 62
+MAX_TIME = 10**11
 SKEW_S = 60
 _AFTER = re.compile(r"([0-9]{1,18})\.([0-9]{1,18})\Z")
 Admit = Callable[[Call, str, Repo | None, tuple[str, str] | None], Call]
@@ -230,6 +231,21 @@ class Leasing(Desk):
             return {"jti": jti, "state": state if new else f"was {state} before"}
 
         return self._change(call, found.org, work)
+
+    def unsigned(self, call: Call, body: Body) -> Facts:
+        """Records that a runtime runs `model` with the bytes `digest`, which this site did not sign, on `host` since `at` and for what `reason`."""
+        only(body, "model", "digest", "profile", "reason", "host", "at")
+        self._gate(call)
+        digest = check_digest(text(body, "digest"))
+        more = {"result": "unsigned", "why": text(body, "reason", most=300), "host": text(body, "host"), "since": whole(body, "at", MAX_TIME)}
+        more["profile"] = text(body, "profile")
+        ref = f"{text(body, 'model')}@{digest}"
+
+        def work(conn: Connection) -> Facts:
+            self._audit.change(conn, call, "unsigned", ref, **more)
+            return {"ref": ref}
+
+        return self._change(call, call.principal.org, work)
 
     def verified(self, call: Call, body: Body) -> Facts:
         """Records a runtime's receipt: under its `lease` it verified the model's `digest`, so many `bytes` in so many `files`.

@@ -371,6 +371,7 @@ def _documents() -> dict[str, dict[str, Any]]:
     page = _query("after", {"type": "string", "pattern": "^([0-9]{1,18}[.][0-9]{1,18})?$"})
     of = (_query("org", {"type": "string", "maxLength": 100}), _query("every", {"enum": ["0", "1"]}), *_LIMIT, page)
     receipt = _only("lease digest bytes files", lease=_LEASE_END["properties"]["jti"], digest=_DIGEST, bytes=_COUNT, files=count)
+    unsigned = _only("model digest profile reason host at", model=_WORD, digest=_DIGEST, profile=_WORD, reason=_WORD, host=_WORD, at=_COUNT)
     lease_body = _object(
         "model ref profile_digest profile_id host gpu_uuids",
         model=_NAME,
@@ -410,6 +411,9 @@ def _documents() -> dict[str, dict[str, Any]]:
         f"{root}/leases/revoke": {"post": _operation("runtime", "Revokes a lease", gone, body=_LEASE_END)},
         f"{root}/verified": {
             "post": _operation("runtime", "A runtime's receipt of what it verified", _object("*", lease=_TEXT, digest=_DIGEST), body=receipt)
+        },
+        f"{root}/unsigned": {
+            "post": _operation("runtime", "A runtime's record that it runs what this site did not sign", _object("*", ref=_TEXT), body=unsigned)
         },
         f"{root}/leases": {
             "get": _operation("runtime", "Leases that this key may look at", _object("*", items=_list(**lease), after=_TEXT), params=of),

@@ -55,6 +55,7 @@ _ADMIN_WORDS = frozenset(
         "leases",
         "standing",
         "verified",
+        "unsigned",
         "revocations",
         "catalog",
         "openapi.json",

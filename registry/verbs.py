@@ -44,6 +44,7 @@ POSTS: dict[str, Callable[[Guard, Call, Body], Answer]] = {
     "leases/return": lambda g, call, body: g.leasing.give_back(call, body),
     "leases/revoke": lambda g, call, body: g.leasing.revoke(call, body),
     "verified": lambda g, call, body: g.leasing.verified(call, body),
+    "unsigned": lambda g, call, body: g.leasing.unsigned(call, body),
     "entitlements": lambda g, call, body: g.documents.take(call, body),
     "entitlements/issue": lambda g, call, body: g.documents.issue(call, body),
     "entitlements/revoke": lambda g, call, body: g.documents.revoke(call, body),

@@ -38,7 +38,7 @@ def allowed(files: Iterable[File], disk: Disk, *, code: bool) -> tuple[list[File
         elif suffix in CODE and not code:
             out.append(f"{file.path} is code, and the promoted profile does not say that it may run: no engine sees it")
         else:
-            _demand_data(file, suffix, disk)
+            demand_data(file.path, _head(file.digest, disk))
             kept.append(file)
     if dangerous and not any(PurePosixPath(f.path).suffix.lower() in (".safetensors", ".gguf", ".onnx", ".engine") for f in kept):
         raise Invalid(
@@ -50,13 +50,17 @@ def allowed(files: Iterable[File], disk: Disk, *, code: bool) -> tuple[list[File
     return kept, out
 
 
-def _demand_data(file: File, suffix: str, disk: Disk) -> None:
-    """The first bytes are not those of a pickle or an archive with one; raises Invalid (reason model_content)."""
-    fd = disk.open(file.digest)
+def _head(digest: str, disk: Disk) -> bytes:
+    fd = disk.open(digest)
     try:
-        head = os.pread(fd, HEAD, 0)
+        return os.pread(fd, HEAD, 0)
     finally:
         os.close(fd)
+
+
+def demand_data(path: str, head: bytes) -> None:
+    """A file's first bytes are not those of a pickle or an archive with one; raises Invalid (reason model_content)."""
+    suffix = PurePosixPath(path).suffix.lower()
     if suffix == ".safetensors" and head[8:9] == b"{":
         return  # the length of the header stands first, and may look like anything
     what = ""
@@ -68,7 +72,7 @@ def _demand_data(file: File, suffix: str, disk: Disk) -> None:
         what = "no text"
     if what:
         raise Invalid(
-            f"{file.path} of the model is {what}",
+            f"{path} of the model is {what}",
             expected=f"what a {suffix or 'plain'} file holds",
             do="find out who made this model; it was promoted with it",
             reason="model_content",

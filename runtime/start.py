@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from runtime import entitlement
     from runtime.profiles import Selection, Wanted
     from runtime.upkeep import Scrub
+    from runtime.watch import Watch
     from runtime.weights import ModelDir, Released
 
 log = logging.getLogger("airlock")
@@ -212,6 +213,24 @@ def workspace(choice: Choice, profile: Profile, settings: Settings) -> ModelDir:
     return made
 
 
+def watch(choice: Choice, profile: Profile, settings: Settings, made: ModelDir, claims: dict[str, object], fresh: bool) -> Watch:
+    """The watch over what a start serves."""
+    from runtime import entitlement
+    from runtime.watch import Watch
+
+    log.info("Lease %s until %s", claims.get("jti"), entitlement.until(claims))
+    return Watch(
+        choice.client,
+        lease_for(choice, profile, settings),
+        lambda: entitlement.read_trust(settings),  # again at each renewal: keys are replaced while models run
+        settings.cache / "leases",
+        claims,
+        every_s=settings.watch_s,
+        fresh=fresh,
+        receipt={"digest": made.digest, "bytes": made.bytes, "files": made.files},
+    )
+
+
 def scrub(choice: Choice, profile: Profile, settings: Settings, made: ModelDir) -> Scrub:
     """The scrub of what a start serves."""
     from runtime import upkeep, weights
@@ -249,7 +268,7 @@ def prepare(choice: Choice, profile: Profile, settings: Settings) -> None:
     """The pre-flight of a start, logged; raises Unavailable with the reason of its first failure."""
     from runtime import preflight, weights
 
-    total, missing = weights.missing(choice.remote, settings.cache, profile.model)
+    total, missing = (profile.weights_bytes, 0) if settings.local else weights.missing(choice.remote, settings.cache, profile.model)
     files = weights.largest(settings.cache, profile.model) if total >= MEASURED else None
     lines = preflight.node_lines(settings, choice.facts, choice.selection.gpus, profile.tags, total, missing, files)
     for line in lines:

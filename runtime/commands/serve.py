@@ -26,32 +26,29 @@ def main(argv: list[str]) -> int:
 
 def serve(settings: Settings, args: argparse.Namespace) -> int:
     """`serve`: the whole story, until a signal ends it; the status is the front's."""
-    from runtime import engines, entitlement, upkeep
+    from runtime import engines, unsigned, upkeep
 
-    choice = start.choose(settings, settings.profile)
+    own = unsigned.asked(settings)
+    choice = unsigned.choose(settings) if own else start.choose(settings, settings.profile)
     profile = start.announce(choice, settings.expect_profile)
     engine = engines.load(profile.tags["llm_engine"])
     installation = engine.find(settings)
     start.prepare(choice, profile, settings)
-    from runtime.serve import ServeSettings, run
+    from runtime import facing, leases
+    from runtime.serve import run
     from runtime.watch import Voices, Watch
 
-    claims, fresh = start.lease(choice, profile, settings)
-    start.log.info("Lease %s until %s", claims.get("jti"), entitlement.until(claims))
-    made = start.workspace(choice, profile, settings)
-    watch = Watch(
-        choice.client,
-        start.lease_for(choice, profile, settings),
-        lambda: entitlement.read_trust(settings),  # again at each renewal: keys are replaced while models run
-        settings.cache / "leases",
-        claims,
-        every_s=settings.watch_s,
-        fresh=fresh,
-        receipt={"digest": made.digest, "bytes": made.bytes, "files": made.files},
-    )
-    scrub = start.scrub(choice, profile, settings, made)
     folder = Path(tempfile.mkdtemp(prefix="airlock-"))
+    beside: list[Watch | upkeep.Scrub] = []
     try:
+        claims, fresh = ({}, False) if own else start.lease(choice, profile, settings)
+        made = unsigned.workspace(settings, profile, folder / "model") if settings.local else start.workspace(choice, profile, settings)
+        if own:
+            unsigned.record(choice, profile, made.digest, settings)
+        else:
+            beside.append(start.watch(choice, profile, settings, made, claims, fresh))
+        if not settings.local:
+            beside.append(start.scrub(choice, profile, settings, made))
         # What the engine compiles and remembers is kept in the cache; where that is read-only it is made again at each start.
         private = settings if os.access(settings.cache, os.W_OK) else replace(settings, cache=folder)
         (private.cache / "home").mkdir(exist_ok=True)
@@ -59,22 +56,13 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         if chosen.length:  # what the memory holds, said in a warning; an engine refuses more than that
             private = replace(private, max_model_len=chosen.length)
         plan = engine.plan(engines.Start(profile, made.path, folder, private, installation, chosen.gpus, chosen.share, secrets.token_urlsafe(32)))
-        front = ServeSettings(
-            settings.host,
-            settings.port,
-            settings.names,
-            profile.id,
-            choice.released.digest,
-            made.digest,
-            model_ref=settings.ref,
-            simulated=choice.facts.simulated,
-            ready_s=settings.start_deadline_s,
-        )
-        watch.start()
-        scrub.start()
+        front = facing.front(settings, choice, profile, made)
+        asked = facing.callers(settings, own=leases.own(claims))
+        for thread in beside:
+            thread.start()
         with upkeep.holding(made.path):
-            return run(front, plan, Voices(watch, scrub))
+            return run(front, plan, Voices(*beside, *([unsigned.Mark()] if own else [])), asked, facing.memory(settings, choice), chosen.gpus)
     finally:
-        scrub.stop()
-        watch.stop()
+        for thread in beside:
+            thread.stop()
         shutil.rmtree(folder, ignore_errors=True)

@@ -83,6 +83,14 @@ def wish(place: Place, host: str, *gpus: str) -> dict[str, object]:
 
 
 ISSUE: dict[str, object] = {"org": "gamma", "tier": "enterprise", "models": ["hf/**"], "gpus": 8, "expires": "30d"}
+UNSIGNED: dict[str, object] = {
+    "model": "local/tuned:local",
+    "digest": "sha256:" + "0" * 64,
+    "profile": "vllm-bf16-tp1",
+    "reason": "bench, J. Doe",
+    "host": "node-1",
+    "at": 1_790_000_000,
+}
 CHANGES: list[tuple[str, dict[str, object], str]] = [
     ("entitlements/issue", ISSUE, "200 403 403 403 403"),
     ("entitlements/issue", ISSUE | {"is_admin": True}, "400 403 403 403 403"),
@@ -96,6 +104,10 @@ CHANGES: list[tuple[str, dict[str, object], str]] = [
     ("leases/return", {}, "400 400 400 400 400"),
     ("verified", {"lease": "0" * 32, "digest": "sha256:" + "0" * 64, "bytes": 1, "files": 1}, "404 404 404 404 404"),
     ("verified", {"lease": "0" * 32}, "400 400 400 400 400"),
+    ("unsigned", UNSIGNED, "200 200 200 200 200"),
+    ("unsigned", UNSIGNED | {"reason": ""}, "400 400 400 400 400"),
+    ("unsigned", UNSIGNED | {"digest": "sha256:x"}, "400 400 400 400 400"),
+    ("unsigned", UNSIGNED | {"at": -1}, "400 400 400 400 400"),
 ]
 
 

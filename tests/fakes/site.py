@@ -74,6 +74,9 @@ class Site:
         elif request.path in ("/airlock/v1/verified", "/airlock/v1/leases/return") and self.standing is not None:
             self.taken.append((request.path.removeprefix("/airlock/v1/"), json.loads(body)))
             self._json(request, 200, {})
+        elif request.path == "/airlock/v1/unsigned":
+            self.taken.append(("unsigned", json.loads(body)))
+            self._json(request, 200, {})
         elif "/manifests/" in request.path and self.state == "ok":
             repo, ref = request.path.removeprefix("/v2/").split("/manifests/")
             found = self.manifests.get((repo, ref))
