@@ -12,8 +12,8 @@ from artifact.manifest import canonical_json
 from artifact.profile import Pin, Profile, build, parse
 from registry.commands import model
 from runtime.filters import families
-from runtime.profiles import SEED_LINE, Wanted, require, select
 from runtime.node import Facts, Gpu
+from runtime.profiles import SEED_LINE, Wanted, require, select
 
 DIGEST = "sha256:" + "1" * 64
 GIB = 1 << 30
@@ -128,7 +128,11 @@ def test_memory_is_judged_with_numbers() -> None:
     text = dict((p.description, r) for p, r in alone.rejected)["vllm-bf16-tp1"]
     assert "133.0 GiB per GPU needed" in text and "36.8 GiB usable (0.92 of 40.0 GiB); short by 96.2 GiB" in text
     four = select(big, node(H100, H100, H100, H100))
-    assert four.selected and four.selected.tags["tp"] == "4" and "36.1 GiB per GPU needed (34.1 GiB weights (1/4 and 4%) + 2.0 GiB overhead), 73.2 GiB usable" in four.why
+    assert (
+        four.selected
+        and four.selected.tags["tp"] == "4"
+        and "36.1 GiB per GPU needed (34.1 GiB weights (1/4 and 4%) + 2.0 GiB overhead), 73.2 GiB usable" in four.why
+    )
     assert select(big, node(H100), Wanted(relax_memory=True)).selected is big[0]
 
 
