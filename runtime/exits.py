@@ -6,18 +6,21 @@ import re
 import signal
 from dataclasses import dataclass
 
+MARGIN = 0.02  # kept below what is free, as in the selection
+LEAST_SHARE = 0.1
 NEVER, ONCE, BACKOFF, NONE = "never", "once", "back-off", "none"
 
 
 @dataclass(frozen=True)
 class Exit:
-    """Why an engine ended: class, status, one sentence for people, what to do next, and the context length that would fit (0: not told)."""
+    """Why an engine ended: class, status, one sentence for people, what to do next, what would fit (0: not told): context, share of a GPU."""
 
     kind: str
     rc: int
     detail: str
     retry: str
     max_model_len: int = 0
+    share: float = 0.0
 
 
 # First match wins; the whole log is searched, as a child prints the cause before the parent's general words.
@@ -38,7 +41,12 @@ RULES: tuple[tuple[str, str, str, str], ...] = (
         NEVER,
         "the weights leave no memory for the KV cache",
     ),
-    (r"Free memory on device .* is less than desired GPU memory utilization", "gpu_busy", NEVER, "another process holds memory of the GPU"),
+    (
+        r"Free memory on device \S+ (?:\(([\d.]{1,9})/([\d.]{1,9}) GiB\))?.*is less than desired GPU memory utilization",
+        "gpu_busy",
+        ONCE,
+        "another process holds memory of the GPU",
+    ),
     (r"Cannot find any model weights", "bad_weights", NEVER, "there are no weights as safetensors; a pickle is not read"),
     (r"SafetensorError", "bad_weights", NEVER, "the engine cannot read the weights: a verified file means a wrong artefact"),
     (
@@ -89,9 +97,22 @@ def classify(rc: int, log: str, *, asked: bool = False, was_ready: bool = False)
     for pattern, kind, retry, words in RULES:
         found = re.search(pattern, log)
         if found:
+            detail = f"{words}: {_line_of(log, found.start())}"
+            if kind == "gpu_busy":
+                share = _share(found.group(1), found.group(2))
+                return Exit(kind, rc, detail, retry if share else NEVER, share=share)
             length = int(found.group(1)) if found.re.groups and len(found.group(1)) < 10 else 0
-            return Exit(kind, rc, f"{words}: {_line_of(log, found.start())}", retry, length)
+            return Exit(kind, rc, detail, NEVER if found.re.groups and not length else retry, length)
     return Exit("unknown", rc, f"the engine ended with status {rc}:\n" + "\n".join(log.splitlines()[-40:]), BACKOFF)
+
+
+def _share(free: str | None, total: str | None) -> float:
+    """The share of a GPU that its free memory allows, 0 where that is not worth a try."""
+    try:
+        share = float(free or 0) / float(total or 0) - MARGIN
+    except (ValueError, ZeroDivisionError):
+        return 0.0
+    return round(share, 3) if LEAST_SHARE <= share < 1 else 0.0
 
 
 def _last(log: str) -> str:

@@ -73,6 +73,10 @@ class Launch:
         """The same on another port of the loopback interface."""
         return replace(self, argv=_with(self.argv, "--port", str(port)), port=port)
 
+    def smaller(self, share: float) -> Launch:
+        """The same with a smaller share of its GPUs' memory; only vLLM tells which would do (exits.RULES), so this is its flag."""
+        return replace(self, argv=_with(self.argv, "--gpu-memory-utilization", f"{share:.3f}"))
+
     def shortened(self, length: int) -> Launch:
         """The same with a context of at most so many tokens."""
         return replace(self, argv=_with(self.argv, self.length_flag, str(length)))

@@ -317,7 +317,7 @@ class Keeper:
     async def run(self, say: Callable[[str], None], on_ready: Callable[[], None] = lambda: None) -> Exit:
         """Runs engines until one ends for good; returns why."""
         tries = 0
-        shortened = moved = False
+        tried: set[str] = set()  # the classes that are tried once more
         while True:
             if self.launch.socket is None:
                 self.launch = self.launch.moved(free_port())
@@ -330,17 +330,12 @@ class Keeper:
             if asyncio.get_running_loop().time() - began > STEADY_S:
                 tries = 0
             pause = self._backoff_s * 2**tries
-            if end.kind == "does_not_fit":
-                if shortened or not end.max_model_len:
+            if end.retry == ONCE:
+                if end.kind in tried:
                     return end
-                shortened = True
-                self.launch = self.launch.shortened(end.max_model_len)
-                say(f"warning: the wanted context does not fit; starting with {end.max_model_len} tokens")
-            elif end.retry == ONCE:
-                if moved:
-                    return end
-                moved = True
-                say(f"warning: {end.detail}; trying once more")
+                tried.add(end.kind)
+                self.launch, otherwise = _otherwise(self.launch, end)
+                say(f"warning: {end.detail}; {otherwise}")
             else:
                 tries += 1
                 if tries > RESTARTS:
@@ -356,3 +351,12 @@ class Keeper:
         self._stopping = True
         if self._engine:
             await self._engine.stop(grace_s)
+
+
+def _otherwise(launch: Launch, end: Exit) -> tuple[Launch, str]:
+    """What is started after an end of a class that is tried once more, and in words."""
+    if end.max_model_len:
+        return launch.shortened(end.max_model_len), f"starting with a context of {end.max_model_len} tokens"
+    if end.share:
+        return launch.smaller(end.share), f"starting with a share of {end.share:.3f}"
+    return launch, "trying once more"

@@ -33,6 +33,8 @@ CASES = [
     (1, "ValueError: No available memory for the cache blocks. Try increasing gpu_memory_utilization", "does_not_fit", "never", 0),
     (1, SHORT + GENERIC, "does_not_fit", "once", 3072),
     (1, "Free memory on device cuda:0 (1/80 GiB) on startup is less than desired GPU memory utilization (0.92", "gpu_busy", "never", 0),
+    (1, "Free memory on device cuda:0 (40/80 GiB) on startup is less than desired GPU memory utilization (0.92", "gpu_busy", "once", 0),
+    (1, "Free memory on device cuda:0 (4.4.4/0 GiB) on startup is less than desired GPU memory utilization", "gpu_busy", "never", 0),
     (1, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "does_not_fit", "never", 0),
     (1, "importlib.metadata.PackageNotFoundError: No package metadata was found for vllm", "bad_config", "never", 0),
     (1, "RuntimeError: [enforce fail at device.cc:212] Unable to find interface for: [127.0.0.1]" + GENERIC, "no_loopback", "never", 0),
@@ -146,6 +148,16 @@ def test_keeper_shortens_the_context_once_only(tmp_path: Path) -> None:
     end = asyncio.run(keeper.run(said.append))
     assert end.kind == "does_not_fit" and keeper.restarts == 1 and "warning" in said[0]
     assert [line for line in (tmp_path / "log").read_text().splitlines() if "[" in line] == ["[]", "['--max-model-len', '3072']"]
+
+
+def test_a_busy_gpu_is_tried_once_with_what_is_free(tmp_path: Path) -> None:
+    words = "Free memory on device cuda:0 (40.0/80.0 GiB) on startup is less than desired GPU memory utilization (0.92, 73.6 GiB)."
+    code = f"import sys; print(sys.argv[1:]); print({words!r}); sys.exit(1)"
+    keeper = Keeper(_launch(tmp_path, code), log_file=tmp_path / "log", backoff_s=0.01)
+    said: list[str] = []
+    end = asyncio.run(keeper.run(said.append))
+    assert end.kind == "gpu_busy" and keeper.restarts == 1 and "a share of 0.480" in said[0]
+    assert [line for line in (tmp_path / "log").read_text().splitlines() if "[" in line] == ["[]", "['--gpu-memory-utilization', '0.480']"]
 
 
 def test_a_taken_port_costs_one_restart_on_another(tmp_path: Path) -> None:
