@@ -13,6 +13,7 @@ from pathlib import Path
 from artifact.errors import Invalid
 from artifact.manifest import Reference, parse_reference
 from runtime import tuning
+from runtime.bounds import Limits, asks_callers, limits
 from runtime.tuning import Tuning
 
 DEFAULT_CACHE = "/opt/nim/.cache"
@@ -123,6 +124,8 @@ class Settings:
     scrub_bytes_s: int = 20_000_000
     jsonl: bool = False
     cache_named: bool = True
+    caller_keys: bool = False
+    limits: Limits = field(default_factory=Limits)
     inherited: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     @property
@@ -191,6 +194,8 @@ def from_environment(environ: Mapping[str, str], model: str, *, host: str = "", 
         download=not _flag(environ, "NIM_DISABLE_MODEL_DOWNLOAD"),
         selector=_selector(environ),
         ephemeral=_flag(environ, "AIRLOCK_EPHEMERAL_CACHE"),
+        caller_keys=asks_callers(environ),
+        limits=limits(environ),
         scrub_bytes_s=_whole(environ, ("AIRLOCK_SCRUB_MB_S",), 20, 0, 100_000) * 1_000_000,
         jsonl=_flag(environ, "NIM_JSONL_LOGGING") or _flag(environ, "NIM_LOGGING_JSONL"),
         inherited=tuple(sorted((k, v) for k, v in environ.items() if k in INHERITED or k.startswith(INHERITED_PREFIXES))),

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+from runtime.bounds import Limits
 from runtime.front.errors import Refused
-from runtime.front.settings import Limits
 
 
 class Gate:

@@ -12,8 +12,8 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from runtime.bounds import Limits
 from runtime.front.errors import Json, Refused
-from runtime.front.settings import Limits
 
 ACTIVE = ("queued", "in_progress")
 

@@ -27,7 +27,7 @@ import json, logging, sys
 from pathlib import Path
 from artifact.errors import AirlockError
 from runtime import serve
-from runtime.front.settings import Limits
+from runtime.bounds import Limits
 from runtime.launch import Launch
 logging.basicConfig(level="INFO")
 args = json.loads(sys.argv[1])

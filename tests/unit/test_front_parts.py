@@ -12,13 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from artifact.errors import Denied, Unauthenticated, Unavailable
+from artifact.errors import Denied, Invalid, Unauthenticated, Unavailable
+from runtime.bounds import Limits, asks_callers, limits
 from runtime.front import callers
 from runtime.front.controls import parse_body, prepare, ranked, renamed, written
 from runtime.front.errors import Refused, read_error
 from runtime.front.figures import Figures
 from runtime.front.gate import Gate
-from runtime.front.settings import Limits, ServeSettings, limits
+from runtime.front.settings import ServeSettings
 from runtime.front.stored import Kept, Stored
 from runtime.front.vocabulary import CHAT, COMPLETIONS, FIELDS, GUIDED, POSTED
 from runtime.node import Gpu
@@ -218,5 +219,8 @@ def test_kv_headroom_and_gpu_memory_on_the_page(caplog: pytest.LogCaptureFixture
 def test_bounds_from_the_environment() -> None:
     assert limits({"AIRLOCK_MAX_BODY_MB": "2", "AIRLOCK_QUEUE_S": "0"}) == Limits(body_bytes=2 << 20, queue_s=0)
     for name, text in (("AIRLOCK_MAX_BODY_MB", "0"), ("AIRLOCK_MAX_REQUESTS", "x"), ("AIRLOCK_MAX_BODIES_MB", "1")):
-        with pytest.raises(Exception, match=name):
+        with pytest.raises(Invalid, match=name):
             limits({name: text})
+    assert asks_callers({"AIRLOCK_CALLER_KEYS": "1"}) and not asks_callers({})
+    with pytest.raises(Invalid):
+        asks_callers({"AIRLOCK_CALLER_KEYS": "enabled"})
