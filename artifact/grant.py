@@ -105,7 +105,8 @@ class Principal:
 class Subject:
     """The repository as the decision sees it: canonical name, owning organisation (empty: the site), visibility public, org or private.
 
-    `requires_product` and `requires_tier` are what its vendor asks for; both are empty for own weights.
+    `requires_product` and `requires_tier` are what its vendor asks for; both are empty for own weights. `unaccepted` is the licence that nobody
+    has accepted for this site yet, `blocked` why the law lets nobody read it here; both are empty where nothing of the kind stands against it.
     """
 
     name: str
@@ -113,6 +114,8 @@ class Subject:
     visibility: str = "org"
     requires_tier: str = ""
     requires_product: str = ""
+    unaccepted: str = ""
+    blocked: str = ""
 
 
 @dataclass(frozen=True)
@@ -330,6 +333,8 @@ def _ways(principal: Principal, subject: Subject, action: str, now: float, profi
     if not visible(principal, subject):
         return [refused("not_visible")]
     name = model_of(subject.name)
+    if subject.blocked and action in GOVERNED:
+        return [refused("legal_block", name=name, why=subject.blocked)]
     if action != "auditor" and not _tier_enough(_rank(principal.tier), subject.requires_tier, "dev"):  # listings give no content
         tier, has = subject.requires_tier, f"this key has {principal.tier or 'none'}"
         return [refused("tier_missing", name=name, tier=tier, has=has, ask=f"a key of tier {tier}")]
@@ -345,6 +350,8 @@ def _ways(principal: Principal, subject: Subject, action: str, now: float, profi
     left = _fitting(grants, principal, subject, action, governed, profile)
     if isinstance(left, Decision):
         return [left]
+    if subject.unaccepted and action in GOVERNED:
+        return [refused("license_unaccepted", name=name, license=subject.unaccepted)]
     document = principal.entitlement if governed else None
     ways = [(_yes(grant, document, principal, name, now), grant.gpus or float("inf")) for grant in left]
     if len(ways) > 1:
@@ -354,7 +361,8 @@ def _ways(principal: Principal, subject: Subject, action: str, now: float, profi
 
 def _public(principal: Principal, subject: Subject, action: str, now: float) -> Decision:
     """What everybody may do without a key, where the site says so: pull what is public and asks for nothing."""
-    free = not (subject.requires_tier or subject.requires_product or principal.entitled_only)
+    asks = (subject.requires_tier, subject.requires_product, subject.unaccepted, subject.blocked)
+    free = not (any(asks) or principal.entitled_only)
     if not principal.key_id and action == "pull" and subject.visibility == "public" and free:
         return Decision(True, "ok")
     return authenticate(replace(principal, key_id=""), now)

@@ -53,6 +53,11 @@ REASONS: dict[str, Reason] = {
         "ask for a grant of an environment that it holds, or for a wider entitlement",
     ),
     "profile_not_granted": Reason("no grant on {name} covers the profile {profile}", "choose another profile, or ask for a grant that covers it"),
+    "license_unaccepted": Reason(
+        "nobody here has accepted the licence {license} of {name}",
+        "ask the administrator, who records it with `airlock catalog terms {name} --accepted-by WHO`",
+    ),
+    "legal_block": Reason("{name} is blocked here by law or contract: {why}", "ask the administrator of this site"),
     "gpus_exceeded": Reason(
         "{wanted} more GPUs are asked for, and {used} of {bound} that {of} gives are in use",
         "stop what is not needed, or ask for more GPUs",

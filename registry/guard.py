@@ -399,6 +399,7 @@ class Guard(Registry, Files):
         decision = self._decide(call, repo.subject, "pull")
         facts: dict[str, object] = {"name": repo.name, "display": repo.display, "kind": repo.kind, "org": repo.subject.org}
         facts |= {"requires_tier": repo.subject.requires_tier, "requires_product": repo.subject.requires_product}
+        facts |= {"unaccepted": repo.subject.unaccepted, "blocked": repo.subject.blocked}
         return facts | {"visibility": repo.subject.visibility, "gated": repo.gated, "entitled": decision.allow, "reason": decision.reason}
 
     def catalog_show(self, call: Call, name: str) -> dict[str, object]:

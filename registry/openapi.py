@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from registry.terms import MOST as TERMS
 from registry.upkeep import MAX_QUOTA
 
 VERSION = "1"
@@ -85,6 +86,8 @@ _SUMMARY: Mapping[str, Schema] = {
     "reason": _TEXT,
     "requires_tier": _TEXT,
     "requires_product": _TEXT,
+    "unaccepted": _TEXT,
+    "blocked": _TEXT,
 }
 _REF: Mapping[str, Schema] = {
     "ref": _TEXT,
@@ -121,6 +124,10 @@ _MOVE: Mapping[str, Schema] = {"id": _COUNT, "tag": _TEXT, "from": _TEXT, "to": 
 
 
 _TIME: Schema = {"type": "number", "minimum": 0}
+_TERMS = (
+    _object("name", name=_NAME, **{key: {"type": "string", "maxLength": most} for key, most in TERMS.items()}),
+    _object("*", name=_TEXT, license=_TEXT, accepted_by=_TEXT, blocked=_TEXT, accepted_at=_TIME),
+)
 _UPSTREAM: Mapping[str, Schema] = {
     **dict.fromkeys(("name", "ref", "source", "upstream_org", "key_id", "product", "tier", "license", "accepted_by", "evidence", "sender"), _TEXT),
     **dict.fromkeys(("key_end", "subscription_end", "accepted_at", "fetched", "at"), _TIME),
@@ -214,6 +221,11 @@ def _administrators() -> dict[str, dict[str, Any]]:
         "/airlock/v1/rollback": {"post": _operation("tags", "Points a tag at a manifest that is still here", moved, body=back)},
         "/airlock/v1/immutable": {"post": _operation("tags", "Says whether the tags of a repository may move and go", changed, body=flag)},
         "/airlock/v1/require": {"post": _operation("held", "Says which product and tier a repository requires", needed, body=needs)},
+        "/airlock/v1/terms": {
+            "post": _operation(
+                "held", "Says which licence must be accepted, who did, and whether the law blocks a repository", _TERMS[1], body=_TERMS[0]
+            )
+        },
         "/airlock/v1/upstream": {
             "get": _operation("audit", "What bundles told of the upstreams, for auditors", told, params=(_query("name", _TEXT), *_LIMIT, behind))
         },

@@ -79,6 +79,7 @@ _ADMIN_WORDS = frozenset(
         "report",
         "upstream",
         "require",
+        "terms",
     ]
 )
 _AT = r"(?:/v1/hf)?(?:/[^/]+)?"  # where a Hub endpoint may begin

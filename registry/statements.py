@@ -77,6 +77,8 @@ COLUMNS = (
     case((HAS_POLICY, P.c.visibility), else_=R.c.visibility).label("visibility"),
     case((HAS_POLICY, P.c.requires_tier), else_=R.c.requires_tier).label("requires_tier"),
     case((HAS_POLICY, P.c.requires_product), else_=R.c.requires_product).label("requires_product"),
+    case((P.c.license_at == 0, P.c.license), (HAS_POLICY, ""), (R.c.license_at == 0, R.c.license), else_="").label("unaccepted"),
+    case((HAS_POLICY, P.c.blocked), else_=R.c.blocked).label("blocked"),
 )
 _OWNER = O.c.id == case((HAS_POLICY, P.c.org_id), else_=R.c.org_id)
 _FROM = R.outerjoin(P, P.c.name == bindparam("model")).outerjoin(O, _OWNER)
@@ -159,7 +161,7 @@ OBJECT_BY_ALIAS = _object(
 
 def as_repo(row: Any) -> Repo:
     """A Repo from a row of COLUMNS."""
-    subject = Subject(row.name, row.org or "", row.visibility, row.requires_tier, row.requires_product)
+    subject = Subject(row.name, row.org or "", row.visibility, row.requires_tier, row.requires_product, row.unaccepted, row.blocked)
     return Repo(row.id, row.name, row.display, row.kind, subject, bool(row.gated), bool(row.immutable))
 
 

@@ -61,6 +61,10 @@ repository = Table(
     Column("requires_tier", Text, nullable=False, server_default=""),
     words("requires_product"),
     words("requires_from"),  # who said so: an import or an admin; empty: nobody
+    words("license"),  # that somebody must have accepted; empty: none
+    words("license_by"),
+    Column("license_at", Double, nullable=False, server_default="0"),  # when it was accepted; 0: not yet
+    words("blocked"),  # why the law lets nobody read it here; empty: it does
     Column("created", Double, nullable=False, server_default="0"),
 )
 alias = Table(

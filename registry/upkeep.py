@@ -16,7 +16,7 @@ from artifact.errors import Conflict, Invalid, NotFound, Unavailable
 from artifact.grant import Subject, date, model_of, visible
 from artifact.manifest import check_name, check_ref, is_digest
 from artifact.store import Call
-from registry import holdings, upstream
+from registry import holdings, terms, upstream
 from registry.collector import Collector
 from registry.database import retried
 from registry.delegation import office
@@ -171,6 +171,21 @@ class Upkeep:
         """
         name = check_name(model_of(_text(body, "name")))
         tier, product = (_text(body, key, empty=True) if key in body else None for key in ("tier", "product"))
+        call = self._policy(call, name)
+        return retried(self._engine, lambda conn: upstream.require(conn, self._library.audit, call, name, tier, product))
+
+    def set_terms(self, call: Call, body: Mapping[str, object]) -> dict[str, object]:
+        """Says which `license` of `name` must have been accepted, who did (`accepted_by`), and why the law lets nobody read it here (`blocked`).
+
+        Empty for none, absent as before; the same callers as for `require`. Raises NotFound, Denied, Invalid.
+        """
+        name = check_name(model_of(_text(body, "name")))
+        given = [terms.check(body[key], key) if key in body else None for key in ("license", "accepted_by", "blocked")]
+        call = self._policy(call, name)
+        return retried(self._engine, lambda conn: terms.set_terms(conn, self._library.audit, call, name, *given))
+
+    def _policy(self, call: Call, name: str) -> Call:
+        """The call of who may say what stands before reading a name; raises NotFound, Denied."""
         if not office(call.principal, call.now).site:
             call, repo = self._admin(call, name)
             with self._library.catalog.reading() as conn:
@@ -178,7 +193,7 @@ class Upkeep:
             call = call if theirs else self._allow_site(call)
         else:
             call = self._allow_site(call)  # also of names that only their organisation sees: what a vendor asks for is the whole site's
-        return retried(self._engine, lambda conn: upstream.require(conn, self._library.audit, call, name, tier, product))
+        return call
 
     def upstreams(self, call: Call, name: str = "", after: int = 0, limit: int = 100) -> dict[str, object]:
         """What bundles told of the upstreams, of one name where it is given: all of it for the site's administrator, else for the auditor of an

@@ -52,6 +52,7 @@ POSTS: dict[str, Callable[[Guard, Call, Body], Answer]] = {
     "rollback": lambda g, call, body: g.upkeep.roll_back(call, body),
     "immutable": lambda g, call, body: g.upkeep.set_immutable(call, body),
     "require": lambda g, call, body: g.upkeep.require(call, body),
+    "terms": lambda g, call, body: g.upkeep.set_terms(call, body),
     "quota": lambda g, call, body: g.upkeep.set_quota(call, body),
     "retention": lambda g, call, body: g.upkeep.set_rule(call, body),
     "gc": lambda g, call, body: g.upkeep.collect(call, body),

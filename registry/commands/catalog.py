@@ -82,6 +82,7 @@ def _one(remote: RemoteRegistry, args: argparse.Namespace) -> tuple[object, str]
         lines.append(f"{'reason:':<12}{found.get('reason', '')}")
     needs = [f"{word} {found[key]}" for word, key in (("tier", "requires_tier"), ("product", "requires_product")) if found.get(key)]
     lines.append(f"{'requires:':<12}{', '.join(needs) or 'nothing'}")
+    lines += [f"{word + ':':<12}{found[key]}" for word, key in (("unaccepted", "unaccepted"), ("blocked", "blocked")) if found.get(key)]
     if _auditor(remote):  # of whoever else it would be a denial
         with suppress(Denied):
             found["upstream"] = _pages(remote, f"upstream?name={quote(check_name(args.name), safe='')}")
@@ -126,6 +127,18 @@ def _require(remote: RemoteRegistry | None, args: argparse.Namespace) -> tuple[o
     found: dict[str, Any] = remote.api("POST", "/airlock/v1/require", body) if remote else _required(args.data, body)
     needs = [f"{key} {found[key]}" for key in ("tier", "product") if found[key]]
     return found, f"{found['name']} requires {' and '.join(needs) or 'nothing'}"
+
+
+def _terms(remote: RemoteRegistry, args: argparse.Namespace) -> tuple[object, str]:
+    body: dict[str, object] = {"name": check_name(args.name)}
+    given = (("license", args.license), ("accepted_by", args.accepted_by), ("blocked", "" if args.unblock else args.block))
+    body |= {key: value for key, value in given if value is not None}
+    if len(body) == 1:
+        raise Invalid("nothing was said", expected="--license, --accepted-by, --block or --unblock")
+    found: dict[str, Any] = remote.api("POST", "/airlock/v1/terms", body)
+    accepted = f"accepted by {found['accepted_by']}" if found["accepted_by"] else "not accepted: nobody reads it"
+    words = f"licence {found['license']}, {accepted}" if found["license"] else "no licence to accept"
+    return found, f"{found['name']}: {words}" + (f"; blocked: {found['blocked']}" if found["blocked"] else "")
 
 
 def _required(data: str, body: dict[str, Any]) -> dict[str, object]:
@@ -239,7 +252,7 @@ def _rule(rule: dict[str, Any]) -> str:
 
 def _flags(action: str, sub: argparse.ArgumentParser) -> None:
     """The words and switches of one action."""
-    if action in ("show", "rm", "history", "rollback", "immutable", "require"):
+    if action in ("show", "rm", "history", "rollback", "immutable", "require", "terms"):
         sub.add_argument("name", help={"rm": "NAME, NAME:TAG or NAME@DIGEST", "rollback": "NAME:TAG"}.get(action))
     if action == "rm":
         sub.add_argument("--dry-run", action="store_true", help="tell what it would free, and what names it; change nothing")
@@ -259,6 +272,12 @@ def _flags(action: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--product", help="a product that the organisation's entitlement must have; without it as before")
         sub.add_argument("--none", action="store_true", help="nothing: own weights, or a right that is held otherwise")
         sub.add_argument("--data", default="", help="the data directory, in place of a registry")
+    elif action == "terms":
+        sub.add_argument("--license", metavar="TEXT", help="the licence that somebody must have accepted; '' for none; without it as before")
+        sub.add_argument("--accepted-by", metavar="WHO", help="who accepted it; '' takes the acceptance back")
+        block = sub.add_mutually_exclusive_group()
+        block.add_argument("--block", metavar="WHY", help="nobody reads it: export control, a court, a contract")
+        block.add_argument("--unblock", action="store_true", help="take the block away")
     elif action == "search":
         sub.add_argument("text")
     elif action == "quota":
@@ -281,6 +300,11 @@ _ACTIONS: dict[str, tuple[Callable[[RemoteRegistry, argparse.Namespace], tuple[o
     "rollback": (_rollback, "point a tag at what it named before (action admin)", " acme/tiny:v1 --to sha256:…"),
     "immutable": (_immutable, "whether tags may move and go (action admin)", " acme/tiny --on"),
     "require": (_require, "what product and tier a name requires (administrator of the site)", " nvcr.io/nim/x --tier enterprise"),
+    "terms": (
+        _terms,
+        "a licence to accept, and a block by the law (administrator of the site)",
+        " nvcr.io/nim/x --license 'NVIDIA AI Product Agreement'",
+    ),
     "quota": (_quota, "an organisation's bytes and bound (administrator of the site)", " acme --bytes 500G"),
     "retention": (_retention, "rules of what old tags go (administrator of the site)", " 'acme/ci/*' --keep-last 10 --untagged-days 7"),
 }

@@ -26,6 +26,7 @@ MAX_FORM = 64 * 1024
 SUMS = "checksums.blake3"
 SUMS_WAIT_S = 20.0  # for checksums that are being computed; then the client is asked to come again
 TIER = frozenset({"tier_missing", "product_missing", "entitlement_absent", "entitlement_expired"})  # what a subscription would give: 402
+LAW = {"license_unaccepted": 412, "legal_block": 451}  # both told as FORBIDDEN: NGC's words for a status have none of their own
 BADGE = ("badge",)
 TICKET = ("ticket",)
 _TABLE: dict[type[errors.AirlockError], tuple[int, str]] = {
@@ -67,6 +68,8 @@ class NgcDoor:
         status, code = next((form for cls, form in _TABLE.items() if isinstance(error, cls)), (500, "INTERNAL_ERROR"))
         if status == 403 and error.reason in TIER:
             status, code = 402, "PAYMENT_REQUIRED"
+        elif error.reason in LAW:
+            status = LAW[error.reason]
         words = error.what + (f"; {error.do}" if error.do else "")
         headers = {"cache-control": "no-store"}
         if status == 401:

@@ -86,6 +86,10 @@ CASES: list[tuple[str, Callable[[], Decision]]] = [
     ("environment", ask(doc(environments=("dev",)))),
     ("environment", ask(replace(grant(environment="dev"), entitlement=replace(DOC, environments=("production",))))),
     ("profile_not_granted", ask(grant(profiles=("vllm-fp8-*",)), NIM, "run", ("ab" * 32, "vllm-bf16-tp1"))),
+    ("license_unaccepted", ask(KEY, replace(NIM, unaccepted="a licence"))),
+    ("license_unaccepted", ask(KEY, replace(OWN, unaccepted="a licence"), "run")),
+    ("legal_block", ask(KEY, replace(NIM, blocked="export control"))),
+    ("legal_block", ask(grant(actions=("admin",)), replace(NIM, blocked="export control", unaccepted="a licence"), "run")),
     ("gpus_exceeded", lambda: decide_gpus(GpuBounds(2, None), 1, 2, 0)),
     ("gpus_exceeded", lambda: decide_gpus(GpuBounds(None, 8), 3, 0, 6)),
     ("lease_absent", lambda: decide_lease(None, NOW)),
@@ -186,6 +190,7 @@ def test_nobody_reads_what_asks_for_something() -> None:
     free, nobody = Subject("hf/x/y", "", "public"), Principal(anonymous=True)
     assert decide(nobody, free, "pull", NOW).allow
     assert not decide(nobody, replace(free, requires_product="x"), "pull", NOW).allow
+    assert not decide(nobody, replace(free, blocked="x"), "pull", NOW).allow and not decide(nobody, replace(free, unaccepted="x"), "pull", NOW).allow
     assert not decide(replace(nobody, entitled_only=True), free, "pull", NOW).allow
     assert decide_open(doc(revoked_at=NOW), free, "pull", NOW).allow
     assert not decide_open(replace(KEY, entitlement=None, entitled_only=True), free, "pull", NOW).allow

@@ -117,6 +117,7 @@ def denials(p: Principal, s: Subject) -> list[tuple[Principal, Subject]]:
     ]
     if p.tier == "enterprise":
         out.append((replace(p, tier="developer"), s))
+    out += [(p, replace(s, blocked="b")), (p, replace(s, unaccepted="l"))]
     if not s.requires_product:
         out += [(p, replace(s, requires_product=product)) for product in ("p1", "p3")]
     if not s.requires_tier:

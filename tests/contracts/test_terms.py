@@ -1,0 +1,144 @@
+"""A licence that nobody accepted and a block by the law, as each door tells them: the same decision, in each protocol's form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from artifact.upstream import check_fact
+from registry import tables as t
+from registry.database import open_engine, writing
+from tests.conftest import airlock
+from tests.contracts.ngc import MIRRORED, fill, new_ngc_site
+from tests.contracts.s3 import BUCKET, S3Door, key_of, s3_serving
+
+pytestmark = pytest.mark.server
+LICENSE, WHO = "NVIDIA AI Product Agreement", "Ada Lovelace <ada@example.org>"
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Door]:
+    data = tmp_path_factory.mktemp("terms") / "data"
+    with s3_serving(data, new_ngc_site(data)) as found:
+        fill(found.ngc, data)
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def free(door: S3Door) -> Iterator[None]:
+    yield
+    say(door, license="", blocked="")
+
+
+def say(door: S3Door, status: int = 200, who: str = "root", name: str = MIRRORED, **body: Any) -> dict[str, Any]:
+    done = door.main.ask("POST", "/airlock/v1/terms", json.dumps({"name": name, **body}), who)
+    assert done.status == status, done.body
+    return dict(done.json())
+
+
+def told(door: S3Door) -> dict[str, tuple[int, str, str]]:
+    """What each door says of the same model to the same key: status, code, words."""
+    out: dict[str, tuple[int, str, str]] = {}
+    oci = door.main.ask("GET", f"/v2/{MIRRORED}/manifests/fp16", None, "low")
+    out["oci"] = (oci.status, oci.code, oci.json()["errors"][0]["message"]) if oci.status != 200 else (200, "", "")
+    hub = door.main.ask("HEAD", f"/{MIRRORED}/resolve/fp16/config.json", None, "low")
+    out["hub"] = hub.status, hub.headers.get("x-error-code", ""), hub.headers.get("x-error-message", "")
+    for kind, path in (("ngc", "fp16/files"), ("ngc file", "versions/fp16/files/config.json")):
+        ngc = door.ngc.ask("GET", f"/v2/org/nim/team/meta/models/llama/{path}", None, "low")
+        status = ngc.json()["requestStatus"] if ngc.status != 200 else {"statusCode": "", "statusDescription": ""}
+        out[kind] = ngc.status, status["statusCode"], status["statusDescription"]
+    client = door.client("low")
+    try:
+        client.get_object(Bucket=BUCKET, Key=key_of("nim/meta/llama", "fp16", "config.json"))
+        out["s3"] = 200, "", ""
+    except client.exceptions.ClientError as error:
+        got = error.response
+        out["s3"] = got["ResponseMetadata"]["HTTPStatusCode"], got["Error"]["Code"], got["Error"]["Message"]
+    return out
+
+
+def codes(found: dict[str, tuple[int, str, str]]) -> dict[str, tuple[int, str]]:
+    return {kind: answer[:2] for kind, answer in found.items()}
+
+
+OPEN = dict.fromkeys(("oci", "hub", "ngc", "ngc file", "s3"), (200, ""))
+
+
+def test_a_licence_that_nobody_accepted(door: S3Door) -> None:
+    assert codes(told(door)) == OPEN
+    assert say(door, license=LICENSE)["accepted_by"] == ""
+    found = told(door)
+    shut = {"oci": (403, "DENIED"), "hub": (403, "GatedRepo"), "ngc": (412, "FORBIDDEN"), "ngc file": (412, "FORBIDDEN"), "s3": (403, "AccessDenied")}
+    assert codes(found) == shut
+    assert all(LICENSE in words and "--accepted-by" in words for _, _, words in found.values()), found
+    row = door.main.ask("GET", f"/airlock/v1/catalog/{MIRRORED}", None, "low").json()
+    assert (row["entitled"], row["reason"], row["unaccepted"]) == (False, "license_unaccepted", LICENSE)
+    accepted = say(door, accepted_by=WHO)
+    assert accepted["accepted_by"] == WHO and accepted["accepted_at"] > 0 and codes(told(door)) == OPEN
+    say(door, license="another licence")
+    assert codes(told(door)) == shut, "what was accepted was the other one"
+
+
+def test_a_block_by_the_law(door: S3Door) -> None:
+    ticket = door.ngc.get("/v2/org/nim/team/meta/models/llama/fp16/files", "low")["urls"][0]
+    say(door, license=LICENSE, accepted_by=WHO, blocked="export control: not for region X")
+    found = told(door)
+    shut = {"oci": (403, "DENIED"), "hub": (403, "GatedRepo"), "ngc": (451, "FORBIDDEN"), "ngc file": (451, "FORBIDDEN"), "s3": (403, "AccessDenied")}
+    assert codes(found) == shut and all("export control: not for region X" in words for _, _, words in found.values()), found
+    assert door.ngc.bytes_of(ticket).status == 451, "a URL that was given before ends too"
+    assert door.main.ask("GET", f"/v2/{MIRRORED}/manifests/fp16", None, "root").status == 403, "nobody reads it, its administrator neither"
+    listed = door.client("low").list_objects_v2(Bucket="models", Prefix=MIRRORED)
+    assert listed["KeyCount"] == 0
+    hidden = door.ngc.ask("GET", "/v2/org/nim/team/meta/models/llama", None, "other")
+    assert hidden.status == 404, "who may not see the name is not told that it is blocked"
+    say(door, blocked="")
+    assert codes(told(door)) == OPEN
+
+
+def test_what_a_bundle_told_of_an_acceptance_counts(door: S3Door) -> None:
+    fact = {"name": MIRRORED, "ref": "fp16", "digest": "sha256:" + "0" * 64, "license": LICENSE, "accepted_by": WHO, "accepted_at": 1_700_000_000}
+    engine = open_engine(f"sqlite:///{door.main.data / 'registry.db'}")
+    with writing(engine) as conn:
+        conn.execute(t.upstream_record.insert().values(**vars(check_fact(fact)), sender="s", sequence=1, at=1.0))
+    engine.dispose()
+    assert say(door, license=LICENSE) == {"name": MIRRORED, "license": LICENSE, "accepted_by": WHO, "blocked": "", "accepted_at": 1_700_000_000}
+    assert codes(told(door)) == OPEN
+
+
+def test_who_may_say_so_and_what_is_recorded(door: S3Door) -> None:
+    for who, status in (("low", 403), ("acme", 404), ("other", 404)):
+        say(door, status, who, license=LICENSE)
+    say(door, 404, name="no/such", license=LICENSE)
+    assert say(door, who="acme", name="acme/open/free", blocked="a court")["blocked"] == "a court", (
+        "an organisation's own name is its administrator's"
+    )
+    say(door, who="acme", name="acme/open/free", blocked="")
+    say(door, 400, accepted_by=WHO)
+    for bad in ({"license": 1}, {"license": "x" * 201}, {"blocked": "a\nb"}, {"accepted_by": None}):
+        say(door, 400, **bad)
+    say(door, license=LICENSE, accepted_by=WHO)
+    rows = door.main.ask("GET", "/airlock/v1/audit?limit=1000", None, "root").json()["items"]
+    mine = [row for row in rows if row["event"] == "terms" and row["ref"] == MIRRORED]
+    assert (mine[-1]["license"], mine[-1]["license_by"], mine[-1]["before_license"]) == (LICENSE, WHO, "")
+
+
+def test_a_profile_is_under_the_terms_of_its_model(door: S3Door) -> None:
+    door.main.image(f"{MIRRORED}/profiles", "fp16", [b"a profile"], "root")
+    say(door, blocked="a court")
+    assert door.main.ask("GET", f"/v2/{MIRRORED}/profiles/manifests/fp16", None, "root").status == 403
+    say(door, blocked="")
+    assert door.main.ask("GET", f"/v2/{MIRRORED}/profiles/manifests/fp16", None, "root").status == 200
+
+
+def test_the_command(door: S3Door) -> None:
+    env = {"AIRLOCK_REGISTRY": door.main.url, "AIRLOCK_KEY": door.main.keys["root"]}
+    said = airlock("catalog", "terms", MIRRORED, "--license", "another licence", **env).stdout
+    assert said == f"{MIRRORED}: licence another licence, not accepted: nobody reads it\n"
+    assert f"accepted by {WHO}" in airlock("catalog", "terms", MIRRORED, "--accepted-by", WHO, **env).stdout
+    assert "blocked: a court" in airlock("catalog", "terms", MIRRORED, "--block", "a court", **env).stdout
+    assert "blocked:    a court" in airlock("catalog", "show", MIRRORED, **env).stdout
+    assert "blocked" not in airlock("catalog", "terms", MIRRORED, "--unblock", **env).stdout
+    assert airlock("catalog", "terms", MIRRORED, check=False, **env).returncode == 6
