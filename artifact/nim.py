@@ -362,7 +362,7 @@ class _Builder:
         elif isinstance(event, yaml.ScalarEvent):
             self._tag(event.tag, line)
             self._count(1, line)
-            empty = event.implicit[0] and event.style is None and event.value in ("~", "null", "Null", "NULL")
+            empty = event.implicit[0] and not event.style and event.value in ("~", "null", "Null", "NULL")
             value = "" if empty else event.value
             if event.anchor:
                 self._anchors[event.anchor] = value, 1
