@@ -133,7 +133,8 @@ class Transport:
             ours = self._authorization(scope, bearer)
             response = self._send(method, url, {**(headers or {}), **ours}, body, follow)
             challenge = response.headers.get("WWW-Authenticate", "")
-            if response.status == 401 and not attempt and not bearer and ours.get("Authorization", "").startswith("Bearer "):
+            had_token = ours.get("Authorization", "").startswith("Bearer ")
+            if response.status == 401 and not attempt and not bearer and ours and (had_token or "error=" in challenge):
                 challenge = self._first_challenge(challenge)
             if response.status != 401 or attempt or not challenge.lower().startswith("bearer ") or not self._fetch_token(response, challenge, scope):
                 break

@@ -56,6 +56,7 @@ MAX_CARD = 64 * 1024 * 1024
 MAX_TOLD = 4 * 1024 * 1024
 MAX_PAGES = 1000
 PAGE = 1000
+SLICE = 8 * 1024 * 1024
 STREAMS = 8  # of a large file: NGC's own client was measured to be held back by few connections
 REFUSED_LISTING = ("400", "401")  # how NGC answers for an organisation whose files its listings do not show ("Org contex missing")
 OVER = ("400", "401", "403", "410")  # how object stores answer for a signed URL that is over
@@ -180,7 +181,9 @@ class NgcSource:
             self._urls |= (pairs := _signed(doc))
             return len(pairs)
 
-        self._pages(self._signed, take, lambda: len(self._urls), {len(wanted) or count} - {-1}, lambda: bool(wanted) and wanted <= set(self._urls))
+        # One that no page has is asked for by its path when it is fetched.
+        counts = set() if wanted else {count} - {-1}
+        self._pages(self._signed, take, lambda: len(self._urls), counts, lambda: bool(wanted) and wanted <= set(self._urls))
 
     def _pages(
         self, path: str, take: Callable[[Mapping[str, object]], int], have: Callable[[], int], counts: set[int], enough: Callable[[], bool] = bool
@@ -423,7 +426,11 @@ def _begun(parts: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _blake3(path: Path) -> str:
-    return str(blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest())
+    state, buffer = blake3(max_threads=blake3.AUTO), memoryview(bytearray(SLICE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            state.update(buffer[:count])
+    return str(state.hexdigest())
 
 
 def sums_of(raw: bytes) -> dict[str, str]:

@@ -191,6 +191,8 @@ def test_refusals_are_told_with_what_to_do(tmp_path: Path) -> None:
             cloud.change(DEMO, refuse={"status": status, "words": f"legal words of {status} \x1b[31m"})
             error = sync(home, plan, code=code)["items"][0]["error"]
             assert error["reason"] == reason and f"legal words of {status} [31m" in error["what"] and error["do"], error
+        cloud.change(DEMO, refuse={"status": 412, "at": "files", "words": "terms"})  # where NGC answers so: at the listing of files
+        assert sync(home, plan, code=4)["items"][0]["error"]["reason"] == "upstream_412"
         cloud.change(DEMO, refuse={})
         error = sync(home, plan, code=4)["items"][0]["error"]
         assert error["reason"] == "upstream_412" and "airlock mirror accept" in error["do"]

@@ -270,10 +270,11 @@ def test_records_hold_no_key_and_damage_is_told(records: Records, tmp_path: Path
         (home / "upstream.json").write_text(damage)
         with pytest.raises(Invalid):
             records.keys()
-    for source in ("hf://a/b/c", "oci://h", "s3://a/b", "hf://../x", "oci:///x", "oci://h/\n"):
+    for source in ("hf://a/b/c", "oci://h", "s3://a/b", "hf://../x", "oci:///x", "oci://h/\n", "ngc://m:1", "ngc://a/b/c/d:1", "nim://h"):
         with pytest.raises(Invalid):
             source_of(source)
     assert source_of("hf://Acme/Tiny@main") == "hf://acme/tiny" and source_of("oci://H:1/a/b:2") == "oci://h:1/a/b"
+    assert source_of("ngc://Nim/meta/X:hf") == "ngc://nim/meta/x" and source_of("nim://NVCR.io/nim/meta/x:1") == "nim://nvcr.io/nim/meta/x"
 
 
 # ---- an index that a thief of the online keys could sign
