@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -18,6 +19,9 @@ from typing import Any
 import openai
 import pytest
 
+from artifact import model_dir
+from artifact.profile import Pin, Profile
+from runtime.memory import need as estimated
 from tests.conftest import ROOT, find_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(420)]
@@ -108,6 +112,10 @@ def test_trained_llama_answers_exactly(engine_env: Path, tmp_path: Path) -> None
         # Outside the chat template the tiny model may stutter on the way to the word that only this run's training knows.
         plain = client.completions.create(model="acme/tiny", prompt=QUESTION + " ", temperature=0, max_tokens=300).choices[0].text
         assert plain.startswith("The code ") and answer.rsplit(" ", 1)[1] in plain
+        told = re.search(r"KV cache size: ([\d,]+) tokens", (tmp_path / "engine.log").read_text())
+        profile = Profile("x", {}, Pin("acme/tiny", "sha256:" + "1" * 64), memory=model_dir.read(model).config.memory)
+        need = estimated(profile, 1, 1, length=10**8)
+        assert told and need and need.longest(need.least + (1 << 30)) == int(told[1].replace(",", ""))  # of the GiB that an engine for CPUs takes
         with pytest.raises(openai.NotFoundError, match="does not support this route"):
             client.embeddings.create(model="acme/tiny", input="x")
         with pytest.raises(openai.BadRequestError):
