@@ -11,18 +11,19 @@ from dataclasses import replace
 
 from artifact import copy
 from artifact.disk import Disk
-from artifact.errors import Invalid, NotFound
+from artifact.errors import Invalid, NotFound, TooLarge
 from artifact.layers import find_manifest
-from artifact.manifest import is_commit, parse_manifest
+from artifact.manifest import MAX_MANIFEST_BYTES, files_of, is_commit, parse_manifest
 from artifact.nim import NimManifest, NimProfile, NimUri, parse, parse_uri
 from artifact.store import Descriptor
-from mirror.home import Named
+from mirror.home import MirrorHome, Named
 from mirror.jobs import JOBS, Job, OciJob, key_of
 from mirror.plan import Item, Models, Requires, ngc_item
 from mirror.rights import Right
 from mirror.sources.oci import Metered
 
 CHUNK = 1024 * 1024
+MAX_VERSIONS = 500  # each costs a few requests
 Place = tuple[str, str]  # canonical name and ref
 Entitle = Callable[[Item, str], Right]
 
@@ -94,10 +95,10 @@ class Choice:
 class NimJob(Job):
     """One NIM image and what its chosen profiles need."""
 
-    def __init__(self, granted: Right, key: str, disk: Disk, choice: Choice, entitle: Entitle, environ: Mapping[str, str] = os.environ) -> None:
-        self._right, self._key, self._disk = granted, key, disk
+    def __init__(self, granted: Right, key: str, home: MirrorHome, choice: Choice, entitle: Entitle, environ: Mapping[str, str] = os.environ) -> None:
+        self._right, self._home, self._disk = granted, home, home.disk
         self._choice, self._entitle, self._environ = choice, entitle, environ
-        self._image = OciJob(granted, key, disk)
+        self._image = OciJob(granted, key, home.disk)
         self._profiles: tuple[NimProfile, ...] = ()
         self._models: dict[Place, Job] = {}
         self._uris: dict[Place, NimUri] = {}
@@ -125,11 +126,17 @@ class NimJob(Job):
                 place = (uri.repository, uri.version)
                 self._uris.setdefault(place, uri)
                 self._choice.add(place, uri.file, file.checksums.get("blake3", ""), item.source)
+        if len(self._uris) > MAX_VERSIONS:
+            raise TooLarge(f"the chosen profiles name {len(self._uris)} versions of models", expected=f"at most {MAX_VERSIONS}", do="choose fewer")
 
     def settle(self) -> None:
-        """Pins the versions of all models, with the files that the whole plan chose of them."""
+        """Pins the versions of all models, with the files that the whole plan chose of them, and those that are in staging under the same name."""
+        names = {(n.name, n.ref): n for n in self._home.names() if n.kind == "model"}
         for place, uri in self._uris.items():
             derived = self._derived(uri, place)
+            if derived.files and place in names:  # another plan, or an item of its own, had chosen others: an image takes nothing from them
+                before = files_of(parse_manifest(self._disk.read(names[place].digest, MAX_MANIFEST_BYTES)))
+                derived = replace(derived, also=tuple(f.path for f in before))
             key = key_of(derived, self._environ)
             granted = replace(self._entitle(derived, key), acceptance=self._right.acceptance)
             self._models[place] = JOBS[derived.kind](granted, key, self._disk)

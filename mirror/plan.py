@@ -49,7 +49,8 @@ class Requires:
 class Item:
     """One thing to mirror: where from, as which canonical name and ref, with which key variable and profiles.
 
-    What a NIM's image chooses: `files` (exactly these), with the BLAKE3 that it tells of some in `sums`; of the image itself `selectors`, `models`.
+    What a NIM's image chooses: `files` (these, and those of `also` that there are), with the BLAKE3 that it tells of some in `sums`;
+    of the image itself `selectors` and `models`.
     """
 
     kind: str
@@ -67,6 +68,7 @@ class Item:
     requires: Requires = Requires()
     auth_url: str = ""
     files: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
     sums: tuple[tuple[str, str], ...] = ()
     selectors: tuple[str, ...] = ()
     models: Models | None = None

@@ -147,5 +147,5 @@ def _job(item: Item, home: MirrorHome, records: Records, now: float, environ: Ma
     key = jobs.key_of(item, environ)
     granted = right(item, key, records, now)  # before the upstream is asked for anything
     if item.kind == "nim":
-        return nim.NimJob(granted, key, home.disk, choice, lambda other, its: right(other, its, records, now), environ)
+        return nim.NimJob(granted, key, home, choice, lambda other, its: right(other, its, records, now), environ)
     return jobs.JOBS[item.kind](granted, key, home.disk)

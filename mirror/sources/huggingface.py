@@ -164,7 +164,7 @@ class HubSource:
             if path.casefold() in seen:
                 raise Invalid(f"two files are named {path!r} but for letter case", expected="names that differ on every file system", reason="path")
             seen.add(path.casefold())
-            if not (path in item.files if item.files else _chosen(path, item)):
+            if not (path in (*item.files, *item.also) if item.files else _chosen(path, item)):
                 continue
             yield _remote_file(path, node)
             if len(seen) > MAX_FILES * 10:

@@ -233,7 +233,7 @@ class NgcSource:
     def _chosen(self, path: str) -> bool:
         item = self._item
         if item.files:
-            return path in item.files
+            return path in item.files or path in item.also
         return any(fnmatch.fnmatchcase(path, p) for p in item.allow) and not any(fnmatch.fnmatchcase(path, p) for p in item.ignore)
 
     def _file(self, path: str) -> str:

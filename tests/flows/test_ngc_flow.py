@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
+from artifact.layers import find_manifest
 from artifact.manifest import digest_of
 from artifact.remote import NOBODY_CALL, RemoteRegistry
 from mirror.home import MirrorHome
@@ -22,9 +23,10 @@ from tests.contracts.ngc import new_ngc_site
 from tests.flows.test_fake_ngc import BUNDLE, DEMO, contents, found, make_image, make_model, ngc
 from tests.flows.test_ngc_source import sync
 from tests.flows.test_ngcsdk import Sdk, configure, step
-from tests.flows.test_nim_source import MODEL, cloud_with, item, manifest
+from tests.flows.test_nim import cached, start
+from tests.flows.test_nim_source import IDS, MODEL, cloud_with, item, manifest
 from tests.flows.test_sync import AIRLOCK, make_home, plan_file
-from tests.operated import operated
+from tests.operated import Operated, operated
 from tests.services.clients import client
 
 pytestmark = pytest.mark.server
@@ -88,8 +90,19 @@ def test_what_ngc_had_every_door_serves(tmp_path: Path) -> None:
         assert found(tmp_path / "sdk" / "llama3-8b-instruct_vhf") == {f: contents()[f] for f in ("config.json", "model.safetensors")}
         assert found(tmp_path / "demo_v1.0") == {"result.sigstore": BUNDLE} and '"isSigned": true' in json.dumps(out[5][1])
         assert sdk.unanswered() == []
+        by_nim(tmp_path, server, keys["root"], data / "tls" / "cert.pem")
         by_hub(tmp_path, server.url, keys["root"], data / "tls" / "cert.pem")
         by_oci(tmp_path, server.url, keys["root"], data / "tls" / "cert.pem", home)
+
+
+def by_nim(tmp_path: Path, server: Operated, key: str, ca: Path) -> None:
+    """The container's stand-in starts with the manifest as it lies in the image's layers here, and finds all files of the profile."""
+    raw = find_manifest(RemoteRegistry(server.url, key, ca_file=str(ca)), NIM, "1.0.3").raw
+    assert raw == manifest()
+    (tmp_path / "nim").mkdir()
+    status, said, _ = start(server, tmp_path / "nim", "root", json.loads(raw), NIM_MODEL_PROFILE=IDS["aa"])
+    place = "models--nim--meta--llama3-8b-instruct/snapshots/hf"
+    assert (status, cached(tmp_path / "nim")) == (0, {f"{place}/{f}": contents()[f] for f in ("config.json", "model.safetensors")}), said
 
 
 def by_hub(tmp_path: Path, url: str, key: str, ca: Path) -> None:

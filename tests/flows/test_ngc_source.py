@@ -130,6 +130,16 @@ def test_a_listing_that_is_incomplete_is_refused(tmp_path: Path) -> None:
         assert "UPLOAD_PENDING" in sync(home, plan_file(tmp_path, item(cloud)), code=6)["items"][0]["error"]["what"]
 
 
+def test_a_file_that_hub_clients_refuse_is_warned_of_and_a_dry_run_fetches_nothing(tmp_path: Path) -> None:
+    make_model(tmp_path / "ngc", lies={"model.safetensors": {"sizeInBytes": 60_000_000_000}})
+    home = make_home(tmp_path / "mirror")
+    with ngc(tmp_path / "ngc", tmp_path / "log") as cloud:
+        (planned,) = sync(home, plan_file(tmp_path, item(cloud)), dry="yes")["items"]
+        assert (planned["status"], planned["size"], planned["transferred"]) == ("planned", 60_000_070_066, 0)
+        assert "model.safetensors has 60000000000 bytes" in planned["warnings"][0]
+        assert not cloud.requests("files") and not MirrorHome.open(home).names() and not staged(home)
+
+
 def test_signed_urls_that_end_are_listed_again(tmp_path: Path) -> None:
     make_model(tmp_path / "ngc", files=contents(5_000_000))
     home = make_home(tmp_path / "mirror")

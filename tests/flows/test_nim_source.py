@@ -142,6 +142,21 @@ def test_a_profile_may_span_versions_and_items_share_them(tmp_path: Path) -> Non
 
 
 @pytest.mark.server
+def test_an_image_takes_nothing_from_what_is_mirrored_already(tmp_path: Path) -> None:
+    cloud_with(tmp_path / "ngc", manifest())
+    home = make_home(tmp_path / "mirror")
+    with ngc(tmp_path / "ngc", tmp_path / "log") as cloud:
+        sync(home, plan_file(tmp_path, item(cloud, "tp=2")))
+        assert set(model_of(home, NAME, "hf")) == {"README.md", "config.json"}
+        sync(home, plan_file(tmp_path, item(cloud, IDS["aa"])))
+        assert set(model_of(home, NAME, "hf")) == {"README.md", "config.json", "model.safetensors"}
+        own = {"source": f"ngc://{MODEL}:hf", "endpoint": cloud.api, "key_env": "NGC_KEY"}
+        digest = sync(home, plan_file(tmp_path, own))["items"][0]["names"][0]["digest"]
+        report = sync(home, plan_file(tmp_path, item(cloud, IDS["aa"])))
+        assert digest in {n["digest"] for n in report["items"][0]["names"]} and model_of(home, NAME, "hf") == contents()
+
+
+@pytest.mark.server
 def test_models_of_the_hub_with_a_key_of_their_own(tmp_path: Path) -> None:
     cloud_with(tmp_path / "ngc", manifest())
     folder = make_repo(tmp_path / "repos", "Acme/Tiny-Llama", private=True)

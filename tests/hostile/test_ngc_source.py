@@ -154,6 +154,14 @@ def test_a23_no_key_goes_to_another_host(tmp_path: Path, how: str) -> None:
         assert PERSONAL not in repr(other.seen)
 
 
+@pytest.mark.parametrize(("body", "code"), [(b"<html>", "invalid"), (b"{" + b" " * 5_000_000 + b"}", "too_large"), (b"[1]", "invalid")])
+def test_a_signature_that_is_none(tmp_path: Path, body: bytes, code: str) -> None:
+    make_model(tmp_path / "ngc", signed=True)
+    with spy(lambda path, headers: (200, {}, body)) as other, ngc(tmp_path / "ngc", tmp_path / "log") as cloud:
+        cloud.change(DEMO, "1.0", urls={"result.sigstore": f"{other.url}/x?sig=1"})
+        refused(tmp_path, item(cloud), code)
+
+
 def test_a22_metadata_and_tokens_from_elsewhere_get_neither_request_nor_key(tmp_path: Path) -> None:
     with spy() as elsewhere, spy(lambda path, headers: (302, {"Location": f"{elsewhere.url}/x"}, b"")) as liar:
         for key in (PERSONAL, LEGACY):
