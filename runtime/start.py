@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from runtime.weights import ModelDir, Released
 
 log = logging.getLogger("airlock")
+FREE = 5  # percent of a GPU's memory in use up to which a NIM lists it as free (0 to 3 were, 7 was not)
 MEASURED = 4 << 30  # bytes of weights from which on the read speed is measured at a start
 
 
@@ -281,8 +282,10 @@ def system(facts: Facts) -> list[str]:
     mark = " SIMULATED" if facts.simulated else ""
     if facts.cpu:
         return ["SYSTEM INFO", f"- No NVIDIA library on this node: CPU profiles only{mark}"]
-    lines = ["SYSTEM INFO", f"- Driver {facts.driver}, CUDA {facts.cuda}{mark}", "- GPUs:" if facts.gpus else "- GPUs: <None>"]
-    for gpu in facts.gpus:
-        used = 100 * (gpu.total - gpu.free) // gpu.total if gpu.total else 0
-        lines.append(f"  -  [{gpu.device}] ({gpu.index}) {gpu.name} {gpu.uuid} [current utilization: {used}%]")
+    lines = ["SYSTEM INFO", f"- Driver {facts.driver}, CUDA {facts.cuda}{mark}"]
+    used = {gpu: 100 * (gpu.total - gpu.free) // gpu.total if gpu.total else 0 for gpu in facts.gpus}
+    for title, some in (("Free", [g for g in facts.gpus if used[g] <= FREE]), ("Non-free", [g for g in facts.gpus if used[g] > FREE])):
+        if some or title == "Free":
+            lines.append(f"- {title} GPUs:{'' if some else ' <None>'}")
+        lines += [f"  -  [{g.device}] ({g.index}) {g.name} {g.uuid} [current utilization: {used[g]}%]" for g in some]
     return lines + ([f"- {facts.hidden}"] if facts.hidden else [])

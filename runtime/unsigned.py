@@ -53,7 +53,7 @@ def asked(settings: Settings) -> bool:
     return True
 
 
-def choose(settings: Settings) -> start.Choice:
+def choose(settings: Settings, *, any_engine: bool = False) -> start.Choice:
     """As start.choose: key check where there is a registry, GPUs, choice among the profiles of the directory or of the operator's manifest."""
     from artifact.trust import SiteTrust
     from runtime import engines, entitlement, profiles
@@ -74,11 +74,23 @@ def choose(settings: Settings) -> start.Choice:
     facts = start.detect(settings, pinned=bool(settings.profile))
     for line in start.system(facts):
         log.info(line)
-    absent = {name: why for name, why in engines.installed(settings).items() if why}
+    absent = {} if any_engine else {name: why for name, why in engines.installed(settings).items() if why}
     able = frozenset(engines.names()) - frozenset(absent)
     selection = profiles.select(found.profiles, facts, start.wanted_of(settings, settings.profile, able, tuple(absent.items())))
     trust = SiteTrust("", {}, {})
     return start.Choice(client, trouble, trust, facts, Released("unsigned", found), selection)
+
+
+def look(manifest: Path, settings: Settings) -> start.Choice:
+    """What of a manifest file would fit this node; nothing is asked, fetched or run, so nobody has to allow it."""
+    from artifact.trust import SiteTrust
+    from runtime import profiles
+    from runtime.offline import Offline
+
+    found, facts = listed(_read(manifest)), start.detect(settings)
+    selection = profiles.select(found.profiles, facts, start.wanted_of(settings, settings.profile, None))
+    trouble = Unavailable("the registry is not asked", reason="offline")
+    return start.Choice(Offline("http://offline"), trouble, SiteTrust("", {}, {}), facts, Released("unsigned", found), selection)
 
 
 def from_directory(top: Path, settings: Settings) -> ProfileSet:

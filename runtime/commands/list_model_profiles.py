@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
+from artifact.errors import Invalid
 from artifact.profile import Profile
-from runtime import console, start
+from runtime import console, start, unsigned
 from runtime.profiles import FREE, Wanted, select
 from runtime.settings import Settings
 from runtime.start import Choice
@@ -18,13 +20,22 @@ TEXT = "show which profiles fit this node, and why others do not"
 def main(argv: list[str]) -> int:
     """Entry point; returns the documented exit status."""
     parser = console.parser("list-model-profiles", TEXT)
-    return console.run(parser, argv, list_profiles)
+    parser.add_argument("-m", "--manifest-file", type=Path, metavar="FILE", help="profiles of this manifest; no registry is asked, no key needed")
+    parser.add_argument("--output-format", choices=("text", "json"), default="text", help="json: as --json")
+    parser.add_argument("--output-file", type=Path, metavar="FILE", help="write there and not to the terminal")
+    return console.run(parser, argv, list_profiles, named=False)
 
 
 def list_profiles(settings: Settings, args: argparse.Namespace) -> int:
     """`list-model-profiles`: what fits, what does not and why, as NIM prints it or as JSON."""
-    choice = start.choose(settings, settings.profile)
-    sys.stdout.write(_as_json(choice, settings) if args.json else _as_text(choice, settings))
+    if not (args.manifest_file or settings.model):
+        raise Invalid("no model is named", expected="NAME[:VERSION]", do="say --model or --manifest-file, or set AIRLOCK_MODEL")
+    choice = unsigned.look(args.manifest_file, settings) if args.manifest_file else start.choose(settings, settings.profile)
+    text = _as_json(choice, settings) if args.json or args.output_format == "json" else _as_text(choice, settings)
+    if args.output_file:
+        args.output_file.write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
     return 0
 
 
@@ -58,7 +69,7 @@ def _as_json(choice: Choice, settings: Settings) -> str:
         return out | ({"reason": reasons[profile.id]} if profile.id in reasons else {})
 
     doc = {
-        "model": settings.name_ref,
+        "model": settings.name_ref if settings.model else choice.released.profiles.model,
         "profile_manifest": choice.released.digest,
         "selected": selection.selected.id if selection.selected else None,
         "why": selection.why,
