@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ HINTS = {
     18: "driver and library differ in version; reboot, or correct the container toolkit",
 }
 TOLERATED = (3, 13)  # not supported, function not found: the fact is absent, which is no failure
-INVALID_ARGUMENT, NOT_FOUND = 2, 6  # a link beyond the last one; a hole among MIG slices
+# Of facts that nothing depends on, what a container or a virtual GPU may answer besides: a link beyond the last one, no permission, another version
+# of the structure, unknown. A GPU that is lost or late is none of these.
+OPTIONAL = (*TOLERATED, 2, 4, 25, 999)
+NO_SLICE = (*TOLERATED, 4, 6)  # a slice that is another container's; a hole among the slices
 # nvmlClocksEventReason* (nvml.h): those that cost speed and are nobody's wish.
 SLOWED = {0x8: "hardware slowdown", 0x20: "software thermal limit", 0x40: "hardware thermal limit", 0x80: "power brake"}
 MODULE = Path("/proc/driver/nvidia/gpus")  # the kernel module's list by bus, in NVML's order; readable when a GPU answers nothing
@@ -248,8 +252,8 @@ def _gpu(driver: _Driver, index: int) -> list[dict[str, Any]]:
     label = f"GPU {index} ({', '.join(filter(None, (uuid, bus)))})"
     memory = ask("nvmlDeviceGetMemoryInfo", handle, label=label)
     mig = ask("nvmlDeviceGetMigMode", handle, label=label, absent=(0, 0))
-    cores = ask("nvmlDeviceGetNumGpuCores", handle, label=label, absent=0)
-    clock = ask("nvmlDeviceGetMaxClockInfo", handle, driver.nvml.NVML_CLOCK_SM, label=label, absent=0)
+    cores = ask("nvmlDeviceGetNumGpuCores", handle, label=label, absent=0, tolerated=OPTIONAL)
+    clock = ask("nvmlDeviceGetMaxClockInfo", handle, driver.nvml.NVML_CLOCK_SM, label=label, absent=0, tolerated=OPTIONAL)
     faults, notices = _health(driver, handle, label)
     board = {
         "index": index,
@@ -273,7 +277,7 @@ def _slices(driver: _Driver, handle: Any, board: dict[str, Any], label: str) -> 
     """The MIG slices of one GPU; the driver counts them with holes."""
     ask, found = driver.ask, []
     for i in range(ask("nvmlDeviceGetMaxMigDeviceCount", handle, label=label, absent=0)):
-        mig = ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, i, label=f"slice {i} of {label}", tolerated=(*TOLERATED, NOT_FOUND))
+        mig = ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, i, label=f"slice {i} of {label}", tolerated=NO_SLICE)
         if mig is None:
             continue
         where = f"slice {i} of {label}"
@@ -301,7 +305,7 @@ def _links(driver: _Driver, handle: Any, label: str) -> int:
     """How many NVLinks are up."""
     up = 0
     for link in range(driver.nvml.NVML_NVLINK_MAX_LINKS):
-        state = driver.ask("nvmlDeviceGetNvLinkState", handle, link, label=label, tolerated=(*TOLERATED, INVALID_ARGUMENT))
+        state = driver.ask("nvmlDeviceGetNvLinkState", handle, link, label=label, tolerated=OPTIONAL)
         if state is None:
             break
         up += bool(state)
@@ -314,28 +318,31 @@ def _peers(driver: _Driver, boards: list[dict[str, Any]]) -> None:
     for i, a in enumerate(boards):
         for j, b in enumerate(boards[:i]):
             where = f"GPU {a['index']} ({a['uuid']}, {a['bus']}) to GPU {b['index']}"
-            if driver.ask("nvmlDeviceGetP2PStatus", handles[i], handles[j], driver.nvml.NVML_P2P_CAPS_INDEX_NVLINK, label=where) == 0:
+            if (
+                driver.ask("nvmlDeviceGetP2PStatus", handles[i], handles[j], driver.nvml.NVML_P2P_CAPS_INDEX_NVLINK, label=where, tolerated=OPTIONAL)
+                == 0
+            ):
                 a.setdefault("peers", []).append(b["index"])
                 b.setdefault("peers", []).append(a["index"])
 
 
 def _health(driver: _Driver, handle: Any, label: str) -> tuple[list[str], list[str]]:
     """What is wrong with a GPU that answers, and what only slows it; Xid messages are not NVML's to tell, dmesg has them."""
-    ask, nvml = driver.ask, driver.nvml
-    faults, notices = [], []
-    errors = ask("nvmlDeviceGetTotalEccErrors", handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC, label=label, absent=0)
+    nvml, faults, notices = driver.nvml, [], []
+    ask = partial(driver.ask, label=label, tolerated=OPTIONAL)
+    errors = ask("nvmlDeviceGetTotalEccErrors", handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC, absent=0)
     if errors:
         faults.append(f"{errors} uncorrected ECC error(s) since the driver was loaded")
-    if ask("nvmlDeviceGetRetiredPagesPendingStatus", handle, label=label, absent=0):
+    if ask("nvmlDeviceGetRetiredPagesPendingStatus", handle, absent=0):
         faults.append("memory pages wait to be retired: reset the GPU or reboot the host")
-    rows = ask("nvmlDeviceGetRemappedRows", handle, label=label, absent=(0, 0, 0, 0))
+    rows = ask("nvmlDeviceGetRemappedRows", handle, absent=(0, 0, 0, 0))
     if rows[2]:
         faults.append("memory rows wait to be remapped: reset the GPU or reboot the host")
     if rows[3]:
         faults.append("remapping of memory rows failed: the GPU has to be replaced")
-    slowed = ask("nvmlDeviceGetCurrentClocksEventReasons", handle, label=label)
+    slowed = ask("nvmlDeviceGetCurrentClocksEventReasons", handle)
     if slowed is None:  # the name before driver 535
-        slowed = ask("nvmlDeviceGetCurrentClocksThrottleReasons", handle, label=label, absent=0)
+        slowed = ask("nvmlDeviceGetCurrentClocksThrottleReasons", handle, absent=0)
     words = [text for bit, text in SLOWED.items() if slowed & bit]
     if words:
         notices.append(f"clocks are slowed now: {', '.join(words)}")

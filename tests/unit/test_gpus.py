@@ -174,6 +174,14 @@ def test_host_memory_is_bounded_by_a_containers_limit(limit: int, sizes: tuple[i
     assert gpus.host_memory("MemTotal:  4 kB\nMemFree: 1 kB\nMemAvailable:   2 kB\n", limit) == sizes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["nvmlDeviceGetTotalEccErrors", "nvmlDeviceGetNvLinkState", "nvmlDeviceGetP2PStatus", "nvmlDeviceGetNumGpuCores"])
+def test_a_fact_that_nothing_depends_on_is_no_failure_unless_the_gpu_is_lost(node: Node, call: str) -> None:
+    config = "gpu\nnvlinks=2\ntotal=9\nfree=9\n" * 2 + f"error_call={call}\nerror="
+    assert len(node(config + "999\n")["gpus"]) == 2
+    assert "error 15" in node(config + "15\n")["what"] and call in node(config + "15\n")["what"]
+
+
 def test_mig_slices_are_devices_with_their_memory(node: Node) -> None:
     config = HOSTS["h100-migx1"] + "gpu\nmig=0\ntotal=1000\nfree=900\n"
     first, second, whole = node(config)["gpus"]
