@@ -5,6 +5,7 @@ The engine's place is taken by a program that writes down how it was called.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -104,3 +105,16 @@ def test_the_list_keeps_lora_and_low_memory_apart(node: Node, library: Path) -> 
     started = node.run("serve", **env).stderr
     assert "Detected 1 compatible profile(s)." in started and "Detected additional 1 compatible profile(s) that are currently not runnable" in started
     assert "(vllm-fp8-tp1) on GPUs [0]" in started
+
+
+def test_explain_a_released_model_here_and_for_another_host(node: Node, library: Path) -> None:
+    env = many(node, library, host("h100", each="ecc=2\nthrottle=0x40"))
+    here = node.run("explain", "--json", **env)
+    out = json.loads(here.stdout)
+    assert here.returncode == 0 and out["source"] == "acme/tiny:1" and [p["rule"] for p in out["profiles"]] == [None, "gpus", "gpus"]
+    assert out["system"]["simulated"] and out["system"]["gpus"][0]["faults"] == ["2 uncorrected ECC error(s) since the driver was loaded"]
+    there = json.loads(node.run("explain", "--json", "--hardware", "h100x8").stdout)
+    assert there["selected"] != out["selected"] and len(there["system"]["gpus"]) == 8
+    assert not (node.cache / "models").exists()  # nothing is fetched for it
+    started = node.run("serve", **env).stderr
+    assert "00000000:10:00.0): 2 uncorrected ECC error(s)" in started and "clocks are slowed now: hardware thermal limit" in started
