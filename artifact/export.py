@@ -1,13 +1,14 @@
 """A NIM profile's files as a container finds them without a network: the tree of NIM_CACHE_PATH, or a plain model directory.
 
 A name appears by rename, once its bytes are whole and verified; what is unfinished lies in one folder of its own and is continued by the next run.
-The layout is that of NIM's and the Hub's own caches (docs/adr/0009). Must not: follow a link that lies in the target, or leave a file that is not
+The layout is that of NIM's and the Hub's own caches (adr/0009). Must not: follow a link that lies in the target, or leave a file that is not
 what the registry has.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import secrets
@@ -190,18 +191,28 @@ def export_directory(remote: RemoteRegistry, presence: Presence, target: Target,
 
 @contextlib.contextmanager
 def _staged(folder: Path) -> Iterator[Disk]:
-    """The store of what is unfinished; gone once all is in place, kept for the next run where that fails."""
-    if folder.is_symlink():
-        raise Invalid(f"{folder} is a link", expected="a directory of ours", do="remove it", reason="target")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.geteuid():
-        raise Invalid(f"{folder} is somebody else's", expected="a directory of ours", do="remove it", reason="target")
-    folder.chmod(0o700)
-    for stale in folder.iterdir():
-        if stale.name not in ("blobs", "partial"):
-            shutil.rmtree(stale)
-    yield Disk(folder)
-    shutil.rmtree(folder)
+    """The store of what is unfinished, for one process; gone once all is in place, kept for the next run where that fails."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        raise Invalid(f"{folder} is a link or a file", expected="a directory of ours", do="remove it", reason="target") from None
+    try:
+        if os.fstat(fd).st_uid != os.geteuid():
+            raise Invalid(f"{folder} is somebody else's", expected="a directory of ours", do="remove it", reason="target")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Conflict(f"another export fills {folder.parent} now", expected="one at a time", do="wait for it", reason="busy") from None
+        os.fchmod(fd, 0o700)
+        for stale in folder.iterdir():
+            if stale.name not in ("blobs", "partial"):
+                shutil.rmtree(stale)
+        yield Disk(folder)
+        shutil.rmtree(folder)
+    finally:
+        os.close(fd)
 
 
 def _fetch(remote: RemoteRegistry, places: list[_Place], disk: Disk, on: Path, progress: Progress, workers: int, done: Exported) -> list[_Place]:

@@ -74,18 +74,26 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
         door.push("ngc/nim/meta/engine", "fp8-1.0", ENGINE)
         push_image(door.main, *IMAGE.split(":"), nim_layers(RAW))
         push_image(door.main, "nvcr.io/nim/meta/native", "1", [tar(Entry("x"))], config={"Labels": {LABEL: "native-v1"}})
-    with operated(data, keys) as found:
+    places = {"AIRLOCK_NGC": "127.0.0.1:0", "AIRLOCK_S3": "127.0.0.1:0"}
+    with operated(data, keys, AIRLOCK_TLS="self-signed", **places) as found:
         yield found
 
 
 LABEL = "com.nvidia.nim.model_download_protocol"
 
 
+def authority(server: Operated) -> str:
+    return str(server.data / "tls" / "cert.pem")
+
+
+def site(server: Operated, who: str = "root") -> dict[str, str]:
+    """The environment of whoever works at this site."""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("AIRLOCK_")}
+    return plain | {"AIRLOCK_KEY": server.keys[who], "AIRLOCK_REGISTRY": server.url, "AIRLOCK_CA_FILE": authority(server)}
+
+
 def command(server: Operated, *words: str, who: str = "root", **more: Any) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("AIRLOCK_")} | {"AIRLOCK_KEY": server.keys[who]}
-    done = subprocess.run(
-        [AIRLOCK, "nim", *words, "--registry", server.url], capture_output=True, text=True, timeout=120, check=False, env=env, **more
-    )
+    done = subprocess.run([AIRLOCK, "nim", *words], env=site(server, who), capture_output=True, text=True, timeout=120, check=False, **more)
     assert "Traceback" not in done.stderr and server.keys[who] not in done.stdout + done.stderr
     return done
 
@@ -108,8 +116,8 @@ def start(folder: Path, profile: str = WHOLE, nobody: bool = True, **env: str) -
     for parent in folder.parents[:3] if user else ():  # the test's own folders are root's alone
         parent.chmod(parent.stat().st_mode | 0o055)
     argv = [shutil.which("python3", path="/usr/bin:/usr/local/bin") or sys.executable, "-P", str(fake), str(what)]
-    site = next(str(p) for p in map(Path, sys.path) if (p / "blake3").is_dir())
-    return subprocess.run(argv, capture_output=True, text=True, timeout=60, env=given | {"PYTHONPATH": site}, check=False, **user)
+    found = next(str(p) for p in map(Path, sys.path) if (p / "blake3").is_dir())
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60, env=given | {"PYTHONPATH": found}, check=False, **user)
 
 
 def served(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
@@ -134,13 +142,12 @@ def test_the_profiles_of_a_mirrored_image_and_what_is_here(server: Operated) -> 
     missing = told["profiles"][2]["missing"]
     assert [m["uri"] for m in missing] == ["ngc://nim/meta/absent:1?file=x"] and "is not here" in missing[0]["reason"]
     assert told["manifest"] == "/opt/nim/etc/default/model_manifest.yaml" and told["shape"] == 2
-    table = command(server, "profiles", f"{server.url.removeprefix('http://')}/{IMAGE}").stdout
+    table = command(server, "profiles", f"{server.url.removeprefix('https://')}/{IMAGE}").stdout
     assert "tensorrt_llm-fp8-tp2" in table and "1 of 2 files missing" in table and table.count("whole") == 3
 
 
 def test_the_manifest_is_shipped_as_it_is(server: Operated) -> None:
-    env = os.environ | {"AIRLOCK_KEY": server.keys["root"]}
-    done = subprocess.run([AIRLOCK, "nim", "profiles", IMAGE, "--manifest", "--registry", server.url], capture_output=True, env=env, check=True)
+    done = subprocess.run([AIRLOCK, "nim", "profiles", IMAGE, "--manifest"], capture_output=True, env=site(server), check=True)
     assert done.stdout == RAW
 
 
@@ -195,9 +202,14 @@ def test_whoever_is_not_root_is_told_what_to_do(server: Operated, tmp_path: Path
     mine = tmp_path / "mine"
     mine.mkdir()
     os.chown(mine, 1001, 1001)
-    done = command(server, "export", str(mine / "cache"), IMAGE, OTHER, user=1001, group=1001, extra_groups=[])
-    if "Permission denied" in done.stderr or "No module named" in done.stderr:
-        pytest.skip("another user cannot run this environment")
+    ca = tmp_path / "ca.crt"
+    shutil.copy(authority(server), ca)
+    code = (  # the modules are read as root, whom alone a test environment may belong to
+        "import os, sys, yaml, blake3, encodings.idna; from artifact.cli import run; from artifact.commands.nim_export import main\n"
+        "os.setgroups([]); os.setgid(1001); os.setuid(1001); sys.exit(run(main, sys.argv[1:]))"
+    )
+    argv = [sys.executable, "-c", code, str(mine / "cache"), IMAGE, OTHER, "--ca-file", str(ca)]
+    done = subprocess.run(argv, env=site(server), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert f"chown -hR 1000:2000 {mine}/cache" in done.stdout and (mine / "cache").stat().st_uid == 1001
 
@@ -248,11 +260,10 @@ def test_a_key_that_sees_less(server: Operated, tmp_path: Path) -> None:
 def test_kill_9_leaves_nothing_that_looks_whole_and_the_next_run_goes_on(server: Operated, tmp_path: Path) -> None:
     """Killed as soon as the big file has begun to arrive, again and again, each time a little later."""
     cache = tmp_path / "cache"
-    env = os.environ | {"AIRLOCK_KEY": server.keys["root"]}
-    argv = [AIRLOCK, "nim", "export", str(cache), IMAGE, WHOLE, "--registry", server.url, "--workers", "1"]
+    argv = [AIRLOCK, "nim", "export", str(cache), IMAGE, WHOLE, "--workers", "1"]
     ended, kept = False, 0
     for i in range(8):
-        child = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        child = subprocess.Popen(argv, env=site(server), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         if i == 0:
             wait_for(lambda: list((cache / ".airlock-export" / "partial").glob("*")) if cache.exists() else [], "the big file begins")
         time.sleep(0.05 * i)
@@ -306,3 +317,93 @@ def test_the_hub_form_is_one_that_the_hub_client_reads(server: Operated, tmp_pat
     done = subprocess.run([sys.executable, "-c", code, str(hub), COMMIT], capture_output=True, text=True, check=False, env={"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.splitlines()[0]).read_bytes() == b'{"a":1}'
+
+
+def test_two_exports_into_one_directory_do_not_meet(server: Operated, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = subprocess.Popen(
+        [AIRLOCK, "nim", "export", str(cache), IMAGE, WHOLE], env=site(server), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for(lambda: list((cache / ".airlock-export" / "partial").glob("*")) if cache.exists() else [], "the first has begun")
+        first.send_signal(signal.SIGSTOP)
+        done = command(server, "export", str(cache), IMAGE, OTHER)
+        assert done.returncode == 8 and "another export" in done.stderr
+    finally:
+        first.send_signal(signal.SIGCONT)
+        assert first.wait(60) == 0
+    assert served(start(cache)) == wanted()
+
+
+# ---- what a container is started with
+
+
+def container(server: Operated, text: str, secrets: dict[str, str]) -> dict[str, str]:
+    """What docker makes of an --env-file: a bare name is taken from outside; the mount of the authority's file is played by its own path."""
+    pairs = [line.split("=", 1) if "=" in line else [line, secrets[line]] for line in text.splitlines()]
+    env = dict(pairs)
+    assert (
+        len(env) == len(pairs)
+        and env.pop("REQUESTS_CA_BUNDLE") == env.pop("AWS_CA_BUNDLE") == env["SSL_CERT_FILE"] == "/etc/ssl/certs/airlock-ca.pem"
+    )
+    return env | {"SSL_CERT_FILE": authority(server)}
+
+
+def played(folder: Path, env: dict[str, str]) -> dict[str, str]:
+    """A start of the container with an environment, as fetched files by their place in the cache."""
+    what = folder / "model_manifest.json"
+    what.write_text(json.dumps(manifest()))
+    given = env | {"NIM_CACHE_PATH": str(folder / "cache")}
+    done = subprocess.run([sys.executable, "-P", str(NIM), str(what)], capture_output=True, text=True, timeout=60, env=given, check=False)
+    assert done.returncode == 0, done.stderr
+    hub = folder / "cache" / "ngc" / "hub"
+    return {str(p.relative_to(hub)): hashlib.sha256(p.read_bytes()).hexdigest() for p in hub.rglob("*") if p.is_file()}
+
+
+def told(server: Operated, way: str, profile: str = WHOLE, form: str = "env", *more: str) -> str:
+    assert server.told
+    words = ("--way", way, "--format", form, "--ngc", server.told["ngc"], "--s3", server.told["s3"], "--ca", authority(server))
+    done = command(server, "env", IMAGE, profile, *words, *more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_environment_starts_the_container_by_the_ngc_listener(server: Operated, tmp_path: Path) -> None:
+    found = played(tmp_path, container(server, told(server, "ngc"), {"NGC_API_KEY": server.keys["root"]}))
+    assert sorted(found.values()) == sorted(wanted().values())
+
+
+def test_the_environment_starts_the_container_by_the_s3_override(server: Operated, tmp_path: Path) -> None:
+    shown = subprocess.run([AIRLOCK, "key", "s3"], env=site(server), capture_output=True, text=True, check=True).stdout
+    pair = dict(line.split("=", 1) for line in shown.splitlines() if line.startswith("AWS_"))
+    env = container(server, told(server, "s3"), pair)
+    assert env["NIM_REPOSITORY_OVERRIDE"] == "s3://nim/"
+    assert sorted(played(tmp_path, env | {"PLAY_STYLE": "path"}).values()) == sorted(wanted().values())
+
+
+def test_the_environment_leads_the_hub_client_here(server: Operated, tmp_path: Path) -> None:
+    env = container(server, told(server, "hf", HUB), {"HF_TOKEN": server.keys["root"]})
+    code = "import sys; from huggingface_hub import hf_hub_download as get; print(get('acme/M', 'config.json', cache_dir=sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0 and Path(done.stdout.strip()).read_bytes() == b'{"a":1}', done.stderr
+
+
+@pytest.mark.parametrize("form", ["docker", "nimcache", "nimservice"])
+def test_every_other_format_says_the_same(server: Operated, form: str) -> None:
+    env = dict(line.split("=", 1) for line in told(server, "ngc").splitlines() if "=" in line)
+    text = told(server, "ngc", WHOLE, form)
+    if form == "docker":
+        assert all(f"-e {name}={value}" in text for name, value in env.items()) and "-e NGC_API_KEY \\" in text
+    else:
+        spec = yaml.safe_load(text)["spec"]
+        found = {e["name"]: e["value"] for e in spec["env"]}
+        assert {k: v for k, v in found.items() if "CA" not in k and "CERT" not in k} == {
+            k: v for k, v in env.items() if "CA" not in k and "CERT" not in k
+        }
+    shown = json.loads(told(server, "ngc", WHOLE, form, "--json"))
+    assert shown["text"] + "\n" == text and shown["secrets"] == ["NGC_API_KEY"]
+
+
+def test_no_environment_for_what_is_not_whole_here(server: Operated) -> None:
+    done = command(server, "env", IMAGE, LACKING, "--ngc", "https://x")
+    assert done.returncode == 3 and "ngc://nim/meta/absent:1?file=x" in done.stderr
