@@ -8,6 +8,7 @@ import re
 import ssl
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 
 from tests.contracts.doors import Door
 from tests.contracts.ngc import BUNDLE, FILES, fill, new_ngc_site, ngc_serving, push_image
+from tests.flows.answered import unanswered
 from tests.operated import Operated, operated
 from tests.services.clients import client
 
@@ -48,6 +50,7 @@ class Sdk:
         told = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         assert told, done.stdout + done.stderr
         self.asked = self.lines()[before:]
+        assert not unanswered(self.asked), "a probe that no route took"
         out: list[list[Any]] = json.loads(told[0].removeprefix("RESULT "))
         return out
 
@@ -171,6 +174,28 @@ def test_refusals_as_the_user_reads_them(sdk: Sdk, tmp_path: Path) -> None:
     for (kind, said), (_, wanted, words) in zip(out[1:6:2], cases.values(), strict=True):
         assert kind == wanted and re.search(words, said), out
     assert "could not be found" in out[6][1], out
+
+
+def terms(server: Operated, **body: str) -> None:
+    """Says under what terms the mirrored model may be read."""
+    request = urllib.request.Request(f"{server.url}/airlock/v1/terms", json.dumps({"name": "ngc/nim/meta/llama", **body}).encode())
+    request.add_header("Authorization", f"Bearer {server.keys['root']}")
+    urllib.request.urlopen(request, timeout=30, context=ssl.create_default_context(cafile=str(server.data / "tls" / "cert.pem"))).close()
+
+
+def test_terms_and_blocks_as_the_user_reads_them(sdk: Sdk, tmp_path: Path) -> None:
+    fetch = (configure(sdk.server, "root"), step("download", "nim/meta/llama:fp16", destination=str(tmp_path)))
+    try:
+        for body, words in (
+            ({"license": "the vendor's"}, "412 Response: nobody here has accepted"),
+            ({"blocked": "a court"}, "451 Response: ngc/nim/meta/llama is"),
+        ):
+            terms(sdk.server, **body)
+            kind, said = sdk.run(*fetch)[1]
+            assert kind != "ok" and words in said, said
+    finally:
+        terms(sdk.server, license="", blocked="")
+    assert sdk.run(*fetch)[1][1]["status"] == "Completed"
 
 
 def test_configure_is_refused(sdk: Sdk) -> None:
