@@ -1,7 +1,8 @@
 """The parent of one engine: hands SIGTERM on, ends as the engine ends, and leaves no process behind that the engine started, however it hid.
 
 Executed by path with the standard library alone: `python guardian.py PARENT-PID PROGRAM ARGUMENT…`. Orphans come to it (subreaper, prctl(2)): a
-child that left the process group or cleared its environment is found too. SIGUSR1 ends everything at once; so does the death of the parent.
+child that left the process group or cleared its environment is found too. SIGUSR1 ends everything at once and then this process by the same signal,
+which tells it from an engine that somebody else killed; the death of the parent ends everything too.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def main(parent: int, argv: list[str]) -> int:
         if got == signal.SIGCHLD:
             status = ended(engine)
         elif got == signal.SIGUSR1 or os.getppid() != parent:
-            status = signal.SIGKILL
+            status = signal.SIGUSR1
         else:
             os.kill(engine, signal.SIGTERM)
     sweep()

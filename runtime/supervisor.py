@@ -6,7 +6,6 @@ Every exit that nobody asked for is a crash, status 0 included: vLLM exits 0 a f
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import signal
 import socket
@@ -142,6 +141,7 @@ class Engine:
         self._asked = False
         self._cause = ""
         self._was_ready = False
+        self._over_its_head = False
         self._process: subprocess.Popen[bytes] | None = None
         self._output = -1
         self._exited: asyncio.Future[int] | None = None
@@ -237,11 +237,10 @@ class Engine:
         await asyncio.shield(exited)
 
     def _verdict(self, rc: int) -> Exit:
-        if self._cause and not self._asked:
+        if self._cause and not self._asked and (rc == -signal.SIGUSR1 or self._over_its_head):
+            # We had it ended: the reason for that is the cause. With any other status it ended by itself just before.
             kind, _, detail = self._cause.partition(": ")
-            found = classify(rc if rc not in (0, -signal.SIGKILL) else 1, self.log.text(), was_ready=self._was_ready)
-            # Our own SIGKILL is not an out-of-memory kill: the reason for which we sent it is the cause.
-            return dataclasses.replace(found, kind=kind, detail=detail, retry=BACKOFF if kind == "engine_died" else NEVER, rc=rc)
+            return Exit(kind, rc, detail, BACKOFF if kind == "engine_died" else NEVER)
         return classify(rc, self.log.text(), asked=self._asked, was_ready=self._was_ready)
 
     async def _poll(self, on_ready: Callable[[], None]) -> None:
@@ -288,6 +287,7 @@ class Engine:
 
     def _kill_group(self) -> None:
         if self.pid and self._exited is not None and not self._exited.done():
+            self._over_its_head = True
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
 
