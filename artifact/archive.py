@@ -151,6 +151,14 @@ class Reader:
             self._at += step
             count -= step
 
+    def pad(self, size: int) -> None:
+        """Passes over the rest of the last block of content; where the archive ends in it that is its end, as umoci's and to Go's reader."""
+        count = -size % BLOCK
+        while count and self._more():
+            step = min(count, len(self._have) - self._at)
+            self._at += step
+            count -= step
+
     def block(self) -> bytes | None:
         """The next header block, None where the archive ends: with blocks of zeros, or between two entries."""
         if not self._more():
@@ -167,7 +175,7 @@ class Reader:
         if size > limit:
             raise TooLarge(f"the layer {self._digest} has a header of {size} bytes", expected=f"at most {limit}")
         raw = self.take(size)
-        self.skip(-size % BLOCK)
+        self.pad(size)
         return raw
 
     def drain(self) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from artifact.archive import BLOCK, MAX_ENTRIES, Head, Reader, entries, parts_of, unpacked
+from artifact.archive import MAX_ENTRIES, Head, Reader, entries, parts_of, unpacked
 from artifact.copy import Retry
 from artifact.digest import new
 from artifact.errors import Invalid, Mismatch, NotFound, TooLarge, Unavailable
@@ -276,9 +276,9 @@ def _scan(source: Source, repo: str, layer: Descriptor, seekers: Sequence[_Seeke
             raw = reader.take(head.size)
             for entry in wanted:
                 entry.data += raw
-            reader.skip(-head.size % BLOCK)
         else:
-            reader.skip(head.size + -head.size % BLOCK)
+            reader.skip(head.size)
+        reader.pad(head.size)
     reader.drain()
 
 

@@ -24,7 +24,7 @@ import yaml
 from blake3 import blake3
 
 from tests.contracts.ngc import PLUS, fill, new_ngc_site, ngc_serving
-from tests.contracts.nim_images import Entry, nim_layers, push_image, tar
+from tests.contracts.nim_images import PLACE, SHAPE1, Entry, nim_layers, push_image, tar
 from tests.operated import Operated, operated, wait_for
 
 pytestmark = pytest.mark.server
@@ -155,6 +155,42 @@ def test_the_manifest_is_shipped_as_it_is(server: Operated) -> None:
 def test_images_without_a_manifest(server: Operated, image: str, words: str) -> None:
     done = command(server, "profiles", image)
     assert done.returncode == 3 and words in done.stderr
+
+
+@pytest.mark.skipif(not (shutil.which("umoci") and shutil.which("skopeo")), reason="umoci and skopeo are not installed")
+def test_an_image_of_real_tools_with_a_whiteout(server: Operated, tmp_path: Path) -> None:
+    """umoci builds it layer by layer, skopeo pushes it: an older manifest below, the newer above it, and in a second image both hidden."""
+    layout, old, new = tmp_path / "layout", tmp_path / "old.yaml", tmp_path / "new.yaml"
+    old.write_bytes(SHAPE1)
+    new.write_bytes(RAW)
+    rootless = ["--rootless"] if os.geteuid() else []
+
+    def well(*argv: str) -> None:
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def insert(image: str, *words: str) -> None:
+        well("umoci", "insert", *rootless, "--image", f"{layout}:{image}", *words)
+
+    well("umoci", "init", "--layout", str(layout))
+    well("umoci", "new", "--image", f"{layout}:both")
+    for file in (old, new):
+        insert("both", str(file), f"/{PLACE}")
+    well("umoci", "tag", "--image", f"{layout}:both", "hidden")
+    insert("hidden", "--whiteout", f"/{PLACE}")
+    well("umoci", "tag", "--image", f"{layout}:hidden", "opaque")
+    insert("opaque", str(old), f"/{PLACE}")
+    (tmp_path / "empty").mkdir()
+    insert("opaque", "--opaque", str(tmp_path / "empty"), "/opt/nim/etc")
+    creds = f"$oauthtoken:{server.keys['root']}"
+    for name in ("both", "hidden", "opaque"):
+        target = f"docker://{server.url.removeprefix('https://')}/acme/built:{name}"
+        well("skopeo", "copy", "--dest-tls-verify=false", f"--dest-creds={creds}", f"oci:{layout}:{name}", target)
+    done = subprocess.run([AIRLOCK, "nim", "profiles", "acme/built:both", "--manifest"], capture_output=True, env=site(server), check=True)
+    assert done.stdout == RAW
+    for name in ("hidden", "opaque"):
+        refused = command(server, "profiles", f"acme/built:{name}")
+        assert refused.returncode == 3 and "has no model manifest" in refused.stderr
 
 
 def test_a_container_starts_from_the_exported_cache_alone(server: Operated, tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ BAD: dict[str, Callable[[], bytes]] = {
     "a sparse file": lambda: pax((b"GNU.sparse.major", b"1"), (b"GNU.sparse.name", b"a/b")) + header(b"x", 4) + padded(b"good") + END,
     "a sparse map without end": lambda: sparse_without_end(),
     "truncated in the content": lambda: tar(Entry("z", b"z" * 5000), GOOD)[:2000],
+    "truncated in the last content": lambda: tar(GOOD)[:515],
     "truncated in a header": lambda: tar(GOOD)[:300],
     "things behind the first zeros": lambda: tar(GOOD)[:-9216] + bytes(512) + b"x" * 512,
     "a gzip that ends in the middle": lambda: gzip.compress(tar(GOOD))[:-12],
@@ -116,6 +117,9 @@ def test_a_layer_that_lies_is_refused(case: str) -> None:
 NEIGHBOURS = {
     "a device elsewhere": tar(Entry("dev/null", kind=tarfile.CHRTYPE), GOOD),
     "a link elsewhere that leaves": tar(Entry("z", kind=LINK, target="../../../../etc/passwd"), GOOD),
+    "an archive that ends with its content": tar(GOOD)[:516],
+    "an archive that ends in a padding": tar(GOOD)[:700],
+    "an archive that ends between two entries": tar(GOOD)[:1024],
     "directories twice": tar(Entry("a", kind=DIR), Entry("a", kind=DIR), GOOD),
     "another file twice": tar(Entry("z", b"1"), Entry("z", b"2"), GOOD),
     "a symbolic link that states a size": header(b"z", 4096, b"2") + tar(GOOD),
