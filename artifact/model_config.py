@@ -50,11 +50,8 @@ def read_config(raw: bytes, modelopt: bytes = b"") -> ModelConfig:
     architecture = str(names[0])[:100] if isinstance(names, list) and names else ""
     kind = str(doc.get("model_type", ""))
     heads = _whole(doc, "num_attention_heads", "n_head", "num_heads")
-    stated = doc.get("quantization_config") or doc.get("compression_config")
-    if not stated and modelopt:
-        stated = parse_json(modelopt, MODELOPT, MAX_CONFIG).get("quantization")
-        stated = {"quant_method": "modelopt", **stated} if isinstance(stated, dict) else None
-    quantization, precision = _quantization(stated) if isinstance(stated, dict) else (None, "")
+    stated = stated_scheme(doc, parse_json(modelopt, MODELOPT, MAX_CONFIG) if modelopt else {})
+    quantization, precision = scheme(stated) if stated else (None, "")
     word = str(doc.get("dtype") or doc.get("torch_dtype") or "").removeprefix("torch.")
     code = top.get("auto_map")
     encoder = kind in _ENCODERS
@@ -111,7 +108,16 @@ def _context(doc: Mapping[str, object]) -> int:
     return length
 
 
-def _quantization(doc: Mapping[str, object]) -> tuple[Quantization, str]:
+def stated_scheme(config: Mapping[str, object], modelopt: Mapping[str, object]) -> Mapping[str, object] | None:
+    """What config.json, else ModelOpt's own file, says of quantisation; None for nothing."""
+    stated = config.get("quantization_config") or config.get("compression_config")
+    if isinstance(stated, dict) and stated:
+        return stated
+    own = modelopt.get("quantization")
+    return {"quant_method": "modelopt", **own} if isinstance(own, dict) and own.get("quant_algo") else None
+
+
+def scheme(doc: Mapping[str, object]) -> tuple[Quantization, str]:
     """The scheme with the layers that it leaves out, and the precision word of profiles; raises Invalid for a method that is not known."""
     method = str(doc.get("quant_method", "")).lower()[:64]
     bits, group = _whole(doc, "bits", "w_bit", "num_bits"), _group(doc, "group_size", "q_group_size")
@@ -126,6 +132,8 @@ def _quantization(doc: Mapping[str, object]) -> tuple[Quantization, str]:
         algorithm = str(doc.get("quant_algo", "")).upper()
         word = next((word for part, word in _MODELOPT_WORDS if part in algorithm), "")
         method = method or "modelopt"
+    if not word and method and method not in ("awq", "gptq") and bits in (4, 8):
+        word = f"int{bits}"  # a method of its own that at least says how wide its weights are
     if not word:
         raise Invalid(
             f"quantisation method {method or '(none)'!r} of config.json is not known",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from artifact.errors import Invalid
+from artifact.model_config import scheme, stated_scheme
 from artifact.profile import Profile
 from runtime.settings import Settings
 from runtime.tuning import WORD
@@ -48,27 +49,11 @@ def read_json(path: Path) -> dict[str, object]:
 
 def precision(config: Mapping[str, object], modelopt: Mapping[str, object]) -> str:
     """The low precision that a checkpoint says it is stored in (config.json, hf_quant_config.json), empty for none: fp8, nvfp4, mxfp4, int4, int8."""
-    own = modelopt.get("quantization")
-    found = config.get("quantization_config") or (own if isinstance(own, dict) else None)
-    if not isinstance(found, dict):
+    stated = stated_scheme(config, modelopt)
+    try:
+        return scheme(stated)[1] if stated else ""
+    except Invalid:
         return ""
-    method = str(found.get("quant_method", "modelopt")).lower()
-    if method in ("fp8", "fbgemm_fp8", "mxfp4"):
-        return "mxfp4" if method == "mxfp4" else "fp8"
-    algorithm = " ".join(str(found.get(k, "")) for k in ("quant_algo", "format")).lower()
-    groups = found.get("config_groups")
-    group = next((g for g in groups.values() if isinstance(g, dict)), {}) if isinstance(groups, dict) else {}
-    weights = group.get("weights")
-    weights = weights if isinstance(weights, dict) else {}
-    bits = found.get("bits") or found.get("w_bit") or weights.get("num_bits")
-    if "fp4" in algorithm:
-        return "mxfp4" if "mxfp4" in algorithm else "nvfp4"
-    if "fp8" in algorithm or (weights.get("type") == "float" and bits == 8):
-        return "fp8"
-    if bits in (4, 8):
-        return f"int{bits}"
-    words = {"awq": "int4", "gptq": "int4", "int4": "int4", "w4a16": "int4", "w8a8": "int8", "int8": "int8"}
-    return next((p for word, p in words.items() if word in method or word in algorithm), "")
 
 
 def demand_precision(profile: Profile, model: Path) -> None:

@@ -15,6 +15,7 @@ from artifact import model_dir, profile
 from artifact.errors import AirlockError, Invalid, NotFound, TooLarge
 from artifact.model_config import MAX_HEADER, read_config, tensor_bytes
 from artifact.profile import Memory, Quantization
+from runtime import checkpoint
 from runtime.commands import profile_make
 
 LLAMA: dict[str, object] = {
@@ -119,11 +120,13 @@ def groups(**weights: object) -> dict[str, object]:
         ({"quant_method": "mxfp4", "modules_to_not_convert": ["a", "b", "a"]}, "mxfp4", Quantization("mxfp4", 4, 0, ("a", "b"))),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}, "nvfp4", Quantization("modelopt", 4, 0, ("lm_head",))),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "int4", Quantization("bitsandbytes", 4)),
+        ({"quant_method": "auto-round", "bits": 4, "group_size": 128}, "int4", Quantization("auto-round", 4, 128)),
     ],
 )
 def test_quantised_checkpoints_keep_the_layers_they_leave_out(stated: dict[str, object], word: str, scheme: Quantization) -> None:
     found = read_config(json.dumps(LLAMA | {"quantization_config": stated}).encode())
     assert (found.precision, found.quantization) == (word, scheme)
+    assert checkpoint.precision({"quantization_config": stated}, {}) == word  # what a start demands is what `profile make` writes
 
 
 def test_modelopts_own_file() -> None:
