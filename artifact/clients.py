@@ -37,7 +37,7 @@ TRUST = (
     Trust("huggingface_hub 1.33", ("SSL_CERT_FILE",), ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), "CERTIFICATE_VERIFY_FAILED"),
     Trust("huggingface_hub 0.36", ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), ("SSL_CERT_FILE",), "CERTIFICATE_VERIFY_FAILED"),
     Trust("transformers 5.19", ("SSL_CERT_FILE",), ("REQUESTS_CA_BUNDLE",), "We couldn't connect to"),
-    Trust("vLLM 0.32, by repository id", ("SSL_CERT_FILE",), (), "We couldn't connect to"),
+    Trust("vLLM 0.32, by repository id", ("SSL_CERT_FILE",), (), "Invalid repository ID or local directory specified"),
     Trust("ngcsdk 4.37", ("REQUESTS_CA_BUNDLE",), ("SSL_CERT_FILE",), "is not reachable"),
     Trust("boto3", ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"), ("SSL_CERT_FILE",), "SSL validation failed"),
     Trust("curl", ("CURL_CA_BUNDLE", "SSL_CERT_FILE"), ("REQUESTS_CA_BUNDLE",), "SSL certificate problem"),
