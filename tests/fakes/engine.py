@@ -31,6 +31,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--disable-uvicorn-access-log", action="store_true")
     p.add_argument("--max-model-len", type=int, default=512)
     p.add_argument("--enforce-eager", action="store_true")
+    p.add_argument("--load-format")
     p.add_argument("--runner")
     p.add_argument("--convert")
     p.add_argument("--fake-load-s", type=float, default=0.0, help="seconds before it listens")

@@ -1,0 +1,91 @@
+"""A whole start as its front tells it, with a real registry and a scripted engine: why this profile, callers' keys, a warm start that asks nobody."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.flows.test_runtime_watch import CHAT, MODEL, Running, Site, pushed
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def site(tmp_path: Path, start_registry: Any) -> Site:
+    """A site with one promoted model."""
+    return pushed(tmp_path, start_registry(), "90d")
+
+
+def _ask(running: Running, key: str, path: str = "/v1/chat/completions") -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=30)
+    body = {**CHAT, "input": "x"} if path == "/v1/responses" else CHAT
+    body = {k: v for k, v in body.items() if path != "/v1/responses" or k != "messages"}
+    connection.request("POST", path, json.dumps(body), {"Authorization": f"Bearer {key}"} if key else {})
+    answer = connection.getresponse()
+    found = json.loads(answer.read())
+    connection.close()
+    return answer.status, found
+
+
+def test_the_front_tells_what_was_chosen_and_why(site: Site) -> None:
+    with site.serving() as running:
+        found = running.ask("GET", "/v1/metadata")[1]
+        assert found["airlock"]["selected"] and found["airlock"]["profile_digest"].startswith("sha256:")
+        assert found["airlock"]["model_digest"].startswith("sha256:") and found["modelInfo"][0]["shortName"] == MODEL
+        told = json.loads(running.ask("GET", "/v1/manifest")[1]["manifest_file"])
+        assert told["profiles"][0]["id"] == found["profile_id"]
+        assert running.ask("GET", "/v1/license")[0] == 404
+        page = running.ask("GET", "/metrics")[1]
+        for name in ('airlock_cache_bytes{of="model"}', "airlock_cache_free_bytes", 'airlock_days_left{of="key"}', "airlock_lease_state", "vllm:"):
+            assert name in page, page
+
+
+def test_callers_need_a_key_with_a_grant_to_run_the_model(site: Site) -> None:
+    runs = site.server.make_key(models=("acme/*",), actions="run")
+    pulls = site.server.make_key(models=("acme/*",), actions="pull")
+    other = site.server.make_key(models=("other/*",), actions="run")
+    with site.serving(AIRLOCK_CALLER_KEYS="1") as running:
+        assert _ask(running, runs)[0] == 200
+        for key, status in (("", 401), ("nvapi-" + "x" * 40, 401), (pulls, 403), (other, 403)):
+            found, body = _ask(running, key)
+            assert found == status and body["error"]["code"] == status and (not key or key not in str(body)), body
+        assert running.ask("GET", "/v1/health/ready")[0] == 200 and running.ask("GET", "/v1/models")[0] == 200
+        # Responses are their caller's alone: another one with the same rights gets 404.
+        mine = _ask(running, runs, "/v1/responses")[1]["id"]
+        again = site.server.make_key(models=("acme/*",), actions="run")
+        for key, status in ((runs, 200), (again, 404)):
+            connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=30)
+            connection.request("GET", f"/v1/responses/{mine}", headers={"Authorization": f"Bearer {key}"})
+            assert connection.getresponse().status == status
+        site.down()
+        assert _ask(running, runs)[0] == 200  # known a moment ago
+        status, body = _ask(running, "nvapi-" + "y" * 40)
+        assert status == 503 and "does not answer" in body["message"]
+        assert "nvapi" not in running.log.read_text()
+
+
+@pytest.mark.parametrize(("variable", "text"), [("AIRLOCK_CALLER_KEYS", "enabled"), ("AIRLOCK_MAX_REQUESTS", "0"), ("AIRLOCK_MAX_BODY_MB", "x")])
+def test_a_setting_of_the_front_that_makes_no_sense(site: Site, variable: str, text: str) -> None:
+    done = site.run("serve", **{variable: text})
+    assert done.returncode == 6 and variable in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_warm_leased_start_asks_nobody_and_is_ready_soon_after_its_engine(site: Site) -> None:
+    with site.serving():
+        pass
+    up = site.folder / "up"
+    engine = site.folder / "engine" / "bin" / "vllm"
+    engine.write_text(engine.read_text().replace('"$@"', f'"$@" --fake-up {up}'))
+    before = site.server.log.read_text()
+    assert "/airlock/v1/leases" in before  # the log does tell of requests
+    with site.serving(AIRLOCK_OFFLINE="1") as running:
+        late = time.time() - float(up.read_text())
+        assert running.ask("POST", "/v1/chat/completions", CHAT)[0] == 200
+        time.sleep(2.5)  # two looks of the watch
+        assert site.server.log.read_text() == before
+    assert late < 1.5, late  # a second, and half of one for the test's own polling
