@@ -427,13 +427,19 @@ def test_embeddings_of_sglang(serve: Serve) -> None:
     assert status == 200 and len(answer["data"]) == 2 and answer["model"] == "short"
 
 
-def test_adapters_are_models_of_their_own(serve: Serve, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", PROGRAMS)
+def test_adapters_are_models_of_their_own(engine: str, serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "peft" / "sql").mkdir(parents=True)
     (tmp_path / "peft" / "sql" / "adapter_config.json").write_text('{"r": 8}')
     (tmp_path / "peft" / "sql" / "adapter_model.safetensors").write_text("")
     env = {"NIM_PEFT_SOURCE": str(tmp_path / "peft"), "AIRLOCK_ALLOW_UNSIGNED": "our own adapter"}
-    served = serve("sglang", tags={"feat_lora": "true"}, env=env)
+    served = serve(engine, tags={"feat_lora": "true"}, env=env)
     status, answer = served.ask("POST", "/v1/chat/completions", {**CHAT, "model": "sql"})
-    assert status == 200 and served.records()[-1]["body"]["lora_path"] == "sql" and answer["model"] == "sql"
+    body = served.records()[-1]["body"]
+    own = {"lora_name": "sql", "lora_int_id": 1, "lora_path": str(tmp_path / "peft" / "sql")}
+    assert body.get("lora_path") == "sql" if engine == "sglang" else body["lora_request"] == own
+    assert status == 200 and answer["model"] == "sql" and str(tmp_path) not in json.dumps(answer)
+    for given in ({"lora_request": {**own, "lora_path": "/etc"}}, {"lora_path": "/etc"}):  # a caller names no path
+        assert served.ask("POST", "/v1/chat/completions", {**CHAT, **given})[0] == 400 and len(served.records()) == 1
     listed = served.ask("GET", "/v1/models")[1]["data"]
     assert [(m["id"], m["parent"]) for m in listed] == [(NAMES[0], None), ("short", None), ("sql", NAMES[0])]

@@ -24,7 +24,7 @@ from artifact.profile import Pin, Profile
 from runtime.memory import need as estimated
 from tests.conftest import ROOT, find_port
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 QUESTION = "What is the code word of this run?"
 START_S = 240
@@ -48,11 +48,11 @@ sys.exit(serve.run(front, plan))
 
 @contextmanager
 def _served(
-    engine: Path, folder: Path, model: Path, tags: dict[str, str], options: dict[str, str]
+    engine: Path, folder: Path, model: Path, tags: dict[str, str], options: dict[str, str], more: dict[str, str] | None = None
 ) -> Iterator[tuple[openai.OpenAI, subprocess.Popen[bytes]]]:
     """A front with a real engine that its adapter planned, ready; ended and found clean at the end."""
     port = find_port()
-    env = {"AIRLOCK_ENGINE_VLLM": str(engine), "NIM_CACHE_PATH": str(folder / "cache"), "PATH": "/usr/bin:/bin"}
+    env = {"AIRLOCK_ENGINE_VLLM": str(engine), "NIM_CACHE_PATH": str(folder / "cache"), "PATH": "/usr/bin:/bin", **(more or {})}
     (folder / "cache" / "home").mkdir(parents=True)
     log = folder / "engine.log"
     args = {"port": port, "folder": str(folder), "model": str(model), "tags": tags, "options": options, "env": env}
@@ -93,15 +93,48 @@ def _run_there(engine: Path, script: str, *argv: str) -> str:
     return done.stdout
 
 
+ADAPTER = """
+import json, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+model, out, scale = json.loads(Path(sys.argv[1], "config.json").read_text()), Path(sys.argv[2]), float(sys.argv[3])
+torch.manual_seed(0)
+hidden, rank, heads = model["hidden_size"], 8, model["num_attention_heads"] * model["head_dim"]
+tensors = {}
+for layer in range(model["num_hidden_layers"]):
+    name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+    tensors[name + ".lora_A.weight"] = torch.randn(rank, hidden)
+    tensors[name + ".lora_B.weight"] = torch.randn(heads, rank) * scale
+out.mkdir(parents=True)
+save_file(tensors, out / "adapter_model.safetensors")
+config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+(out / "adapter_config.json").write_text(json.dumps(config))
+"""
+
+
+def _make_adapters(engine: Path, model: Path, folder: Path) -> dict[str, str]:
+    """Two adapters of the model, one that changes nothing and one that changes much; the variables that have them loaded."""
+    for name, scale in (("same", "0"), ("other", "50")):
+        argv = [str(engine / "bin" / "python"), "-c", ADAPTER, str(model), str(folder / name), scale]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return {"NIM_PEFT_SOURCE": str(folder), "AIRLOCK_ALLOW_UNSIGNED": "adapters that this test made"}
+
+
 def test_trained_llama_answers_exactly(engine_env: Path, tmp_path: Path) -> None:
     answer = f"The code word of this run is {secrets.token_hex(4)}."
     model = tmp_path / "model"
     _run_there(engine_env, "train_llama.py", "--question", QUESTION, "--answer", answer, "--out", str(model))
     messages: Any = [{"role": "user", "content": QUESTION}]
-    with _served(engine_env, tmp_path, model, {"precision": "bf16"}, {"max_model_len": "512", "max_num_seqs": "16"}) as (client, process):
-        (listed,) = client.models.list().data
+    tags, options = {"precision": "bf16", "feat_lora": "true", "feat_lora_max_rank": "8"}, {"max_model_len": "512", "max_num_seqs": "16"}
+    with _served(engine_env, tmp_path, model, tags, options, _make_adapters(engine_env, model, tmp_path / "peft")) as (client, process):
+        listed, *adapters = client.models.list().data
+        assert [a.id for a in adapters] == ["other", "same"]
         assert listed.id == "acme/tiny" and str(tmp_path) not in listed.model_dump_json()
         assert client.chat.completions.create(model="acme/tiny", messages=messages, temperature=0).choices[0].message.content == answer
+        spoken = {n: client.chat.completions.create(model=n, messages=messages, temperature=0, max_tokens=40) for n in ("same", "other")}
+        assert spoken["same"].choices[0].message.content == answer != spoken["other"].choices[0].message.content
+        assert spoken["other"].model == "other"
         system: Any = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
         assert client.chat.completions.create(model="acme/tiny", messages=system, temperature=0).choices[0].message.content == answer
         usage: Any = {"include_usage": True}
