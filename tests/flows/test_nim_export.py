@@ -25,6 +25,9 @@ from blake3 import blake3
 
 from tests.contracts.ngc import PLUS, fill, new_ngc_site, ngc_serving
 from tests.contracts.nim_images import PLACE, SHAPE1, Entry, nim_layers, push_image, tar
+from tests.flows.test_fake_ngc import contents
+from tests.flows.test_ngc_flow import NIM as NIM_IMAGE
+from tests.flows.test_ngc_flow import imported, mirrored
 from tests.operated import Operated, operated, wait_for
 
 pytestmark = pytest.mark.server
@@ -105,14 +108,14 @@ def exported(server: Operated, folder: Path, profile: str = WHOLE, *more: str, *
     return found
 
 
-def start(folder: Path, profile: str = WHOLE, nobody: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, profile: str = WHOLE, inside: dict[str, Any] | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     """The container on a site without a network, and as the user whom it runs as."""
     what = folder.parent / "model_manifest.json"
-    what.write_text(json.dumps(manifest()))
+    what.write_text(json.dumps(inside or manifest()))
     fake = folder.parent / "nim.py"
     shutil.copy(NIM, fake)
     given = {"NIM_MODEL_PROFILE": profile, "NIM_CACHE_PATH": str(folder), "PLAY_WATCH": "1", **env}
-    user: dict[str, Any] = {"user": 1000, "group": 2000, "extra_groups": []} if nobody and os.geteuid() == 0 else {}
+    user: dict[str, Any] = {"user": 1000, "group": 2000, "extra_groups": []} if os.geteuid() == 0 else {}
     for parent in folder.parents[:3] if user else ():  # the test's own folders are root's alone
         parent.chmod(parent.stat().st_mode | 0o055)
     argv = [shutil.which("python3", path="/usr/bin:/usr/local/bin") or sys.executable, "-P", str(fake), str(what)]
@@ -353,6 +356,21 @@ def test_the_hub_form_is_one_that_the_hub_client_reads(server: Operated, tmp_pat
     done = subprocess.run([sys.executable, "-c", code, str(hub), COMMIT], capture_output=True, text=True, check=False, env={"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.splitlines()[0]).read_bytes() == b'{"a":1}'
+
+
+def test_a_nim_that_came_over_the_gap(tmp_path: Path) -> None:
+    """Mirrored from NGC's stand-in by its profile, packed, imported, exported: the container starts with what the image's own manifest says."""
+    data, keys = imported(tmp_path, mirrored(tmp_path))
+    with operated(data, keys, AIRLOCK_TLS="self-signed") as here:
+        image = f"{NIM_IMAGE}:1.0.3"
+        done = command(here, "export", str(tmp_path / "cache"), image, "vllm-bf16-tp1", "--json")
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        raw = subprocess.run([AIRLOCK, "nim", "profiles", image, "--manifest"], capture_output=True, env=site(here), check=True).stdout
+        refused = [p for p in json.loads(command(here, "profiles", image, "--json").stdout)["profiles"] if not p["here"]]
+    found = served(start(tmp_path / "cache", told["profile"], json.loads(raw)))
+    assert found and set(found.values()) <= {hashlib.sha256(content).hexdigest() for content in contents().values()}
+    assert refused, "profiles that were not chosen are not here, and told so"
 
 
 def test_two_exports_into_one_directory_do_not_meet(server: Operated, tmp_path: Path) -> None:
