@@ -45,6 +45,8 @@ EXIT_CODES: Mapping[str, int] = {
     "product_missing": 25,
     "environment": 25,
     "profile_not_granted": 25,
+    "license_unaccepted": 25,
+    "legal_block": 25,
     "tier_missing": 26,
     "grant_expired": 27,
     "entitlement_expired": 27,
