@@ -79,7 +79,9 @@ def _ngc(environ: Mapping[str, str], ngc: str) -> Iterator[Line]:
     for name in ("NGC_API_ENDPOINT", "NGC_AUTH_ENDPOINT"):
         given = environ.get(name, "")
         if given.endswith("/"):
-            yield wrong(f"{name} ends with a slash: requests go to //v2/…", f"export {name}={place}")
+            yield Line(
+                "environment", WARN, f"{name} ends with a slash: clients ask for //v2/…, which not every proxy passes on", f"export {name}={place}"
+            )
         elif "://" in given:
             do = f"export {name}={place}, and NGC_API_SCHEME={urlsplit(given).scheme}"
             yield Line("environment", WARN, f"{name} has a scheme: ModelExpress wants one, a NIM none", do)
