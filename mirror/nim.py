@@ -26,6 +26,7 @@ CHUNK = 1024 * 1024
 MAX_VERSIONS = 500  # each costs a few requests
 Place = tuple[str, str]  # canonical name and ref
 Entitle = Callable[[Item, str], Right]
+Bar = Callable[[int], copy.Progress]
 
 
 def select(manifest: NimManifest, wanted: Iterable[str]) -> tuple[NimProfile, ...]:
@@ -95,8 +96,17 @@ class Choice:
 class NimJob(Job):
     """One NIM image and what its chosen profiles need."""
 
-    def __init__(self, granted: Right, key: str, home: MirrorHome, choice: Choice, entitle: Entitle, environ: Mapping[str, str] = os.environ) -> None:
-        self._right, self._home, self._disk = granted, home, home.disk
+    def __init__(
+        self,
+        granted: Right,
+        key: str,
+        home: MirrorHome,
+        choice: Choice,
+        entitle: Entitle,
+        environ: Mapping[str, str] = os.environ,
+        bar: Bar | None = None,
+    ) -> None:
+        self._right, self._home, self._disk, self._bar = granted, home, home.disk, bar
         self._choice, self._entitle, self._environ = choice, entitle, environ
         self._image = OciJob(granted, key, home.disk)
         self._profiles: tuple[NimProfile, ...] = ()
@@ -113,7 +123,7 @@ class NimJob(Job):
         """Reads the image's model manifest, for which layers are brought into staging, and chooses; raises NotFound, Invalid, Unsupported."""
         self._image.follow()
         item = self._right.item
-        found = find_manifest(_Staged(self._image.source, self._disk), item.repository, self._image.root.digest)
+        found = find_manifest(_Staged(self._image.source, self._disk, self._bar), item.repository, self._image.root.digest)
         self._profiles = select(parse(found.raw), item.selectors)
         for profile in self._profiles:
             profile.places()  # each file says where it comes from
@@ -181,8 +191,8 @@ class NimJob(Job):
 class _Staged:
     """The image as layers are read from it: a blob is brought into staging first, where the copy of the image finds it again."""
 
-    def __init__(self, source: Metered, disk: Disk) -> None:
-        self._source, self._disk = source, disk
+    def __init__(self, source: Metered, disk: Disk, bar: Bar | None) -> None:
+        self._source, self._disk, self._bar = source, disk, bar
         self._sizes: dict[str, int] = {}
 
     def read_manifest(self, repo: str, ref: str) -> tuple[Descriptor, bytes]:
@@ -193,7 +203,13 @@ class _Staged:
 
     def stream(self, repo: str, digest: str, lo: int, hi: int) -> Iterator[bytes]:
         """Bytes [lo, hi) of a blob."""
-        path = copy.fetch(lambda a, b: self._source.stream(repo, digest, a, b), digest, self._sizes[digest], self._disk, workers=8)
+        size = self._sizes[digest]
+        progress = self._bar(size) if self._bar and size > copy.SMALL and self._disk.size(digest) is None else None
+        try:
+            path = copy.fetch(lambda a, b: self._source.stream(repo, digest, a, b), digest, size, self._disk, progress, workers=8)
+        finally:
+            if progress:
+                progress.close()
         with path.open("rb", buffering=0) as blob:
             blob.seek(lo)
             while lo < hi and (part := blob.read(min(CHUNK, hi - lo))):

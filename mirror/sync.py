@@ -71,7 +71,7 @@ def sync(
         choice = nim.Choice((item.name, item.ref) for item in plan.items if item.kind != "nim")
         for i, result in enumerate(results):
             with _failing(result):
-                made[i] = _job(result.item, home, records, now, environ, choice)
+                made[i] = _job(result.item, home, records, now, environ, choice, bar)
         _each(made, results, lambda job: job.follow())
         _each(made, results, lambda job: job.settle())
         for i, job in made.items():
@@ -98,6 +98,7 @@ def _each(made: dict[int, jobs.Job], results: list[Result], step: Callable[[jobs
     for i in list(made):
         with _failing(results[i]):
             step(made[i])
+        results[i].received = made[i].received
         if results[i].error:
             del made[i]
 
@@ -140,12 +141,12 @@ def _steady(new: Named, old: Named | None) -> Named:
     return old if (old.digest, old.media_type, old.kind, old.display) == (new.digest, new.media_type, new.kind, new.display) else new
 
 
-def _job(item: Item, home: MirrorHome, records: Records, now: float, environ: Mapping[str, str], choice: nim.Choice) -> jobs.Job:
+def _job(item: Item, home: MirrorHome, records: Records, now: float, environ: Mapping[str, str], choice: nim.Choice, bar: nim.Bar | None) -> jobs.Job:
     """What an item needs, pinned and entitled, with metadata alone."""
     if item.profiles:
         profile.build(item.name, EMPTY_DIGEST, jobs.wanted_profiles(item), 0)  # a mistake in it shows before bytes move
     key = jobs.key_of(item, environ)
     granted = right(item, key, records, now)  # before the upstream is asked for anything
     if item.kind == "nim":
-        return nim.NimJob(granted, key, home, choice, lambda other, its: right(other, its, records, now), environ)
+        return nim.NimJob(granted, key, home, choice, lambda other, its: right(other, its, records, now), environ, bar)
     return jobs.JOBS[item.kind](granted, key, home.disk)
