@@ -62,7 +62,8 @@ def read_files(files: Mapping[str, Path], where: str) -> ModelDir:
 
 def with_facts(wanted: list[dict[str, object]], files: Mapping[str, Path], where: str) -> tuple[list[dict[str, object]], str]:
     """An author's profiles with what the model itself tells of memory and quantisation where they do not, and why nothing is told (empty: it is)."""
-    if all(item.get("memory") for item in wanted):
+    # What is no mapping is for the builder to refuse, with its number in the list.
+    if not all(isinstance(item, dict) for item in wanted) or all(item.get("memory") for item in wanted):
         return wanted, ""
     try:
         config = read_files(files, where).config

@@ -258,9 +258,8 @@ def wanted_profiles(item: Item) -> list[dict[str, object]]:
     doc = load_yaml(read_limited(item.profiles, "the profiles file"), f"the profiles file {item.profiles.name}")
     wanted = doc.get("profiles") if isinstance(doc, dict) else None
     if not isinstance(doc, dict) or not isinstance(wanted, list) or not wanted or set(doc) != {"profiles"}:
-        raise Invalid(
-            f"{item.profiles.name} holds no profiles", expected="profiles: a list of mappings with tags, options, id, image, and no other key"
-        )
+        known = ", ".join(profile.AUTHORED)
+        raise Invalid(f"{item.profiles.name} holds no profiles", expected=f"profiles: a list of mappings with {known}, and no other key")
     return wanted
 
 

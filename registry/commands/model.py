@@ -82,7 +82,9 @@ def main(argv: list[str]) -> int:
     push.add_argument("dir", type=Path, metavar="DIR", help="directory with the model's files")
     push.add_argument("reference", metavar="NAME:VERSION", help="for example acme/tiny:1")
     push.add_argument("--registry", default=os.environ.get("AIRLOCK_REGISTRY", ""), metavar="URL", help="default: AIRLOCK_REGISTRY")
-    push.add_argument("--profiles", type=Path, metavar="FILE", help="YAML or JSON: profiles: [{tags, options?, id?, image?}, …]")
+    push.add_argument(
+        "--profiles", type=Path, metavar="FILE", help="YAML or JSON: profiles: [{tags, options?, id?, image?, memory?, quantization?, expected?}, …]"
+    )
     push.add_argument(
         "--ca-file", metavar="FILE", default=os.environ.get("AIRLOCK_CA_FILE"), help="CA of the registry's certificate (AIRLOCK_CA_FILE)"
     )

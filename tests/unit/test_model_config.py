@@ -166,6 +166,7 @@ def test_facts_are_taken_where_the_author_says_none(tmp_path: Path) -> None:
     assert found[0]["memory"] == profile.block(Memory(64, 32, 8, 128, context=131072)) and not untold
     own: dict[str, object] = {"tags": tags, "memory": {"layers": 1}}
     assert model_dir.with_facts([own, {"tags": tags}], files, "m")[0][0]["memory"] == {"layers": 1}
+    assert model_dir.with_facts([7], files, "m") == ([7], "")  # type: ignore[list-item]
     (tmp_path / "model.safetensors").write_bytes(b"not one")
     assert model_dir.with_facts([{"tags": tags}], files, "m")[0] == [{"tags": tags}]
     assert "tell no memory facts" in model_dir.with_facts([{"tags": tags}], files, "m")[1]
