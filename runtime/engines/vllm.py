@@ -172,7 +172,9 @@ def _lora(start: Start, found: tuple[checkpoint.Adapter, ...]) -> list[str]:
 
 def _environment(start: Start, cpu: bool) -> dict[str, str]:
     cache = start.settings.cache
-    more = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(cache / "vllm"), "VLLM_CONFIG_ROOT": str(cache / "home" / "vllm-config")}
+    # A template that never ends holds up every other request of its renderer for that long: 30 s unless told.
+    more = {"VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT": "5"}
+    more |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(cache / "vllm"), "VLLM_CONFIG_ROOT": str(cache / "home" / "vllm-config")}
     if start.settings.log_level in LEVELS:
         more["VLLM_LOGGING_LEVEL"] = start.settings.log_level
     env = launch.environment(start, more)

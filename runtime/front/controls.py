@@ -262,13 +262,22 @@ def _messages(body: Json, images: int) -> None:
     for where in ("messages", "input"):
         turns = body.get(where)
         if not isinstance(turns, list):
+            if where == "messages" and turns is not None:
+                raise Refused(400, "messages is not a list", param=where)
             continue
         for turn in turns:
             if not isinstance(turn, dict):
+                if where == "messages":
+                    raise Refused(400, "a message is not an object", param=where)
                 continue
-            content = turn.get("content", turn.get("output"))
-            for part in content if isinstance(content, list) else [turn] if _kind(turn) in PARTS else ():
-                seen += _part(part, where)
+            if _kind(turn) in PARTS:
+                seen += _part(turn, where)
+            for key in ("content", "output"):
+                content = turn.get(key)
+                if isinstance(content, list):
+                    seen += sum(_part(part, where) for part in content)
+                elif content is not None and not isinstance(content, str):
+                    raise Refused(400, f"the {key} of a message is neither text nor a list of parts", param=where)
     if seen > images:
         raise Refused(400, f"the request holds {seen} images, videos or sounds; at most {images} are taken", param="messages")
 

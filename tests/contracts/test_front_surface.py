@@ -191,6 +191,24 @@ def test_nothing_is_fetched_for_a_caller(front: Served, content: object) -> None
     assert front.ask("POST", "/v1/responses", asked)[0] == 400 and len(front.records()) == before
 
 
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "user", "content": {"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}},
+        {"role": "user", "content": "x", "output": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]},
+        {"type": "computer_call_output", "output": {"type": "computer_screenshot", "image_url": "http://169.254.169.254/"}},
+        {"type": "input_image", "image_url": "http://169.254.169.254/"},
+    ],
+)
+def test_nothing_is_fetched_wherever_it_stands(front: Served, turn: dict[str, object]) -> None:
+    before = len(front.records())
+    for path, word in (("/v1/chat/completions", "messages"), ("/v1/responses", "input")):
+        assert front.ask("POST", path, {word: [turn]})[0] == 400
+    for bad in ({"messages": {"role": "user"}}, {"messages": ["x"]}, {"messages": "x"}):
+        assert front.ask("POST", "/v1/chat/completions", bad)[0] == 400
+    assert len(front.records()) == before
+
+
 def test_data_images_pass_and_are_counted(front: Served) -> None:
     image = {"type": "image_url", "image_url": {"url": PIXEL, "detail": "low"}}
     assert _chat(front, **_seen(image))[0] == 200 and _sent(front)["messages"][0]["content"][1] == image

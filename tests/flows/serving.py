@@ -36,6 +36,7 @@ def _environment(engine: Path, folder: Path) -> dict[str, str]:
     home = folder / "home"
     home.mkdir()
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    offline |= {"VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT": "5"}  # as runtime/engines/vllm.py sets it
     places = {"HOME": str(home), "VLLM_CACHE_ROOT": str(home / "vllm"), "PYTHONPATH": str(engine / "meta")}
     return {"PATH": f"{engine / 'bin'}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "USER": "nim", **offline, **places}
 

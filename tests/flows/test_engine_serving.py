@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -28,11 +29,18 @@ TIGHT = ("--structured-outputs-config.backend", "xgrammar", "--structured-output
 
 
 @pytest.fixture(scope="module")
-def client(engine_env: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    """A trained Llama behind the front."""
+def llama(engine_env: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama trained to answer one question."""
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    run_there(engine_env, "train_llama.py", "--question", QUESTION, "--answer", ANSWER, "--out", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(engine_env: Path, tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Iterator[openai.OpenAI]:
+    """It behind the front."""
     folder = tmp_path_factory.mktemp("serving")
-    run_there(engine_env, "train_llama.py", "--question", QUESTION, "--answer", ANSWER, "--out", str(folder / "model"))
-    with served(engine_env, folder, folder / "model", *FLAGS, *TIGHT) as base:
+    with served(engine_env, folder, llama, *FLAGS, *TIGHT) as base:
         yield openai.OpenAI(base_url=base + "/v1", api_key="none", max_retries=0)
 
 
@@ -195,6 +203,29 @@ def test_smoke_measures_a_real_engine(client: openai.OpenAI, tmp_path: Path) -> 
     assert [x["tokens"] for x in levels] == [2 * 64, 8 * 64] and not any(x["failed"] for x in levels)
     done = subprocess.run([*argv, "--slo", "tok_s=100000000"], capture_output=True, text=True, check=False)
     assert done.returncode == 52 and "BELOW TARGET: tok_s at 4 streams" in done.stdout
+
+
+HOSTILE = (
+    "{% set w = messages[-1]['content'] %}{% if 'raise' in w %}{{ raise_exception('no such turn') }}"
+    "{% elif 'escape' in w %}{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    "{% elif 'range' in w %}{% for i in range(10000000000) %}x{% endfor %}"
+    "{% elif 'loop' in w %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    "{% elif 'big' in w %}{{ 'x' * 100000000 }}{% endif %}"
+)
+
+
+def test_a_hostile_chat_template_ends_with_its_request(engine_env: Path, tmp_path: Path, llama: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    template = model / "chat_template.jinja"
+    template.write_text(HOSTILE + template.read_text())
+    with served(engine_env, tmp_path, model, *FLAGS) as base:
+        for word in ("raise", "escape", "range", "big", "loop", QUESTION):
+            began = time.monotonic()
+            status, body = ask(base, "/v1/chat/completions", {"messages": [{"role": "user", "content": word}], "temperature": 0})
+            assert status == (200 if word == QUESTION else 500 if word == "loop" else 400), body
+            assert time.monotonic() - began < 20 and "/model" not in str(body)
+        assert body["choices"][0]["message"]["content"] == ANSWER
 
 
 def test_embeddings_and_ranking(engine_env: Path, tmp_path: Path) -> None:
