@@ -19,6 +19,7 @@ from tests.contracts.doors import Door, new_site, serving, sha
 from tests.contracts.stores import s3_url
 from tests.contracts.test_hub_door import COMMIT_ID, push
 from tests.fakes.unsteady import Unsteady
+from tests.flows.answered import unanswered
 from tests.flows.test_clients import contents
 from tests.services.clients import client
 
@@ -59,7 +60,10 @@ class Client:
         before = len(self.lines())
         done = subprocess.run([*argv], capture_output=True, text=True, timeout=180, env=given | env, check=False)
         time.sleep(0.05)
-        self.asked = [(f"{e['method']} {e['path']}", int(e["status"])) for e in self.lines()[before:]]
+        found = self.lines()[before:]
+        self.asked = [(f"{e['method']} {e['path']}", int(e["status"])) for e in found]
+        words = "/api/This-registry-takes-no-Xet"  # a path that is a sentence for the client's user
+        assert not unanswered(line for line in found if not line["path"].startswith(words)), "a probe that no route took"
         assert not [status for _, status in self.asked if status >= 500] and not any(k in done.stdout + done.stderr for k in self.door.keys.values())
         return done
 
@@ -230,3 +234,25 @@ def test_every_version_follows_a_redirect_to_the_object_store(tmp_path: Path) ->
             assert contents(Path(hub.play("snapshot", repo="acme/fifty"))) == FIFTY
             gets = [status for what, status in hub.asked if what.startswith("GET") and "/resolve/" in what]
             assert gets == [307] * 50 and {s for w, s in hub.asked if w.startswith("HEAD")} == {200}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("version", MODERN)
+def test_a_large_folder_is_uploaded_in_pieces_and_goes_on(door: Door, tmp_path: Path, version: str) -> None:
+    """`hf upload-large-folder`, by workers that hash, send and commit; hub 2.4 lacks it, and has `hf upload`. Again sends what changed."""
+    folder, repo = tmp_path / "large", f"acme/large-{version}"
+    files = {f"part-{n:03}.safetensors": os.urandom(400_000) for n in range(60)} | {f"c/{n}.json": f'{{"n":{n}}}'.encode() for n in range(90)}
+    for path, data in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    hub = Client(version, door, tmp_path)
+    large = ("upload-large-folder", repo, str(folder), "--repo-type", "model", "--num-workers", "3", "--no-report")
+    argv = large if version == "1.33" else ("upload", repo, str(folder), ".")
+    done = hub.hf(*argv, HF_HUB_DISABLE_XET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    sent = sum(what.startswith("PUT /") and status == 200 for what, status in hub.asked)
+    assert sent == 60 and contents(Path(Client("2.4", door, tmp_path / "other").play("snapshot", repo=repo))) == files
+    (folder / "part-000.safetensors").write_bytes(files["part-000.safetensors"][::-1])
+    again = hub.hf(*argv, HF_HUB_DISABLE_XET="1")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert sum(what.startswith("PUT /") for what, _ in hub.asked) == 1, "only what changed"

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
 from sqlalchemy import event, select
 
 from artifact.errors import AirlockError
@@ -220,7 +223,7 @@ def test_a_grant_row_keeps_its_numbers(site: Site) -> None:
 
 
 def served(site: Site, method: str, path: str, key: str, body: bytes = b"", port: int = 2, **headers_: str) -> tuple[int, dict[str, str]]:
-    """Status and headers of one request through the whole application, in this process, so that its statements can be counted; port 3 is NGC's."""
+    """Status and headers of a request through the whole application, in this process, to count statements; ports 3 and 4 are NGC's and S3's."""
     answers: list[tuple[int, dict[str, str]]] = []
 
     async def receive() -> dict[str, object]:
@@ -231,13 +234,34 @@ def served(site: Site, method: str, path: str, key: str, body: bytes = b"", port
         if message["type"] == "http.response.start":
             answers.append((message["status"], {name.decode(): value.decode() for name, value in message["headers"]}))
 
-    headers = [(b"authorization", f"Bearer {key}".encode()), (b"host", b"x"), (b"content-length", str(len(body)).encode())]
+    headers = [(b"authorization", (key if " " in key else f"Bearer {key}").encode()), (b"host", b"x"), (b"content-length", str(len(body)).encode())]
     headers += [(name.replace("_", "-").encode(), value.encode()) for name, value in headers_.items()]
     plain, _, query = path.partition("?")
     scope = {"type": "http", "method": method, "path": plain, "raw_path": plain.encode(), "query_string": query.encode(), "headers": headers}
     scope |= {"client": ("127.0.0.1", 1), "server": ("127.0.0.1", port), "scheme": "http", "extensions": {}, "http_version": "1.1", "root_path": ""}
-    asyncio.run(create_app(site, site.settings, listeners={"ngc": ("127.0.0.1", 3)})(scope, receive, send))
+    asyncio.run(create_app(site, site.settings, listeners={"ngc": ("127.0.0.1", 3), "s3": ("127.0.0.1", 4)})(scope, receive, send))
     return answers[0]
+
+
+@pytest.mark.slow
+def test_statements_of_the_s3_face(site: Site, pushed: Pushed) -> None:
+    """Key, grants, name and file by one statement, as at the Hub door; the bytes' place by one more."""
+    key_id = call_of(site, make_key(site, "acme")).principal.key_id
+    pair = Credentials(key_id, site.entitlements.s3_secrets(key_id)[0])
+    seen: list[str] = []
+    event.listen(site.engine, "before_cursor_execute", lambda _c, _cur, text, *_: seen.append(text))
+    for method, most in (("HEAD", 1), ("GET", 2)):
+        for _ in range(2):  # the first read of a key is recorded, and its use noted
+            request = AWSRequest(method, "http://x/models/acme/tiny%3A1/config.json")
+            S3SigV4Auth(pair, "s3", "us-east-1").add_auth(request)
+            sent = {k.lower().replace("-", "_"): v for k, v in request.headers.items()}
+            authorization, date, hashed = sent["authorization"], sent["x_amz_date"], sent["x_amz_content_sha256"]
+            seen.clear()
+            status, _headers = served(
+                site, method, "/models/acme/tiny:1/config.json", authorization, port=4, x_amz_date=date, x_amz_content_sha256=hashed
+            )
+            assert status == 200
+        assert len(seen) == most, seen
 
 
 @pytest.mark.slow
