@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     remote, image, found, manifest = open_site(args)
     presence = Models(remote).of(manifest.find(args.profile))
     presence.check(str(image))
-    target = Target(Path(args.dir), uid, gid)
+    target = Target(Path(args.dir).resolve(), uid, gid)
     progress = Progress(presence.size, "export", sys.stderr)
     try:
         done = (export_cache if args.form == "cache" else export_directory)(remote, presence, target, progress, args.workers)

@@ -23,7 +23,7 @@ import pytest
 import yaml
 from blake3 import blake3
 
-from tests.contracts.ngc import PLUS, fill, new_ngc_site, ngc_serving
+from tests.contracts.ngc import FILES, PLUS, fill, new_ngc_site, ngc_serving
 from tests.contracts.nim_images import PLACE, SHAPE1, Entry, nim_layers, push_image, tar
 from tests.flows.test_fake_ngc import contents
 from tests.flows.test_ngc_flow import NIM as NIM_IMAGE
@@ -68,6 +68,29 @@ def manifest() -> dict[str, Any]:
 RAW = b"# shipped as it is\n" + yaml.safe_dump(manifest(), sort_keys=False).encode()
 
 
+OLD = b"""whole:
+  tags: {backend: triton, precision: fp16}
+  workspace: !workspace
+    components:
+    - {dst: 'models/', src: {repo_id: 'nim/meta/engine:fp8-1.0'}}
+    - {dst: '', src: {repo_id: 'ngc://nim/meta/llama:fp16', files: [!name 'config.json', !name 'sub/deep/ranks 0+1 \xc3\xbc%25.bin']}}
+clash:
+  tags: {backend: onnx}
+  workspace: !workspace
+    components:
+    - {dst: '', src: {repo_id: 'nim/meta/engine:fp8-1.0', files: [config.json]}}
+    - {dst: '', src: {repo_id: 'nim/meta/llama:fp16', files: [config.json]}}
+unknown:
+  tags: {backend: pytorch}
+  workspace: !workspace
+    components:
+    - {dst: a, src: {repo_id: nim/meta/engine, files: [config.json]}}
+    - {dst: b, src: {files: [x]}}
+    - {dst: c, src: {repo_id: 's3://bucket/key'}}
+    - {dst: d, src: {repo_id: 'nim/meta/engine:fp8-1.0', files: [none.bin]}}
+"""
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
     data = tmp_path_factory.mktemp("nim") / "data"
@@ -76,6 +99,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
         fill(door, data)
         door.push("ngc/nim/meta/engine", "fp8-1.0", ENGINE)
         push_image(door.main, *IMAGE.split(":"), nim_layers(RAW))
+        push_image(door.main, "nvcr.io/nim/meta/old", "1", nim_layers(OLD))
         push_image(door.main, "nvcr.io/nim/meta/native", "1", [tar(Entry("x"))], config={"Labels": {LABEL: "native-v1"}})
     places = {"AIRLOCK_NGC": "127.0.0.1:0", "AIRLOCK_S3": "127.0.0.1:0"}
     with operated(data, keys, AIRLOCK_TLS="self-signed", **places) as found:
@@ -281,6 +305,24 @@ def test_a_plain_directory(server: Operated, tmp_path: Path) -> None:
     (model / "config.json").unlink()
     done = command(server, "export", str(model), IMAGE, WHOLE, "--form", "directory")
     assert done.returncode == 8 and "with other content" in done.stderr
+
+
+def test_an_older_shape_with_a_whole_version_below_a_folder(server: Operated, tmp_path: Path) -> None:
+    done = command(server, "export", str(tmp_path / "model"), "nvcr.io/nim/meta/old:1", "triton-fp16", "--form", "directory")
+    assert done.returncode == 0, done.stderr
+    found = {str(p.relative_to(tmp_path / "model")): p.read_bytes() for p in (tmp_path / "model").rglob("*") if p.is_file()}
+    odd = "sub/deep/ranks 0+1 \u00fc%25.bin"
+    assert found == {f"models/{path}": raw for path, raw in ENGINE.items()} | {"config.json": b'{"a":1}', odd: FILES[odd]}
+    told = json.loads(command(server, "profiles", "nvcr.io/nim/meta/old:1", "--json").stdout)
+    reasons = " ".join(m["reason"] for m in next(p for p in told["profiles"] if p["id"] == "unknown")["missing"])
+    assert told["shape"] == 1 and all(word in reasons for word in ("no version", "where it comes from", "from s3://", "is without it"))
+
+
+def test_two_files_of_one_name_fit_into_a_cache_alone(server: Operated, tmp_path: Path) -> None:
+    words = ("export", str(tmp_path / "x"), "nvcr.io/nim/meta/old:1", "clash")
+    done = command(server, *words, "--form", "directory")
+    assert done.returncode == 6 and "--form cache" in done.stderr and not (tmp_path / "x").exists()
+    assert command(server, *words).returncode == 0 and len([p for p in (tmp_path / "x").rglob("config.json") if p.is_symlink()]) == 2
 
 
 def test_a_profile_that_is_not_whole_is_refused_with_the_way_to_bring_it(server: Operated, tmp_path: Path) -> None:
