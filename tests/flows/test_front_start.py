@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT, airlock, stop
+from tests.fakes.nvml import build, host
+from tests.flows.test_runtime_cache import Node, node
 from tests.flows.test_runtime_watch import CHAT, MODEL, Running, Site, pushed
+from tests.operated import wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+__all__ = ["node"]
 
 
 @pytest.fixture
@@ -89,3 +98,49 @@ def test_a_warm_leased_start_asks_nobody_and_is_ready_soon_after_its_engine(site
         time.sleep(2.5)  # two looks of the watch
         assert site.server.log.read_text() == before
     assert late < 1.5, late  # a second, and half of one for the test's own polling
+
+
+ENGINE = """#!/bin/sh
+while [ $# -gt 0 ]; do [ "$1" = --uds ] && uds="$2"; shift; done
+sed -i 's/^free=.*/free=20000000000/' {config}
+exec {python} {fake} serve model --served-model-name acme/tiny --uds "$uds"
+"""
+
+
+def test_the_page_tells_the_gpus_memory_before_the_engine_and_at_its_peak(node: Node, tmp_path: Path) -> None:
+    library = build(tmp_path)
+    if library is None:
+        pytest.fail("no C compiler for the NVML stand-in") if os.environ.get("CI") else pytest.skip("no C compiler")
+    promise = {"tok_s": 2500, "concurrency": 16, "hardware": "1x H100", "source": "a bench"}
+    node.profiles = [{"tags": {"llm_engine": "vllm", "precision": "bf16", "tp": "1"}, "memory": {"weights_bytes": 1 << 30}, "expected": promise}]
+    node.files["LICENSE"] = b"Apache License, Version 2.0"
+    node.publish()
+    config = tmp_path / "gpus.cfg"
+    config.write_text(host("h100"))
+    program = node.folder / "engine" / "bin" / "vllm"
+    program.write_text(ENGINE.format(config=config, python=sys.executable, fake=ROOT / "tests" / "fakes" / "engine.py"))
+    log, port = tmp_path / "runtime.log", int(node.env["NIM_HTTP_API_PORT"])
+    env = node.env | {"LD_LIBRARY_PATH": str(library), "FAKE_NVML_CONFIG": str(config)}
+    with log.open("wb") as out:
+        process = subprocess.Popen(node.command("serve"), env=env, stdout=out, stderr=out)
+    running = Running(process, port, log)
+
+    def told() -> bool:
+        assert process.poll() is None, log.read_text()
+        with contextlib.suppress(OSError):
+            return 'of="peak"} 65520809984' in running.ask("GET", "/metrics")[1]
+        return False
+
+    try:
+        wait_for(told, "the second look at the GPU", 60)
+        page = running.ask("GET", "/metrics")[1]
+        own = 'airlock_gpu_memory_bytes{gpu="0",uuid="GPU-00000000-0000-0000-0000-000000000000"'
+        assert f'{own},of="idle"}} {600 << 20}' in page and f'{own},of="used"}} 65520809984' in page
+        found = running.ask("GET", "/v1/metadata")[1]
+        assert found["airlock"]["expected"] == promise and found["airlock"]["simulated"] is True
+        assert found["licenseInfo"]["content"] == running.ask("GET", "/v1/license")[1]["content"] == "Apache License, Version 2.0"
+        done = airlock("runtime", "smoke", "--url", f"http://127.0.0.1:{port}", "--levels", "1,16", "--each", "1", check=False)
+        assert "GPU GPU-00000000-0000-0000-0000-000000000000: idle 0.59 GiB, peak 61.02 GiB, total 79.65 GiB" in done.stdout, done
+        assert "expected by the profile: ttft" not in done.stdout and "tok_s 2500" in done.stdout and "(source: a bench)" in done.stdout
+    finally:
+        assert stop(process) == 0, log.read_text()
