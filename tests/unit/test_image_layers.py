@@ -140,6 +140,7 @@ def test_names_of_every_format(form: int, name: str) -> None:
         assert look([tar(file(long, "x"), Entry("l", kind=LINK, target=long), form=form)], "/l") == b"x"
 
 
+@pytest.mark.slow
 def test_the_system_tar_and_its_sparse_files(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_bytes(b"dense")
@@ -177,6 +178,7 @@ def test_a_layer_whose_bytes_are_not_its_own() -> None:
         find(source, open_image(source, "a", "1"), ["/a/b"], LIMIT)
 
 
+@pytest.mark.slow
 def test_a_broken_connection_goes_on_where_it_broke() -> None:
     source = Memory(step=4000, breaks=3)
     source.image([tar(file("z", "z" * 40_000), A)])

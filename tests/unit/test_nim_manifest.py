@@ -158,6 +158,7 @@ FILE = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(PART, st.one_of(st.just(""), PART), PART, PART, FILE)
 def test_a_uri_goes_round(org: str, team: str, model: str, version: str, file: list[str]) -> None:
     made = NimUri("ngc", org, team, model, version, "/".join(file))
