@@ -193,7 +193,11 @@ class Doctor:
 
     def _realm(self) -> None:
         """Where container clients are sent for a token, and whether they get one."""
-        answer = ask("GET", self.case.registry.rstrip("/") + "/v2/", self.case.ca_file, self.case.timeout_s)
+        try:
+            answer = ask("GET", self.case.registry.rstrip("/") + "/v2/", self.case.ca_file, self.case.timeout_s)
+        except Unavailable as error:
+            self.refused("token", error)
+            return
         realm = _REALM.search(answer.headers.get("www-authenticate", ""))
         if answer.status == 200:
             self.note("token", OK, "container clients need no token")
@@ -262,16 +266,17 @@ class Doctor:
             self.refused("model.hub", error)
             return
         if answer.status in (301, 302, 303, 307, 308):
-            self._redirect(joined(self.case.registry.rstrip("/") + path, answer.headers.get("location", "")))
+            self._redirect(answer.headers.get("location", ""))
         elif answer.status in (200, 206, 416):  # 416: the file is empty
             self.note("model.hub", OK, f"{name}: bytes come from the registry itself")
         else:
             self.note("model.hub", FAIL, f"GET {path} answered {answer.status}", "see the registry's log", "unavailable")
 
-    def _redirect(self, url: str) -> None:
+    def _redirect(self, target: str) -> None:
         """The store that bytes come from: the same steps as for the registry, without the key."""
         fix = "make it reachable and trusted from here (name, port, its authority in the same PEM file), or set AIRLOCK_STREAM_TO at the registry"
         try:
+            url = joined(self.case.registry, target)
             found = reach(url, self.case.ca_file, self.case.timeout_s, "redirect.")
         except Invalid:
             self.note("redirect", FAIL, "the registry sends clients to a place that is no URL", "see `public` in AIRLOCK_BLOBS", "redirect")

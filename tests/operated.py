@@ -45,6 +45,10 @@ class Operated(Door):
         assert self.told
         return self.told["listening"]
 
+    def connect(self) -> http.client.HTTPConnection:
+        """To the listener as it speaks: with its own certificate trusted, where it has one."""
+        return self.secured(self.data / "tls" / "cert.pem") if self.url.startswith("https://") else super().connect()
+
     def operator(self, path: str) -> tuple[int, str]:
         """Status and text of a path of the operator's listener."""
         assert self.told

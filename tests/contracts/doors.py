@@ -71,12 +71,15 @@ class Door:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.wait_s)
+
     def ask(self, method: str, path: str, body: Any = None, who: str | None = "acme", basic: bool = False, **headers: str) -> Answer:
         given = {k.replace("_", "-"): v for k, v in headers.items()}
         if who:
             key = self.keys[who]
             given["Authorization"] = "Basic " + base64.b64encode(f"$oauthtoken:{key}".encode()).decode() if basic else f"Bearer {key}"
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.wait_s)
+        connection = self.connect()
         try:
             connection.request(method, path, body=body, headers=given, encode_chunked="Transfer-Encoding" in given)
             answer = connection.getresponse()

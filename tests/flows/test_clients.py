@@ -47,6 +47,8 @@ def hf(door: Door, home: Path, who: str | None, *argv: str) -> subprocess.Comple
     env = {"HF_ENDPOINT": door.url, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
     if who:
         env["HF_TOKEN"] = door.keys[who]
+    if door.url.startswith("https://"):
+        env["SSL_CERT_FILE"] = str(door.data / "tls" / "cert.pem")
     return run(str(HF), *argv, **env)
 
 

@@ -1,4 +1,4 @@
-"""transformers, sentence-transformers and vLLM, unmodified, by repository id: the real all-MiniLM weights from our door, and what they ask for."""
+"""transformers, sentence-transformers and vLLM, unmodified, by repository id over TLS: the real all-MiniLM weights from our door, what is asked."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, find_port, stop
-from tests.contracts.doors import Door, new_site, serving, sha
+from tests.contracts.doors import Door, new_site, sha
 from tests.flows.test_clients import contents
 from tests.flows.test_clients import hf as dev_hf
+from tests.operated import operated
 from tests.services.clients import client
 
 pytestmark = [pytest.mark.server, pytest.mark.engine, pytest.mark.full, pytest.mark.timeout(900)]
@@ -40,13 +41,17 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def door(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Iterator[Door]:
     """A registry that was given the weights by `hf upload`."""
     data = tmp_path_factory.mktemp("libraries") / "data"
-    with serving(data, new_site(data)) as found:
-        given = {"HF_ENDPOINT": found.url, "HF_TOKEN": found.keys["acme"], "HF_HOME": str(data.parent / "up")}
+    with operated(data, new_site(data), AIRLOCK_TLS="self-signed") as found:
+        given = {"HF_ENDPOINT": found.url, "HF_TOKEN": found.keys["acme"], "HF_HOME": str(data.parent / "up"), "SSL_CERT_FILE": authority(found)}
         given |= {"HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_DISABLE_XET": "1"}
         argv = [str(Path(sys.executable).parent / "hf"), "upload", REPO, str(minilm), "."]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=300, env={**os.environ, **given}, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         yield found
+
+
+def authority(door: Door) -> str:
+    return str(door.data / "tls" / "cert.pem")
 
 
 def lines(door: Door) -> list[dict[str, Any]]:
@@ -58,6 +63,7 @@ def environment(door: Door, home: Path, engine: Path, *paths: Path) -> dict[str,
     """What a user of the gap sets (docs/operations.md), and where the engine's environment lies."""
     given = {"PATH": f"{engine / 'bin'}:/usr/bin:/bin", "HOME": str(home), "HF_HOME": str(home / "hf"), "HF_ENDPOINT": door.url}
     given |= {"HF_TOKEN": door.keys["acme"], "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_SAFETENSORS_CONVERSION": "1"}
+    given |= {"SSL_CERT_FILE": authority(door)}
     return given | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ":".join(map(str, (*paths, engine / "meta"))), "USER": "nim"}
 
 
