@@ -101,7 +101,10 @@ class Story:
             "NIM_CACHE_PATH": str(self.cache),
         }
         yield Step(
-            "pull", ["runtime", "download-to-cache", "--model", f"{MODEL}:1"], env, lambda: not list(self.cache.glob("models/acme/big/*/weights.gguf"))
+            "pull",
+            ["runtime", "download-to-cache", "--model", f"{MODEL}:1"],
+            env,
+            lambda: not list(self.cache.glob("models/acme/big/*/weights.gguf")),
         )
 
     def run(self, step: Step, timeout: float = 600) -> subprocess.CompletedProcess[str]:
