@@ -243,6 +243,14 @@ def test_the_registry_is_not_its_ngc_listener(server: Operated) -> None:
     assert found.status == 66 and found.failed() == ["ngc.key"], found.lines
 
 
+def test_a_public_url_that_sends_container_clients_elsewhere(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with serving_registry(data, keys := new_ngc_site(data), AIRLOCK_PUBLIC_URL="http://registry.elsewhere.invalid") as door:
+        found = examine(door.url, key=keys["root"])
+    line = found.of("token")
+    assert found.status == 64 and "registry.elsewhere.invalid/token" in line["what"] and "AIRLOCK_PUBLIC_URL" in line["do"], found.lines
+
+
 def test_variables_of_clients(server: Operated, tmp_path: Path) -> None:
     place = ngc(server).removeprefix("https://")
     cases: list[tuple[dict[str, str], str, str]] = [
