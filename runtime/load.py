@@ -63,7 +63,7 @@ def open_session(target: Target) -> aiohttp.ClientSession:
 async def page(session: aiohttp.ClientSession, target: Target, path: str) -> bytes:
     """What a GET answers with 200, empty for another status; raises Unavailable where nobody answers."""
     try:
-        async with session.get(target.base + path) as answer:
+        async with session.get(target.base + path, allow_redirects=False) as answer:
             return await answer.content.read(PAGE) if answer.status == 200 else b""
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
         raise Unavailable(f"{target.base} does not answer: {error}", do="start the runtime, or say --url", reason="connection") from error
@@ -97,7 +97,7 @@ async def one(session: aiohttp.ClientSession, target: Target, number: int) -> Sa
     """One request, timed; whatever fails is an error of the sample."""
     began, times, counted = time.perf_counter(), list[float](), 0
     try:
-        async with session.post(target.base + "/v1/chat/completions", json=body(target, number)) as answer:
+        async with session.post(target.base + "/v1/chat/completions", json=body(target, number), allow_redirects=False) as answer:
             if answer.status != 200:
                 return Sample(error=f"{answer.status}: {(await answer.content.read(2000)).decode('utf-8', 'replace')[:300]}")
             async for line in answer.content:

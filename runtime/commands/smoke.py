@@ -37,6 +37,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-tokens", type=int, default=128, help="tokens of each answer (default %(default)s)")
     parser.add_argument("--prompt-words", type=int, default=64, help="words of each prompt (default %(default)s)")
     parser.add_argument("--stop-early", action="store_true", help="let answers end where the model ends them (for servers without ignore_eos)")
+    parser.add_argument("--key-env", default="", metavar="NAME", help="variable with the key of a server that asks for one (default: none is sent)")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="seconds for one request (default %(default)s)")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="a recorded run to compare with")
     parser.add_argument("--tolerance", type=float, default=0.2, help="what counts as worse than the baseline (default a fifth)")
@@ -56,8 +57,10 @@ def _smoke(args: argparse.Namespace) -> int:
         raise Invalid("--each, --max-tokens, --prompt-words or --tolerance make no sense", expected="at least 1, 2 and 1; a share such as 0.2")
     before = slo.parse(_read(args.baseline)) if args.baseline else []
     more: dict[str, object] = {} if args.stop_early else {"ignore_eos": True}
-    # The key of a front that asks its callers for one; from the environment, as a command line is seen by all.
-    key = os.environ.get("AIRLOCK_KEY", "") or os.environ.get("NGC_API_KEY", "")
+    if args.key_env and not os.environ.get(args.key_env):
+        raise Invalid(f"--key-env {args.key_env[:80]}: the variable is not set", expected="the name of a variable that holds a key")
+    # By name only: a key of this site goes to no server that --url happens to name. From the environment, as a command line is seen by all.
+    key = os.environ.get(args.key_env, "") if args.key_env else ""
     target = load.Target(args.url.rstrip("/"), args.model, args.max_tokens, args.prompt_words, more, key, args.timeout_s)
     found, facts = asyncio.run(_measure(target, levels, args.each, quiet=args.json))
     expected = facts.get("expected")

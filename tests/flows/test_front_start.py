@@ -71,6 +71,9 @@ def test_callers_need_a_key_with_a_grant_to_run_the_model(site: Site) -> None:
             connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=30)
             connection.request("GET", f"/v1/responses/{mine}", headers={"Authorization": f"Bearer {key}"})
             assert connection.getresponse().status == status
+        smoke = ("runtime", "smoke", "--url", f"http://127.0.0.1:{running.port}", "--levels", "1", "--each", "1", "--slo", "tok_s=0.1")
+        assert airlock(*smoke, check=False, AIRLOCK_KEY=runs).returncode == 52  # no key is sent unless its variable is named
+        assert airlock(*smoke, "--key-env", "CALLER", check=False, CALLER=runs).returncode == 0
         site.down()
         assert _ask(running, runs)[0] == 200  # known a moment ago
         status, body = _ask(running, "nvapi-" + "y" * 40)

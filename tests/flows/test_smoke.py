@@ -66,7 +66,7 @@ def test_requests_that_fail_are_a_miss(serve: Serve) -> None:
 
 
 def test_wrong_words_and_nobody_there() -> None:
-    for flags in (("--slo", "speed=1"), ("--levels", "0"), ("--at", "3"), ("--baseline", "/nonexistent")):
+    for flags in (("--slo", "speed=1"), ("--levels", "0"), ("--at", "3"), ("--key-env", "NOT_SET_HERE"), ("--baseline", "/nonexistent")):
         status, _, err = _smoke(find_port(), *flags)
         assert status in (6, 9), err
     assert _smoke(find_port())[0] == 9
