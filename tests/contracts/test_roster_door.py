@@ -71,6 +71,8 @@ CHANGES: list[tuple[str, dict[str, object], str]] = [
     ("keys", {"org": "acme", "models": ["acme/x"], "expires": "1d", "is_admin": True}, "400 400 400 400 400 400"),
     ("keys/revoke", {"key_id": "key-0000000000000000"}, "404 404 403 403 403 403"),
     ("keys/rotate", {"key_id": "key-0000000000000000"}, "404 404 403 403 403 403"),
+    ("keys/s3", {"key_id": "key-0000000000000000"}, "404 404 403 403 403 403"),
+    ("keys/s3", {}, "200 200 200 200 200 403"),
     ("grants", {"org": "acme", "models": ["acme/x"], "expires": "1d"}, "200 200 403 403 403 403"),
     ("grants", {"org": "other", "models": ["other/x"], "expires": "1d"}, "200 403 403 403 403 403"),
     ("grants/revoke", {"grant_id": "grant-0000000000000000"}, "404 404 403 403 403 403"),
