@@ -141,11 +141,17 @@ class Engine:
         self._asked = False
         self._cause = ""
         self._was_ready = False
+        self._ready_at = 0.0
         self._over_its_head = False
         self._process: subprocess.Popen[bytes] | None = None
         self._output = -1
         self._exited: asyncio.Future[int] | None = None
         self._closed: asyncio.Future[None] | None = None
+
+    @property
+    def steady(self) -> bool:
+        """Whether it was ready so long ago that its end says nothing of its start."""
+        return self._was_ready and asyncio.get_running_loop().time() - self._ready_at > STEADY_S
 
     async def start(self) -> None:
         """Starts the process in its own group with exactly the given environment; raises Invalid or Unavailable before or at the start."""
@@ -186,6 +192,7 @@ class Engine:
         asyncio.get_running_loop().remove_reader(handle)
         os.close(handle)
         if self._process is not None and self._exited is not None:
+            self._kill_rest()  # before its status is taken: until then nobody else can have its number
             self._exited.set_result(self._process.wait())
 
     def _on_output(self) -> None:
@@ -215,8 +222,8 @@ class Engine:
         finally:
             self.ready = False
             health.cancel()
-            with suppress(ProcessLookupError, PermissionError):  # nothing is left, unless somebody killed the guardian
-                os.killpg(self.pid, signal.SIGKILL)
+            if not exited.done():  # we are cancelled
+                self._kill_rest()
         # Nothing that the engine started lives now, so the pipe ends; what the kernel does not let go must not hold us up.
         await asyncio.wait([closed, health], timeout=2)
         if not closed.done():
@@ -231,7 +238,7 @@ class Engine:
         exited = self._exited
         if self._process is None or exited is None or exited.done():
             return
-        self._process.send_signal(signal.SIGTERM)
+        os.kill(self.pid, signal.SIGTERM)  # Popen would take its status first, and with it the hold on its number
         await asyncio.wait([exited], timeout=grace_s)
         self._force()
         await asyncio.shield(exited)
@@ -261,6 +268,7 @@ class Engine:
                     up, bad = False, bad + 1
                 if up and not self._asked and not self._was_ready:
                     self._was_ready = True
+                    self._ready_at = asyncio.get_running_loop().time()
                     self.ready = True
                     on_ready()
                 if self._was_ready:
@@ -282,14 +290,18 @@ class Engine:
     def _force(self) -> None:
         """Has the guardian end everything at once, and ends its group where it does not answer."""
         if self._process is not None and self._exited is not None and not self._exited.done():
-            self._process.send_signal(signal.SIGUSR1)
+            os.kill(self.pid, signal.SIGUSR1)
             asyncio.get_running_loop().call_later(FORCE_S, self._kill_group)
 
     def _kill_group(self) -> None:
         if self.pid and self._exited is not None and not self._exited.done():
             self._over_its_head = True
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
+            self._kill_rest()
+
+    def _kill_rest(self) -> None:
+        """Ends the guardian's group; of one that ended nothing is left there, unless somebody killed it."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 class Keeper:
@@ -322,13 +334,13 @@ class Keeper:
             if self.launch.socket is None:
                 self.launch = self.launch.moved(free_port())
             engine = self._engine = Engine(self.launch, log_file=self._log_file, ready_s=self._ready_s)
-            began = asyncio.get_running_loop().time()
             await engine.start()
             end = await engine.watch(on_ready)
             if self._stopping or end.retry in (NONE, NEVER):
                 return end
-            if asyncio.get_running_loop().time() - began > STEADY_S:
+            if engine.steady:
                 tries = 0
+                tried.clear()
             pause = self._backoff_s * 2**tries
             if end.retry == ONCE:
                 if end.kind in tried:

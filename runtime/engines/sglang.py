@@ -65,7 +65,7 @@ def plan(start: Start) -> Launch:
         ("--max-prefill-tokens", checkpoint.whole(profile, "max_num_batched_tokens")),
     ):
         argv += [flag, str(number)] if number else []
-    share = settings.kv_percent or start.share
+    share = min(settings.kv_percent or start.share, start.share)  # less than asked where others use the GPU
     argv += ["--mem-fraction-static", f"{share:.3f}"] if share != GPU_SHARE else []
     argv += _features(start)
     found = checkpoint.adapters(profile, settings)

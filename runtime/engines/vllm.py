@@ -127,7 +127,7 @@ def _limits(start: Start, cpu: bool) -> list[str]:
         ("--max-num-batched-tokens", checkpoint.whole(profile, "max_num_batched_tokens")),
     ):
         argv += [flag, str(value)] if value else []
-    share = settings.kv_percent or start.share
+    share = min(settings.kv_percent or start.share, start.share)  # less than asked where others use the GPU
     if not cpu and share != GPU_SHARE:
         argv += ["--gpu-memory-utilization", f"{share:.3f}"]
     return argv + (["--enforce-eager"] if cpu or settings.tuning.disable_cuda_graph else [])

@@ -186,6 +186,12 @@ class TestContract:
         with pytest.raises(Invalid, match="2 x 1 GPUs, but 4 are given"):
             plan(replace(made, gpus=H100[:4]))
 
+    def test_what_others_hold_of_the_gpu_is_left_to_them(self, engine: str, tmp_path: Path) -> None:
+        """The share that the choice found free counts, also where NIM_KVCACHE_PERCENT asks for more."""
+        flag = {"vllm": "--gpu-memory-utilization", "sglang": "--mem-fraction-static"}.get(engine)
+        argv = plan(replace(self.make(engine, tmp_path, {"NIM_KVCACHE_PERCENT": "0.9"}), share=0.6)).argv
+        assert flag is None or argv[argv.index(flag) + 1] == "0.600"
+
     def test_where_it_answers(self, engine: str, tmp_path: Path) -> None:
         launch = plan(self.make(engine, tmp_path))
         if launch.socket is None:

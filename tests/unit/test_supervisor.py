@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from dataclasses import replace
@@ -139,6 +140,23 @@ def test_keeper_gives_up_after_bounded_restarts(tmp_path: Path) -> None:
     keeper = Keeper(_launch(tmp_path, "import os; os._exit(3)"), log_file=tmp_path / "log", backoff_s=0.01)
     end = asyncio.run(keeper.run(said.append))
     assert end.kind == "unknown" and keeper.restarts == 3 and len(said) == 3
+
+
+def test_a_slow_start_is_no_steady_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a time of readiness clears the count: an engine that loads long and then fails would be started for ever."""
+    monkeypatch.setattr("runtime.supervisor.STEADY_S", 0.0)
+    keeper = Keeper(_launch(tmp_path, "import os, time; time.sleep(0.01); os._exit(3)"), log_file=tmp_path / "log", backoff_s=0.01)
+    end = asyncio.run(asyncio.wait_for(keeper.run(lambda _: None), 5))
+    assert end.kind == "unknown" and keeper.restarts == 3
+
+
+def test_what_a_killed_guardian_leaves_is_ended_before_its_number_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[bool] = []
+    ended = os.killpg
+    monkeypatch.setattr(os, "killpg", lambda group, number: (held.append(Path(f"/proc/{group}").exists()), ended(group, number)))
+    code = "import os, signal; os.kill(os.getppid(), signal.SIGKILL)"
+    engine = _run(_launch(tmp_path, code), tmp_path)
+    assert held and all(held) and "oom_kill" in engine.log.lines[-1]
 
 
 def test_keeper_shortens_the_context_once_only(tmp_path: Path) -> None:
