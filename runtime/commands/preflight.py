@@ -116,7 +116,7 @@ def _ends(client: RemoteRegistry, settings: Settings) -> list[Line]:
         return []
     now = max(time.time(), found.now)
     lines = []
-    for end in found.running(settings.model) if settings.model else found.ends:
+    for end in found.running(settings.model) if settings.model else found.counting():
         if end.over(now):
             lines.append(Line("days left", "fail", end.words(now), "renew it", f"{end.kind}_{'revoked' if end.revoked_at else 'expired'}"))
         elif end.ends or end.revoked_at:

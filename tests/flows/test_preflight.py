@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -76,26 +79,32 @@ def test_the_registry_away_counts_only_where_the_cache_lacks_something(node: Nod
     assert node.run("preflight").returncode == 28
 
 
-def test_a_cache_of_another_user_is_told_with_the_chown(node: Node) -> None:  # noqa: F811
+@pytest.fixture
+def open_cache() -> Iterator[Path]:
+    """A directory of root's that any user reaches; below pytest's own no other user gets, and each new run closes that again."""
     if os.geteuid() != 0:
         pytest.fail("no root in CI") if os.environ.get("CI") else pytest.skip("becoming another user needs root")
-    node.cache.mkdir(mode=0o755)
-    for folder in (node.folder, *node.folder.parents):
-        if folder.stat().st_mode & 0o5 != 0o5 and str(folder).startswith("/tmp/"):
-            folder.chmod(folder.stat().st_mode | 0o5)
+    folder = Path(tempfile.mkdtemp(prefix="airlock-cache-", dir="/var/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_cache_of_another_user_is_told_with_the_chown(node: Node, open_cache: Path) -> None:  # noqa: F811
+    node.env["NIM_CACHE_PATH"] = str(open_cache)
     done = node.run("preflight", "--as", "1000:1000", "--json")
     state, text, fix = report(done)["cache"]
     assert done.returncode == 38 and state == "fail" and "Permission denied; owner 0:0, mode 0755, serving as 1000:1000" in text, done.stdout
-    assert fix == f"on the host: chown 1000:1000 the directory that is mounted at {node.cache}"
-    os.chown(node.cache, 1000, 1000)
-    assert node.run("preflight", "--as", "1000:1000").returncode == 0
-    assert node.run("preflight", "--as", "1000:x").returncode == 6
-    os.chown(node.cache, 0, 0)
+    assert fix == f"on the host: chown 1000:1000 the directory that is mounted at {open_cache}"
     alone = subprocess.run(
-        node.command("preflight", "--no-registry"), env=node.env, capture_output=True, text=True, user=1000, group=1000, timeout=60
+        node.command("preflight", "--no-registry"), env=node.env, capture_output=True, text=True, user=1000, group=1000, timeout=60, cwd=ROOT
     )
     if "No module named" not in alone.stderr and "Permission denied" not in alone.stderr:  # where uid 1000 can run this environment
         assert alone.returncode == 38 and "serving as 1000:1000" in alone.stdout, alone
+    os.chown(open_cache, 1000, 1000)
+    good = node.run("preflight", "--as", "1000:1000")
+    assert good.returncode == 0, good.stdout
+    assert node.run("preflight", "--as", "1000:x").returncode == 6
 
 
 def test_a_read_only_mount_serves_what_is_complete_and_refuses_what_is_not(node: Node) -> None:  # noqa: F811
