@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from artifact.upstream import check_fact
 from registry import tables as t
-from registry.database import open_engine, writing
+from registry.settings import Settings
+from registry.wiring import open_site
 from tests.conftest import airlock
 from tests.contracts.ngc import MIRRORED, fill, new_ngc_site
 from tests.contracts.s3 import BUCKET, S3Door, key_of, s3_serving
@@ -100,10 +102,8 @@ def test_a_block_by_the_law(door: S3Door) -> None:
 
 def test_what_a_bundle_told_of_an_acceptance_counts(door: S3Door) -> None:
     fact = {"name": MIRRORED, "ref": "fp16", "digest": "sha256:" + "0" * 64, "license": LICENSE, "accepted_by": WHO, "accepted_at": 1_700_000_000}
-    engine = open_engine(f"sqlite:///{door.main.data / 'registry.db'}")
-    with writing(engine) as conn:
+    with open_site(Settings.load(door.main.data, environ=dict(os.environ)), background=False) as site, site.catalog.writing() as conn:
         conn.execute(t.upstream_record.insert().values(**vars(check_fact(fact)), sender="s", sequence=1, at=1.0))
-    engine.dispose()
     assert say(door, license=LICENSE) == {"name": MIRRORED, "license": LICENSE, "accepted_by": WHO, "blocked": "", "accepted_at": 1_700_000_000}
     assert codes(told(door)) == OPEN
 
