@@ -11,7 +11,7 @@ SOURCES := artifact registry mirror runtime migrations tests demo tools benchmar
 
 export PYTORCH_INDEX
 
-.PHONY: setup system system-test system-full engine demo test test-fast test-full lint fix bench
+.PHONY: setup system system-test system-full engine wheels images demo test test-fast test-full lint fix bench
 
 setup: $(VENV)/.ready
 
@@ -47,10 +47,26 @@ $(GO): requirements/go.lock | setup
 
 system-full: system-test $(GO)
 	$(call install,/usr/share/gocode/src/golang.org/x/mod/sumdb/tlog,golang-golang-x-mod-dev)
-	$(call install,/usr/sbin/dockerd containerd runc podman conmon crun buildah umoci busybox,docker.io containerd runc podman conmon crun buildah umoci busybox-static)
+	$(call install,/usr/sbin/dockerd containerd runc podman conmon crun buildah umoci busybox docker-compose /usr/sbin/debootstrap,\
+	docker.io containerd runc podman conmon crun buildah umoci busybox-static docker-compose debootstrap)
 
 engine: setup
 	$(BIN)/python tools/engine_env.py --to $(ENGINE)
+
+# What the images are built of: our wheel, those that it needs for the Python of the images' base, and pip. A copy of the checkout is built, as
+# setuptools would leave its files here and take up old ones.
+IMAGE_PYTHON ?= 3.11
+MANYLINUX := $(foreach tag,manylinux_2_34 manylinux_2_28 manylinux2014,--platform $(tag)_x86_64)
+
+wheels: setup
+	rm -rf build/wheels build/source && mkdir -p build/wheels build/source
+	cp -r pyproject.toml README.md artifact registry mirror runtime migrations build/source
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheels build/source && rm -r build/source
+	for part in registry runtime; do $(BIN)/pip download --quiet --disable-pip-version-check -c requirements/dev.lock --only-binary :all: \
+	  --python-version $(IMAGE_PYTHON) $(MANYLINUX) --dest build/wheels/$$part pip==26.3 "$$(ls build/wheels/airlock-*.whl)[$$part]" || exit 1; done
+
+images: wheels
+	docker-compose --profile gpu build --build-arg REVISION=$$(git rev-parse HEAD)
 
 demo: system setup engine
 	$(BIN)/python -m demo
