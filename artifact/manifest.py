@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -179,6 +180,13 @@ def digest_of(raw: bytes, algorithm: str = "sha256") -> str:
     return f"{algorithm}:{hashlib.new(algorithm, raw).hexdigest()}"
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):  # 1e400: what no JSON of ours could say again
+        raise ValueError(f"{text[:40]} is out of range")
+    return value
+
+
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     out = dict(pairs)
     if len(out) != len(pairs):
@@ -204,7 +212,7 @@ def parse_json(raw: bytes, what: str, limit: int = MAX_MANIFEST_BYTES) -> dict[s
     if deepest > 512:  # a bound on brackets, strings included: safe for the recursive parser, generous for real documents
         raise Invalid(f"{what} is nested too deeply", expected="a depth of at most 512")
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
         if b"\\u" in raw:
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # an escaped lone surrogate is text that no file system or database takes
     except (ValueError, RecursionError) as error:

@@ -60,6 +60,12 @@ def addresses(host: str, port: int) -> list[str]:
         raise Unavailable(f"the host {host[:100]!r} has no address", do="check the name and this machine's DNS") from error
 
 
+def _mark(response: urllib3.BaseHTTPResponse) -> str:
+    """What tells one state of a file from another: a strong ETag, else the time of the last change."""
+    tag = response.headers.get("ETag", "")
+    return tag if tag.startswith('"') else response.headers.get("Last-Modified", "")
+
+
 def _kind(address: str) -> str:
     ip = ipaddress.ip_address(address.split("%", 1)[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
@@ -92,10 +98,10 @@ class Fetcher:
         self._lock = threading.Lock()
         self.received = 0
 
-    def stream(self, path: str, lo: int, hi: int, url: str = "", total: int = -1) -> Iterator[bytes]:
+    def stream(self, path: str, lo: int, hi: int, url: str = "", total: int = -1, mark: str = "") -> Iterator[bytes]:
         """Bytes [lo, hi) of a path below the endpoint, exactly; raises Unavailable, NotFound, Denied, Unauthenticated, Mismatch, Invalid.
 
-        With `url`, a signed URL for that path: it gets no key, wherever it leads, and appears in no error. `total` is the size, where it is known.
+        With `url`, a signed URL for that path: it gets no key, wherever it leads, and appears in no error. `total` and `mark` are what `look` said.
         """
         response = self._follow(url or self.endpoint + path, {"Range": f"bytes={lo}-{hi - 1}"}, bool(url))
         try:
@@ -110,6 +116,8 @@ class Fetcher:
                 raise Mismatch(
                     f"{path[:200]} has {found[3]} bytes", expected=f"{total} bytes", do="the listing or the file is wrong; nothing was kept"
                 )
+            if mark and _mark(response) != mark:
+                raise Mismatch(f"{path[:200]} is another file than when it was begun", expected="one that does not change", do="run again")
             yield from self._body(response, hi - lo, path)
         finally:
             response.close()
@@ -123,21 +131,21 @@ class Fetcher:
         finally:
             response.close()
 
-    def size(self, path: str, url: str = "") -> int:
-        """Bytes of a file that no listing tells, from the answer to a request for its first one; raises as stream does."""
+    def look(self, path: str, url: str = "") -> tuple[int, str]:
+        """A file's bytes and its host's mark of their state (RFC 9110 8.8, empty without one), by asking for the first; raises as stream does."""
         response = self._follow(url or self.endpoint + path, {"Range": "bytes=0-0"}, bool(url))
         try:
             stated = response.headers.get("Content-Range", "")
             if response.status == 416 and (nothing := _NOTHING.match(stated)):
-                return int(nothing[1])
+                return int(nothing[1]), _mark(response)
             length = response.headers.get("Content-Length", "")
             if response.status == 200 and re.fullmatch(r"[0-9]{1,19}", length):
-                return int(length)
+                return int(length), _mark(response)
             self._check(response, 206, path)
             found = _RANGE.match(stated)
             if not found or found[1] != "0" or found[2] != "0":
                 raise Invalid(f"the upstream tells no size of {path[:200]}", expected="206 and a Content-Range", reason="upstream")
-            return int(found[3])
+            return int(found[3]), _mark(response)
         finally:
             response.close()
 

@@ -6,14 +6,11 @@ changing its files travels as a referrer. Every byte is checked against all that
 
 from __future__ import annotations
 
-import base64
-import binascii
+import contextlib
 import fnmatch
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -35,7 +32,6 @@ from artifact.manifest import (
     build_manifest,
     build_model,
     canonical_json,
-    check_path,
     derived_commit,
     digest_of,
     files_root,
@@ -44,13 +40,12 @@ from artifact.manifest import (
 )
 from artifact.store import Descriptor, File
 from mirror.ngc_api import Api, quoted
+from mirror.ngc_listing import MAX_SUMS, SUMS, RemoteFile, listed, signed, sums_of
 from mirror.plan import Item
 
 _T = TypeVar("_T")
 SIGSTORE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 VERSION_TYPE = "application/vnd.airlock.ngc.version.v1+json"
-SUMS = "checksums.blake3"
-MAX_SUMS = 16 * 1024 * 1024
 MAX_SIGNATURE = 4 * 1024 * 1024
 MAX_CARD = 64 * 1024 * 1024
 MAX_TOLD = 4 * 1024 * 1024
@@ -60,23 +55,11 @@ SLICE = 8 * 1024 * 1024
 STREAMS = 8  # of a large file: NGC's own client was measured to be held back by few connections
 REFUSED_LISTING = ("400", "401")  # how NGC answers for an organisation whose files its listings do not show ("Org contex missing")
 OVER = ("400", "401", "403", "410")  # how object stores answer for a signed URL that is over
-_SUM = re.compile(r"([0-9a-f]{64})  ?\*?(.+)\Z")
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """One file as NGC lists it: its digests where they are told, and when it was made, which keeps bytes of two files of one name apart."""
-
-    path: str
-    size: int
-    digest: str = ""
-    blake3: str = ""
-    made: str = ""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A version with its chosen files; `told` is its object as NGC gave it, `sums` its checksums.blake3 where that took the listing's place."""
+    """A version with its chosen files; `told` is its object as NGC gave it, `sums` its checksums.blake3, chosen or not, where it has one."""
 
     model: str
     version: str
@@ -85,7 +68,7 @@ class Snapshot:
     gated: bool = False
     signed: bool = False
     told: bytes = b""
-    sums: bytes = b""
+    sums: RemoteFile | None = None
 
     @property
     def source(self) -> str:
@@ -129,19 +112,23 @@ class NgcSource:
         with _unless_refused(refusals):
             self._find_urls(set(files), count)
         if refusals and not self._urls:
-            shot, files = self._without_listing(shot, files, refusals[0])
+            files = self._without_listing(shot, files, count, refusals[0])
         for path in (p for p in self._urls if p not in files):
             files[path] = RemoteFile(path, -1)
         if len({path.casefold() for path in files}) != len(files):
             raise Invalid("two files are the same but for letter case", expected="names that differ on every file system", reason="path")
         sums = dict(self._item.sums)
         files = {path: replace(file, blake3=sums.get(path, file.blake3)) for path, file in files.items()}
-        chosen = [self._sized(file) for path, file in sorted(files.items()) if self._chosen(path)]
+        chosen = [file for path, file in sorted(files.items()) if self._chosen(path)]
         absent = sorted(set(self._item.files) - set(files))
         if absent or not chosen:
             what = f"{shot.source} has no file {absent[0]!r}" if absent else f"no file of {shot.source} is chosen"
             raise NotFound(what, expected="files that the version has", do="see allow, ignore and profiles of the item", reason="entry")
-        return replace(shot, files=tuple(chosen))
+        if len(chosen) > MAX_FILES:
+            raise TooLarge(f"{len(chosen)} files of {shot.source} are chosen", expected=f"at most {MAX_FILES} files", do="see allow and ignore")
+        with ThreadPoolExecutor(STREAMS, thread_name_prefix="ngc") as pool:
+            sized = tuple(pool.map(self._sized, chosen))
+        return replace(shot, files=sized, sums=self._sized(files[SUMS]) if SUMS in files else None)
 
     def _facts(self, shot: Snapshot, doc: Mapping[str, object]) -> tuple[Snapshot, int]:
         version, model = (found if isinstance(found := doc.get(key), Mapping) else {} for key in ("modelVersion", "model"))
@@ -166,7 +153,7 @@ class NgcSource:
             entries = doc.get("modelFiles")
             if not isinstance(entries, list):
                 raise Invalid(f"the files of {self._version} are no list", expected="modelFiles", reason="upstream")
-            for file in map(_listed, entries):
+            for file in map(listed, entries):
                 if out.setdefault(file.path, file) != file:
                     raise Invalid(f"NGC lists {file.path!r} twice and differently", expected="each file once", reason="upstream")
             return len(entries)
@@ -178,7 +165,7 @@ class NgcSource:
         """The signed URLs of the files, as far as NGC lists them."""
 
         def take(doc: Mapping[str, object]) -> int:
-            self._urls |= (pairs := _signed(doc))
+            self._urls |= (pairs := signed(doc))
             return len(pairs)
 
         # One that no page has is asked for by its path when it is fetched.
@@ -215,20 +202,24 @@ class NgcSource:
         if counts and max(counts) > have():
             raise Invalid(f"NGC lists {have()} of the {max(counts)} files of {path[:200]}", expected="all of them", do="run again", reason="upstream")
 
-    def _without_listing(self, shot: Snapshot, files: dict[str, RemoteFile], refusal: AirlockError) -> tuple[Snapshot, dict[str, RemoteFile]]:
-        """The files that checksums.blake3 names, each to be had by its own route; raises the listing's refusal where that is refused too."""
+    def _without_listing(self, shot: Snapshot, files: dict[str, RemoteFile], count: int, refusal: AirlockError) -> dict[str, RemoteFile]:
+        """The files that checksums.blake3 names, each to be had by its own route; raises the listing's refusal where that is refused too, Invalid."""
         try:
             raw = self.api.fetcher.document(self._file(SUMS), MAX_SUMS)
         except AirlockError:
             raise refusal from None
         self._by_file = True
-        named = {path: replace(files.get(path, RemoteFile(path, -1)), blake3=value) for path, value in sums_of(raw).items()}
-        return replace(shot, sums=raw), named | {SUMS: RemoteFile(SUMS, len(raw), digest_of(raw))}
+        named = {path: replace(files.get(path, RemoteFile(path, -1)), blake3=value) for path, value in sums_of(raw).items() if path != SUMS}
+        named = {SUMS: RemoteFile(SUMS, len(raw), digest_of(raw))} | files | named
+        if len(named) < count:
+            what = f"{SUMS} and NGC's listing name {len(named)} of the {count} files of {shot.source}"
+            raise Invalid(what, expected="all of them", do="run again, or ask for a key that its listing answers", reason="upstream")
+        return named
 
     def _sized(self, file: RemoteFile) -> RemoteFile:
         if file.size >= 0:
             return file
-        return replace(file, size=self._on_urls(file.path, lambda path, url: self.api.fetcher.size(path, url)))
+        return replace(file, size=self._on_urls(file.path, lambda path, url: self.api.fetcher.look(path, url)[0]))
 
     def _chosen(self, path: str) -> bool:
         item = self._item
@@ -243,11 +234,13 @@ class NgcSource:
 
     def fetch(self, shot: Snapshot, disk: Disk, progress: copy.Progress | None) -> tuple[File, ...]:
         """Brings every file into the store, verified; what is there is not fetched again; raises Mismatch, Unavailable, Denied, Unauthenticated."""
-        proofs, sums = _Proofs(disk, shot), {}
-        first = next((f for f in shot.files if f.path == SUMS), None)
+        proofs, first, sums = _Proofs(disk, shot, self._item.base_url), shot.sums, dict[str, str]()
+        digests: dict[str, str] = {}
+        if first and first.size > MAX_SUMS:
+            raise TooLarge(f"{SUMS} has {first.size} bytes", expected=f"at most {MAX_SUMS}")
         if first:
-            raw = disk.read(self._one(first, disk, proofs, progress, 1), MAX_SUMS)
-            sums = sums_of(raw)
+            digests[SUMS] = self._one(first, disk, proofs, progress if any(f.path == SUMS for f in shot.files) else None, 1)
+            sums = sums_of(disk.read(digests[SUMS], MAX_SUMS))
         for f in shot.files:
             if f.blake3 and sums.get(f.path, f.blake3) != f.blake3:
                 raise Mismatch(f"{SUMS} gives {f.path!r} another BLAKE3 than is told elsewhere", expected=f.blake3)
@@ -256,15 +249,16 @@ class NgcSource:
         with ThreadPoolExecutor(4, thread_name_prefix="ngc") as pool:
             waiting = [pool.submit(self._one, f, disk, proofs, progress, 1) for f in small]
             try:
-                digests = {f.path: task.result() for f, task in zip(small, waiting, strict=True)}
+                digests |= {f.path: task.result() for f, task in zip(small, waiting, strict=True)}
             finally:
                 pool.shutdown(cancel_futures=True)
         digests |= {f.path: self._one(f, disk, proofs, progress, STREAMS) for f in rest if f.size > PIECE}
-        if first:
-            digests[SUMS] = digest_of(raw)
         return tuple(File(f.path, digests[f.path], f.size) for f in shot.files)
 
     def _one(self, file: RemoteFile, disk: Disk, proofs: _Proofs, progress: copy.Progress | None, streams: int) -> str:
+        told = bool(file.digest or file.blake3 or not file.size)
+        mark = "" if told else self._on_urls(file.path, lambda path, url: self.api.fetcher.look(path, url)[1])
+        file = replace(file, mark=mark)
         known = proofs.find(file)
         if known:
             if progress:
@@ -277,7 +271,7 @@ class NgcSource:
                 raise Mismatch(what, expected=file.blake3, do="the upstream or the path to it is damaged; nothing was kept")
 
         def ranges(lo: int, hi: int) -> Iterator[bytes]:
-            return self._on_urls(file.path, lambda path, url: _begun(self.api.fetcher.stream(path, lo, hi, url, file.size)))
+            return self._on_urls(file.path, lambda path, url: _begun(self.api.fetcher.stream(path, lo, hi, url, file.size, mark)))
 
         if file.size == 0:
             digest = disk.put(b"")
@@ -285,6 +279,8 @@ class NgcSource:
             copy.fetch(ranges, file.digest, file.size, disk, progress, streams)
             digest = file.digest
         else:
+            if not told and not mark:  # nothing tells whether what an earlier run left is of the same file
+                disk.partial(proofs.key(file), file.size, known=False).abort()
             digest = copy.fetch_unknown(ranges, proofs.key(file), file.size, check, disk, progress, streams)
         if file.digest not in ("", digest):
             raise Mismatch(f"{file.path} is listed as empty with another digest", expected=file.digest)
@@ -310,7 +306,7 @@ class NgcSource:
         with self._lock:
             if self._urls.get(path, "") != old:
                 return self._urls[path]
-            pairs = _signed(self.api.json(f"{self._signed}?path={quoted(path)}"))
+            pairs = signed(self.api.json(f"{self._signed}?path={quoted(path)}"))
             url = pairs.get(path) or (next(iter(pairs.values())) if len(pairs) == 1 else "")
             if not url:
                 raise NotFound(f"NGC gives no URL for {path[:200]!r}", expected="one in urls", do="run again", reason="entry")
@@ -332,8 +328,8 @@ class NgcSource:
 class _Proofs:
     """Which stored digest a file of a version had once it was verified by all that NGC told of it: so that a second run fetches and reads nothing."""
 
-    def __init__(self, disk: Disk, shot: Snapshot) -> None:
-        self._disk, self._source, self._path, self._lock = disk, shot.source, disk.root / "ngc-files", threading.Lock()
+    def __init__(self, disk: Disk, shot: Snapshot, endpoint: str) -> None:
+        self._disk, self._source, self._path, self._lock = disk, [endpoint, shot.source], disk.root / "ngc-files", threading.Lock()
         try:
             lines = self._path.read_text(encoding="ascii", errors="replace").splitlines()
         except FileNotFoundError:
@@ -342,7 +338,7 @@ class _Proofs:
 
     def key(self, file: RemoteFile) -> str:
         """All that is known of a file, as one digest."""
-        return digest_of(canonical_json([self._source, file.path, file.size, file.digest, file.blake3, file.made]))
+        return digest_of(canonical_json([*self._source, file.path, file.size, file.digest, file.blake3, file.made, file.mark]))
 
     def find(self, file: RemoteFile) -> str:
         """The digest of a stored file that was verified; empty where there is none."""
@@ -351,7 +347,7 @@ class _Proofs:
 
     def add(self, file: RemoteFile, digest: str) -> None:
         """Remembers it; a lost line only costs fetching or reading again."""
-        with self._lock, self._path.open("a", encoding="ascii") as out:
+        with self._lock, contextlib.suppress(OSError), self._path.open("a", encoding="ascii") as out:
             out.write(f"{self.key(file)} {digest}\n")
 
 
@@ -377,7 +373,7 @@ def build(shot: Snapshot, files: tuple[File, ...], signature: bytes, disk: Disk)
     return Built(subject.digest, commit, tuple(map(disk.put, made)))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _unless_refused(refusals: list[AirlockError]) -> Iterator[None]:
     """Notes that a listing was refused in the way for which there is another route; other errors are raised."""
     try:
@@ -386,32 +382,6 @@ def _unless_refused(refusals: list[AirlockError]) -> Iterator[None]:
         if error.ids.get("status") not in REFUSED_LISTING:
             raise
         refusals.append(error)
-
-
-def _listed(entry: object) -> RemoteFile:
-    """One entry of modelFiles; raises Invalid."""
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
-        raise Invalid("an entry of the listing names no file", expected="path, sizeInBytes and sha256_base64", reason="upstream")
-    path, size, made = check_path(entry["path"]), entry.get("sizeInBytes"), entry.get("createdDate")
-    if type(size) is not int or not 0 <= size < 1 << 63:
-        raise Invalid(f"the listing gives no size for {path!r}", expected="whole bytes", reason="upstream")
-    told, digest = entry.get("sha256_base64"), ""
-    if told is not None and told != "":
-        try:
-            digest = f"sha256:{base64.b64decode(told, validate=True).hex()}"
-        except (binascii.Error, ValueError, TypeError):
-            digest = ""
-        if not is_digest(digest):
-            raise Invalid(f"the listing gives no proper digest for {path!r}", expected="base64 of 32 bytes", reason="upstream")
-    return RemoteFile(path, size, digest, made=made if isinstance(made, str) else "")
-
-
-def _signed(doc: Mapping[str, object]) -> dict[str, str]:
-    """Path to signed URL of a listing of URLs; raises Invalid."""
-    urls, paths = doc.get("urls"), doc.get("filepath")
-    if not isinstance(urls, list) or not isinstance(paths, list) or len(urls) != len(paths) or not all(isinstance(v, str) for v in [*urls, *paths]):
-        raise Invalid("NGC's listing of URLs cannot be read", expected="urls and filepath of one length", reason="upstream")
-    return {check_path(path): url for path, url in zip(paths, urls, strict=True)}
 
 
 def _begun(parts: Iterator[bytes]) -> Iterator[bytes]:
@@ -431,22 +401,3 @@ def _blake3(path: Path) -> str:
         while count := file.readinto(buffer):
             state.update(buffer[:count])
     return str(state.hexdigest())
-
-
-def sums_of(raw: bytes) -> dict[str, str]:
-    """Path to BLAKE3 of a checksums.blake3, `<64 hex>  <path>` a line; raises Invalid."""
-    out: dict[str, str] = {}
-    try:
-        lines = raw.decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise Invalid(f"{SUMS} is not UTF-8", expected="lines of a checksum and a path", reason="upstream") from error
-    for line in filter(None, lines):
-        found = _SUM.match(line)
-        if not found:
-            raise Invalid(f"{SUMS} holds the line {line[:80]!r}", expected="64 hex digits, two spaces, a path", reason="upstream")
-        path = check_path(found[2].removeprefix("./"))
-        if out.setdefault(path, found[1]) != found[1]:
-            raise Invalid(f"{SUMS} gives {path!r} two checksums", expected="one", reason="upstream")
-    if len(out) > MAX_FILES * 10:
-        raise TooLarge(f"{SUMS} lists {len(out)} files", expected=f"at most {MAX_FILES} chosen ones")
-    return out

@@ -12,7 +12,8 @@ DIR/images/<repository>/{tags.json,blobs/<hex>}. DIR/cloud.json, read anew at ea
 A version's own: "status", "signed"; "unlisted" (listings answer 400 "Org contex missing"), "page" (entries of one), "first_page" (0 or 1),
 "total" and "count" (what the listing and the version say of how many), "overlap" (pages repeat an entry), "no_sha256",
 "lies" {path: {field: value}}, "nodes" [more entries], "urls" {path: another URL}, "strange" {path: status of its signed URL},
-"cut" {path: bytes sent}, "endless" [paths or "pages"], "encode" [paths], "html" (the listing is a page for people), "huge" (it is endless),
+"cut" {path: bytes sent}, "endless" [paths or "pages"], "encode" [paths], "unmarked" [paths without an ETag], "text" (a raw answer about the version),
+"html" (the listing is a page for people), "huge" (it is endless), "unsigned" (the listing of URLs alone answers 400),
 "redirect_file" {path: where its own route leads}.
 """
 
@@ -168,6 +169,8 @@ class Host(BaseHTTPRequestHandler):
     def send_file(self, file: Path, flaws: dict | None = None) -> None:
         flaws, size = flaws or {}, file.stat().st_size
         lo, hi, status, headers = 0, size, 200, {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
+        if not flaws.get("unmarked"):
+            headers["ETag"] = f'"{self.cloud.sha256(file)[:32]}"'
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
         if match:
             lo, hi, status = int(match[1]), min(size, int(match[2]) + 1), 206
@@ -381,6 +384,8 @@ class Api(Host):
 
     def version(self, target: list[str], version: str, rest: list[str]) -> None:
         facts, folder = self.at_version(target, version, "files" if rest[:1] == ["files"] else "all")
+        if not rest and "text" in facts:
+            return self.reply(200, facts["text"].encode())
         if not rest:
             model = self.cloud.told()["models"]["/".join(target)]
             return self.say(model=self.shown(target, model), modelVersion=self.version_shown(target, version, facts))
@@ -435,7 +440,7 @@ class Api(Host):
 
     def urls(self, target: list[str], version: str) -> None:
         facts, _ = self.at_version(target, version, "files")
-        if facts.get("unlisted"):
+        if facts.get("unlisted") or facts.get("unsigned"):
             raise Refused(400, "Org contex missing")
         files, only = self.files(target, version), self.query.get("path", [""])[0]
         if only and only not in files:
@@ -573,7 +578,7 @@ class Nvcr(Host):
 
 def flaws_of(facts: dict, path: str) -> dict:
     """What is to go wrong with a file."""
-    out = {name: True for name in ("endless", "encode") if path in facts.get(name, [])}
+    out = {name: True for name in ("endless", "encode", "unmarked") if path in facts.get(name, [])}
     out |= {"cut": facts["cut"][path]} if path in facts.get("cut", {}) else {}
     return out | ({"status": facts["strange"][path]} if path in facts.get("strange", {}) else {})
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from artifact.errors import AirlockError
+from artifact.disk import Partial
+from artifact.errors import AirlockError, Invalid
+from artifact.manifest import digest_of, files_of, parse_manifest
 from mirror.home import MirrorHome
 from mirror.ngc_api import Api
+from mirror.ngc_listing import sums_of
 from mirror.plan import parse
-from mirror.sources.ngc import NgcSource, sums_of
+from mirror.sources.ngc import NgcSource
 from tests.flows.test_fake_ngc import DEMO, LEGACY, PERSONAL, Ngc, contents, make_image, make_model, ngc
 from tests.hostile.test_sync_input import run, spy
 
@@ -85,6 +89,67 @@ def test_bytes_that_are_not_what_the_checksums_say(tmp_path: Path, known: bool) 
         assert run(tmp_path, item(cloud), KEY=PERSONAL)[1]["status"] == "synced"
 
 
+def test_checksums_that_are_not_chosen_hold_all_the_same(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "ngc", sums=True, no_sha256=True)
+    good = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with ngc(tmp_path / "ngc", tmp_path / "log") as cloud:
+        chosen = item(cloud, allow=["*.safetensors"])
+        assert "BLAKE3" in refused(tmp_path, chosen, "mismatch")["what"]
+        (folder / "model.safetensors").write_bytes(good)
+        assert run(tmp_path, chosen, KEY=PERSONAL)[1]["status"] == "synced"
+        cloud.change(DEMO, "1.0", lies={"checksums.blake3": {"sizeInBytes": 1 << 40}})
+        assert run(tmp_path, chosen, KEY=PERSONAL)[1]["error"]["error"] == "too_large"
+
+
+@pytest.mark.parametrize("how", ["unlisted", "unsigned"])
+def test_checksums_that_leave_files_out(tmp_path: Path, how: str) -> None:
+    """Where they take a listing's place they must name all that the version has; what a listing named besides is kept."""
+    folder = make_model(tmp_path / "ngc", sums=True, **{how: True})
+    sums = (folder / "checksums.blake3").read_text().splitlines(keepends=True)
+    (folder / "checksums.blake3").write_text("".join(line for line in sums if "model.safetensors" not in line))
+    with ngc(tmp_path / "ngc", tmp_path / "log") as cloud:
+        if how == "unlisted":
+            cloud.change(DEMO, "1.0", count=6)
+            assert "5 of the 6 files" in refused(tmp_path, item(cloud), "invalid")["what"]
+        else:
+            home, result = run(tmp_path, item(cloud), KEY=PERSONAL)
+            manifest = parse_manifest(home.disk.read(result["names"][0]["digest"], 1 << 22))
+            assert {f.path for f in files_of(manifest)} == {*contents(), "checksums.blake3"}
+
+
+def test_more_files_than_a_manifest_holds_are_refused_before_one_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mirror.sources.ngc.MAX_FILES", 4)
+    make_model(tmp_path / "ngc")
+    with ngc(tmp_path / "ngc", tmp_path / "log") as cloud:
+        assert "5 files" in refused(tmp_path, item(cloud), "too_large")["what"] and not cloud.requests("files")
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["etag", "no-etag"])
+def test_a_file_of_which_nothing_is_told_is_never_made_of_two(tmp_path: Path, marked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier run left is continued only where its host says that the file is still the same."""
+    monkeypatch.setattr("artifact.copy.CHECKPOINT", 1_000_000)
+    old, new = (random.Random(seed).randbytes(5_000_000) for seed in (1, 2))
+    folder = make_model(tmp_path / "ngc", files={"w.bin": old}, no_sha256=True, unmarked=[] if marked else ["w.bin"])
+    with ngc(tmp_path / "ngc", tmp_path / "log") as cloud:
+        with monkeypatch.context() as broken:
+            write = Partial.write
+
+            def failing(self: Partial, offset: int, view: bytes) -> None:
+                if offset > 3_000_000:
+                    raise Invalid("killed here")
+                write(self, offset, view)
+
+            broken.setattr(Partial, "write", failing)
+            assert refused(tmp_path, item(cloud), "invalid")["what"] == "killed here"
+        assert any('"to"' in j.read_text() for j in (tmp_path / "mirror" / "staging" / "partial").glob("*.journal"))
+        (folder / "w.bin").write_bytes(new)
+        home, result = run(tmp_path, item(cloud), KEY=PERSONAL)
+        assert result["status"] == "synced"
+        (file,) = files_of(parse_manifest(home.disk.read(result["names"][0]["digest"], 1 << 22)))
+        assert file.digest == digest_of(new)
+
+
 @pytest.mark.parametrize(
     ("facts", "code"),
     [
@@ -96,11 +161,13 @@ def test_bytes_that_are_not_what_the_checksums_say(tmp_path: Path, known: bool) 
         ({"encode": ["model.safetensors"]}, "mismatch"),
         ({"cut": {"model.safetensors": 0}}, "unavailable"),
         ({"urls": {"config.json": 7}}, "invalid"),
+        ({"urls": {"config.json": "http://127.0.0.1/" + "x" * 20_000}}, "too_large"),
+        ({"text": '{"model": {"stars": 1e400}, "modelVersion": {"status": "UPLOAD_COMPLETE"}}'}, "invalid"),
         ({"status": "UPLOAD_PENDING"}, "invalid"),
         ({"strange": {"config.json": 404}}, "not_found"),
         ({"strange": {"config.json": 403}}, "denied"),
     ],
-    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+    ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )
 def test_a25_answers_without_end_compressed_cut_or_for_people(
     tmp_path: Path, facts: dict[str, Any], code: str, monkeypatch: pytest.MonkeyPatch
