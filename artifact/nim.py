@@ -194,12 +194,12 @@ def _listed(value: object, where: str) -> list[tuple[str, object, str]]:
 def _profile(name: str, entry: object, at: str) -> NimProfile:
     if not isinstance(entry, dict):
         raise _bad(at, "an object")
-    if not _ID.match(name) or name in (".", ".."):
+    if not _ID.match(name) or not name.isprintable() or name in (".", ".."):
         raise _bad(f"{at}: its id {name[:80]!r}", "1 to 256 characters without blanks, / and \\")
     tags = entry.get("tags") or {}
     if not isinstance(tags, dict):
         raise _bad(f"{at}.tags", "an object of words")
-    told = {key: _text(value, f"{at}.tags.{key[:80]}") for key, value in tags.items()}
+    told = {_text(key, f"{at}.tags.{key[:80]}"): _text(value, f"{at}.tags.{key[:80]}") for key, value in tags.items()}
     files = _files(entry.get("workspace") or {}, f"{at}.workspace")
     if len(files) > MAX_FILES:
         raise TooLarge(f"{at} has {len(files)} files", expected=f"at most {MAX_FILES}")
@@ -266,7 +266,7 @@ def _uri(value: object, at: str) -> str:
 
 def _path(text: str, at: str) -> str:
     try:
-        return check_path(text)
+        return check_path(_text(text, at))
     except Invalid:
         raise _bad(at, "a relative path without empty, '.', '..' or '.git' parts") from None
 
@@ -289,13 +289,14 @@ def _checksums(entry: Mapping[str, object], at: str) -> dict[str, str]:
 
 
 def _text(value: object, at: str) -> str:
-    if not isinstance(value, str) or len(value) > 4096:
-        raise _bad(at, "text of at most 4096 characters")
+    # It is printed in tables and errors: nothing that steers a terminal or forges a line.
+    if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
+        raise _bad(at, "printable text of at most 4096 characters")
     return value
 
 
 def _bad(at: str, expected: str) -> Invalid:
-    return Invalid(f"the model manifest is not accepted at {at}", expected=expected, reason="nim_manifest")
+    return Invalid(f"the model manifest is not accepted at {at if at.isprintable() else ascii(at)}", expected=expected, reason="nim_manifest")
 
 
 def _load(raw: bytes) -> dict[str, Any]:

@@ -295,6 +295,12 @@ LIES: dict[str, bytes] = {
     "a uri that leaves": b"aa: {workspace: {files: {x: {uri: 'ngc://a/b:1?file=../../x'}}}}\n",
     "a checksum that is a word": b"aa: {workspace: {files: {x: {uri: 'ngc://a/b:1?file=x', checksum: hello}}}}\n",
     "a checksum that is a list": b"aa: {workspace: {files: {x: {uri: 'ngc://a/b:1?file=x', checksum: [1]}}}}\n",
+    "a tag that steers a terminal": b'aa: {tags: {profile_name: "\\e[2J"}}\n',
+    "a tag that forges a line": b'aa: {tags: {profile_name: "a\\nsynced"}}\n',
+    "a tag's name that steers a terminal": b'aa: {tags: {"\\e[2J": x}}\n',
+    "an id that turns what follows around": b'"\\u202Eaa": {tags: {}}\n',
+    "a path that steers a terminal": b'aa: {workspace: {files: {"\\x9bm": {uri: "ngc://a/b:1?file=x"}}}}\n',
+    "a uri that steers a terminal": b'aa: {workspace: {files: {x: {uri: "ngc://a/b:1?file=\\x9bm"}}}}\n',
     "a surrogate": b'{"aa": {"tags": {"x": "\\ud800"}}}',
     "a number without end": b'{"aa": {"tags": {"x": ' + b"9" * 5000 + b"}}}",
 }
