@@ -195,7 +195,7 @@ class Issuance(Desk):
     def s3_secret(self, call: Call, body: Body) -> Facts:
         """What an S3 client signs with as `key_id`, the caller's own key where it is absent; each showing is recorded, without the secret.
 
-        Raises Denied, NotFound, Conflict `key_revoked`, `key_expired`.
+        Raises Denied where the key may more than the caller, NotFound, Conflict `key_revoked`, `key_expired`.
         """
         only(body, "key_id")
         key_id, held = text(body, "key_id", call.principal.key_id), self._gate(call)
@@ -207,6 +207,9 @@ class Issuance(Desk):
             if row.revoked_at or 0 < row.expires <= call.now:
                 state = "revoked" if row.revoked_at else "expired"
                 raise Conflict(f"{key_id} is {state}", do="airlock key create", reason=f"key_{state}")
+            if not own:  # the secret signs as that key: it is no less than a successor
+                has = _current(people.rights_of(conn, key_id=row.id, member_id=row.member_id), call.now)
+                self._bounded(held, call.now, has, row.expires, row.tier)
             self._audit.change(conn, call, "key_s3", key_id, owner=row.org)
             return {"key_id": key_id, "org": row.org, "expires": people.moment(row.expires), "secret": self._entitlements.s3_secrets(key_id)[0]}
 

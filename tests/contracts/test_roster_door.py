@@ -113,6 +113,17 @@ def test_looks(door: Door, path: str, statuses: str) -> None:
     assert door.ask("GET", f"{ROOT}/{path}", who=None).status == 401
 
 
+def test_nobody_is_shown_the_s3_secret_of_a_key_that_may_more(door: Door) -> None:
+    """It signs as that key, so an organisation's administrator gets it where a successor would be given, and nowhere else."""
+    given: dict[str, Any] = {"org": "acme", "actions": ["pull"], "expires": "1d"}
+    wide = made(door, "site", "keys", models=["hf/**"], **given)["key_id"]
+    narrow = made(door, "site", "keys", models=["acme/x"], **given)["key_id"]
+    refused = post(door, "lead", "keys/s3", key_id=wide)
+    assert (refused.status, b"secret" in refused.body) == (403, False) and "nobody hands on more than it has" in refused.json()["what"]
+    assert post(door, "lead", "keys/rotate", key_id=wide).status == 403
+    assert made(door, "lead", "keys/s3", key_id=narrow)["secret"] and made(door, "site", "keys/s3", key_id=wide)["secret"]
+
+
 def test_an_ordinary_key_sees_itself_and_nothing_else(door: Door) -> None:
     me = door.ask("GET", f"{ROOT}/whoami", who="reader").json()["key_id"]
     assert [k["key_id"] for k in door.ask("GET", f"{ROOT}/keys", who="reader").json()["items"]] == [me]
