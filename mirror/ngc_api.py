@@ -16,11 +16,12 @@ from urllib.parse import quote, urlencode
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from artifact.errors import AirlockError, Denied, Invalid, NotFound, Unauthenticated, Unavailable
+from artifact.errors import AirlockError, Denied, Invalid, NotFound, TooLarge, Unauthenticated, Unavailable
 from artifact.manifest import parse_json
 from mirror.web import Fetcher
 
 MAX_JSON = 64 * 1024 * 1024
+MAX_VALUES = 1_000_000  # of one answer: parsed, small ones take many times their bytes
 MAX_REFUSAL = 64 * 1024
 REFUSAL_S = 10.0
 LIFE_S = 600  # of a token that does not say how long it lives; NGC's live 15 minutes
@@ -70,7 +71,7 @@ class Api:
         self._token, self._renew_at = token, time.monotonic() + max(seconds - EARLY_S, seconds / 2)
 
     def json(self, path: str, limit: int = MAX_JSON) -> dict[str, object]:
-        """The object that a path of the API answers with, its envelope looked at; raises as Fetcher.document, and Invalid."""
+        """The object that a path of the API answers with, its envelope looked at; raises as Fetcher.document, and Invalid, TooLarge."""
         return self._read(self.fetcher.document(path, limit), path)
 
     def who(self) -> tuple[str, str]:
@@ -83,6 +84,8 @@ class Api:
         return self.word(found.get("orgName")), self.word(found.get("type"))
 
     def _read(self, raw: bytes, path: str) -> dict[str, object]:
+        if raw.count(b",") > MAX_VALUES:
+            raise TooLarge(f"NGC's answer about {path[:200]} holds more than {MAX_VALUES} values", expected=f"at most {MAX_VALUES}")
         try:
             doc = parse_json(raw, f"NGC's answer about {path[:200]}", MAX_JSON)
         except Invalid as error:

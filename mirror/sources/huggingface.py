@@ -139,6 +139,8 @@ class HubSource:
         absent = sorted(set(item.files) - {f.path for f in files})
         if absent:
             raise NotFound(f"{what} has no file {absent[0]!r}", expected="the files that the image's profiles name", reason="entry")
+        if len(files) > MAX_FILES:
+            raise TooLarge(f"{len(files)} files of {what} are chosen", expected=f"at most {MAX_FILES} files", do="see allow and ignore of the item")
         if not files:
             raise Invalid(
                 f"no file of {what} is chosen",

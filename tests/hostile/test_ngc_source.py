@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,28 @@ def test_a_signature_that_is_none(tmp_path: Path, body: bytes, code: str) -> Non
         refused(tmp_path, item(cloud), code)
 
 
+@pytest.mark.parametrize("how", ["signed", "redirect", "signature"])
+def test_a23_no_place_without_tls_behind_one_with_it(tmp_path: Path, how: str) -> None:
+    make_model(tmp_path / "ngc", sums=True, signed=True)
+    with spy() as plain, ngc(tmp_path / "ngc", tmp_path / "log", tls=True) as cloud:
+        if how == "redirect":
+            cloud.change(DEMO, "1.0", unlisted=True, redirect_file={"config.json": f"{plain.url}/x"})
+        else:
+            cloud.change(DEMO, "1.0", urls={"config.json" if how == "signed" else "result.sigstore": f"{plain.url}/x"})
+        assert refused(tmp_path, item(cloud, ca_file=str(cloud.ca)), "denied")["reason"] == "redirect"
+        assert not plain.seen
+
+
+def test_two_runs_at_once_bring_one_version(tmp_path: Path) -> None:
+    """The second waits for the first and has nothing to fetch."""
+    make_model(tmp_path / "ngc", no_sha256=True)
+    MirrorHome.init(tmp_path / "mirror")
+    with ngc(tmp_path / "ngc", tmp_path / "log", "--throttle", "3000000") as cloud, ThreadPoolExecutor(2) as pool:
+        results = [r.result()[1] for r in [pool.submit(run, tmp_path, item(cloud), KEY=PERSONAL) for _ in range(2)]]
+    assert sorted(r["status"] for r in results) == ["synced", "unchanged"]
+    assert sorted(r["transferred"] > 1_000_000 for r in results) == [False, True]
+
+
 def test_a22_metadata_and_tokens_from_elsewhere_get_neither_request_nor_key(tmp_path: Path) -> None:
     with spy() as elsewhere, spy(lambda path, headers: (302, {"Location": f"{elsewhere.url}/x"}, b"")) as liar:
         for key in (PERSONAL, LEGACY):
@@ -246,6 +269,7 @@ def test_a22_metadata_and_tokens_from_elsewhere_get_neither_request_nor_key(tmp_
         ((200, {}, b'{"modelVersion": 7, "model": []}'), "invalid"),
         ((200, {}, b'{"requestStatus": {"statusCode": "FORBIDDEN", "statusDescription": ["x"]}}'), "invalid"),
         ((200, {}, b'{"model": "' + b"a" * 5_000_000 + b'"}'), "too_large"),
+        ((200, {}, b'{"model": [' + b"{}," * 1_000_001 + b"{}]}"), "too_large"),
         ((200, {"Content-Encoding": "gzip"}, b"\x1f\x8b"), "mismatch"),
         ((402, {}, b'{"requestStatus": {"statusCode": "x", "statusDescription": "' + PERSONAL.encode() + b' \\u001b[31m"}}'), "denied"),
         ((451, {}, b"<html>" + b"x" * 1_000_000), "denied"),

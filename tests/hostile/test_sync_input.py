@@ -129,6 +129,15 @@ def test_a29_names_of_the_listing(tmp_path: Path, path: str) -> None:
 
 
 @pytest.mark.server
+def test_more_files_than_a_manifest_holds_are_refused_before_one_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mirror.sources.huggingface.MAX_FILES", 2)
+    make_repo(tmp_path / "repos", "acme/many")
+    with hub(tmp_path / "repos", tmp_path / "log") as running:
+        error = refused(tmp_path, {"source": "hf://acme/many", "endpoint": running.endpoint}, "too_large")
+        assert "files of acme/many" in error["what"] and not [e for e in running.requests() if "/resolve/" in e["path"]]
+
+
+@pytest.mark.server
 @pytest.mark.parametrize(
     ("lies", "code"),
     [
