@@ -67,7 +67,7 @@ def memory(settings: Settings, choice: Choice) -> Callable[[], Sequence[Gpu]] | 
         return None
 
     def measure() -> Sequence[Gpu]:
-        found = gpus.detect(GPU_S, settings.visible_cuda, settings.visible_nvidia)
+        found = gpus.detect(GPU_S, settings.visible_cuda, settings.visible_nvidia, order=settings.device_order)
         return [g for g in found.gpus if g.uuid in uuids]
 
     return measure

@@ -105,7 +105,9 @@ def _ask(wait_s: float, limit_s: float, say: Callable[[str], None]) -> dict[str,
     if pid == 0:
         status = 1
         try:
-            os.close(reading)
+            # Of the parent's files it keeps its own pipe: connections and the port of a front would live as long as a call that hangs.
+            os.closerange(3, writing)
+            os.closerange(writing + 1, 1 << 20)
             _tell(writing, json.dumps(_query(writing)))
             status = 0
         finally:

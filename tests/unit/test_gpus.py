@@ -85,6 +85,33 @@ def test_facts_of_two_gpus(node: Node) -> None:
     assert (l40s["name"], l40s["device"], l40s["capability"], l40s["free"]) == ("NVIDIA L40S", "26b9:10de", [8, 9], 47700000000)
 
 
+HELD = """import os, socket, sys, threading, time
+from artifact.errors import AirlockError
+from runtime import gpus
+client, ours = socket.socketpair()
+def ask():
+    try:
+        gpus.detect(8)
+    except AirlockError as error:
+        print(error.what)
+asking = threading.Thread(target=ask)
+asking.start()
+time.sleep(0.5)
+ours.close()
+client.settimeout(3)
+print(client.recv(1), asking.is_alive(), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_driver_that_hangs_holds_no_connection_of_the_front(library: Path, tmp_path: Path) -> None:
+    (tmp_path / "gpus.cfg").write_text(LATE.format(ms=8000))
+    env = {"LD_LIBRARY_PATH": str(library), "FAKE_NVML_CONFIG": str(tmp_path / "gpus.cfg")}
+    done = subprocess.run([sys.executable, "-c", HELD], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "b'' True", done.stderr
+
+
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
 def test_no_library_is_a_cpu_node() -> None:
     facts = probe({})
