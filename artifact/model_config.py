@@ -20,6 +20,8 @@ MAX_HEADER = 16 << 20  # the format allows 100 MB; the largest header of a known
 MAX_TENSORS = 65_536  # of one file
 _NESTED = ("text_config", "llm_config", "language_config")
 _ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "nomic_bert", "modernbert", "deberta", "deberta-v2", "albert", "electra")
+# Each so many-th layer sees the whole context where config.json says nothing of it (the defaults of transformers 5).
+_PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}
 # Half bytes of one element: F4 takes half a byte.
 _HALF_BYTES = {"F4": 1} | dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "BOOL", "U8", "I8"), 2) | dict.fromkeys(("U16", "I16", "F16", "BF16"), 4)
 _HALF_BYTES |= dict.fromkeys(("U32", "I32", "F32"), 8) | dict.fromkeys(("U64", "I64", "F64", "C64"), 16)
@@ -47,7 +49,7 @@ def read_config(raw: bytes, modelopt: bytes = b"") -> ModelConfig:
     nested = next((top[k] for k in _NESTED if isinstance(top.get(k), dict)), {})
     doc: Mapping[str, object] = {**nested, **{k: v for k, v in top.items() if k not in nested}} if isinstance(nested, dict) else top
     names = top.get("architectures")
-    architecture = str(names[0])[:100] if isinstance(names, list) and names else ""
+    architecture = _plain(names[0], 100) if isinstance(names, list) and names else ""
     kind = str(doc.get("model_type", ""))
     heads = _whole(doc, "num_attention_heads", "n_head", "num_heads")
     stated = stated_scheme(doc, parse_json(modelopt, MODELOPT, MAX_CONFIG) if modelopt else {})
@@ -62,7 +64,7 @@ def read_config(raw: bytes, modelopt: bytes = b"") -> ModelConfig:
         quantization,
         encoder or architecture.endswith(("ForSequenceClassification", "EmbeddingModel")),
         heads,
-        tuple(sorted(str(v)[:200] for v in code.values())) if isinstance(code, dict) else (),
+        tuple(sorted(_plain(v, 200) for v in code.values())) if isinstance(code, dict) else (),
     )
 
 
@@ -73,7 +75,9 @@ def _memory(doc: Mapping[str, object], heads: int) -> Memory:
     window = _whole(doc, "sliding_window", "attention_chunk_size") if sliding else 0
     return Memory(
         layers=layers,
-        kv_heads=1 if doc.get("multi_query") is True else _whole(doc, "num_key_value_heads", "num_kv_heads", "n_head_kv") or heads,
+        kv_heads=1
+        if doc.get("multi_query") is True and not doc.get("new_decoder_architecture")
+        else _whole(doc, "num_key_value_heads", "num_kv_heads", "n_head_kv") or heads,
         head_dim=_whole(doc, "head_dim") or (hidden // heads if heads else 0),
         latent=latent,
         sliding_layers=sliding if window else 0,
@@ -91,9 +95,13 @@ def _layers(doc: Mapping[str, object], every: int) -> tuple[int, int]:
     pattern = doc.get("hybrid_override_pattern")
     if isinstance(pattern, str) and pattern:
         return pattern.count("*"), 0
-    if not _whole(doc, "sliding_window") or doc.get("use_sliding_window") is False:
+    kind = str(doc.get("model_type", ""))
+    if not _whole(doc, "sliding_window") or not doc.get("use_sliding_window", not kind.startswith("qwen")):
         return every, 0
-    step = _whole(doc, "sliding_window_pattern")
+    if "max_window_layers" in doc:
+        full = min(every, _whole(doc, "max_window_layers"))
+        return full, every - full
+    step = _whole(doc, "sliding_window_pattern") or _PATTERNS.get(kind, 0)
     full = every // step if step else 0
     return full, every - full
 
@@ -119,7 +127,7 @@ def stated_scheme(config: Mapping[str, object], modelopt: Mapping[str, object]) 
 
 def scheme(doc: Mapping[str, object]) -> tuple[Quantization, str]:
     """The scheme with the layers that it leaves out, and the precision word of profiles; raises Invalid for a method that is not known."""
-    method = str(doc.get("quant_method", "")).lower()[:64]
+    method = _plain(doc.get("quant_method", ""), 64).lower()
     bits, group = _whole(doc, "bits", "w_bit", "num_bits"), _group(doc, "group_size", "q_group_size")
     word = {"awq": "int4", "gptq": "int4", "fp8": "fp8", "fbgemm_fp8": "fp8", "mxfp4": "mxfp4"}.get(method, "")
     if method in ("awq", "gptq") and bits not in (0, 4):
@@ -164,12 +172,17 @@ def _excluded(doc: Mapping[str, object]) -> tuple[str, ...]:
     found: list[str] = []
     for key in _EXCLUSIONS:
         value = doc.get(key)
-        found += [v[:512] for v in value if isinstance(v, str)] if isinstance(value, list) else []
+        found += [_plain(v, 512) for v in value if isinstance(v, str)] if isinstance(value, list) else []
     dynamic = doc.get("dynamic")  # GPTQModel's: "-:REGEX" takes layers out
-    found += [k[2:514] for k in dynamic if k.startswith("-:")] if isinstance(dynamic, dict) else []
+    found += [_plain(k[2:], 512) for k in dynamic if k.startswith("-:")] if isinstance(dynamic, dict) else []
     if len(found) > MAX_EXCLUDED:
         raise TooLarge(f"the quantisation of config.json leaves out {len(found)} modules by name", expected=f"at most {MAX_EXCLUDED}")
     return tuple(dict.fromkeys(found))
+
+
+def _plain(value: object, most: int) -> str:
+    """A word of the document as it may be printed: nothing in it steers a terminal or begins a line."""
+    return "".join(c if c.isprintable() else "?" for c in str(value)[:most])
 
 
 def _group(doc: Mapping[str, object], *keys: str) -> int:

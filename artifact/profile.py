@@ -208,8 +208,8 @@ def _profile(item: object, i: int) -> Profile:
     if not isinstance(item, Mapping) or not isinstance(item.get("id"), str) or not _ID.match(item["id"]):
         raise Invalid(f"profile {i} has no id that is accepted", expected="an object with id (1 to 128 of letters, digits, . _ -), tags and model")
     weights = item.get("weights_bytes", 0)
-    if type(weights) is not int or weights < 0:
-        raise Invalid(f"weights_bytes of profile {i} is not a size", expected="whole bytes")
+    if type(weights) is not int or not 0 <= weights < 1 << 53:
+        raise Invalid(f"weights_bytes of profile {i} is not a size", expected="whole bytes below 2^53")
     image = _pin(item["image"], f"image of profile {i}") if item.get("image") is not None else None
     return Profile(
         item["id"],
@@ -238,14 +238,18 @@ def _memory(value: object, i: int) -> Memory:
 
 def _quantization(value: object, i: int) -> Quantization:
     what = f"quantization of profile {i}"
-    if not isinstance(value, Mapping) or not isinstance(value.get("method"), str) or not 0 < len(value["method"]) <= 64:
+    if not isinstance(value, Mapping) or not isinstance(value.get("method"), str) or not value["method"] or not _printable(value["method"], 64):
         raise Invalid(f"{what} names no method", expected="an object with method, such as awq, gptq, fp8, compressed-tensors or modelopt")
     bits, group, excluded = value.get("bits", 0), value.get("group_size", 0), value.get("excluded", [])
     if type(bits) is not int or not 0 <= bits <= 64 or type(group) is not int or not 0 <= group < 1 << 31:
         raise Invalid(f"bits or group_size in {what} are no such numbers", expected="whole numbers, not negative")
-    if not isinstance(excluded, list) or len(excluded) > MAX_EXCLUDED or not all(isinstance(e, str) and len(e) <= 512 for e in excluded):
-        raise Invalid(f"excluded in {what} is no list of module names", expected=f"at most {MAX_EXCLUDED} names of at most 512 characters")
+    if not isinstance(excluded, list) or len(excluded) > MAX_EXCLUDED or not all(isinstance(e, str) and _printable(e, 512) for e in excluded):
+        raise Invalid(f"excluded in {what} is no list of module names", expected=f"at most {MAX_EXCLUDED} names of at most 512 printable characters")
     return Quantization(value["method"], bits, group, tuple(excluded))
+
+
+def _printable(text: str, most: int) -> bool:
+    return len(text) <= most and text.isprintable()
 
 
 def _expected(value: object, i: int) -> Expected:

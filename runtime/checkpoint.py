@@ -14,10 +14,12 @@ from pathlib import Path
 from artifact.errors import Invalid
 from artifact.model_config import scheme, stated_scheme
 from artifact.profile import Profile
+from runtime.precision import named
 from runtime.settings import Settings
 from runtime.tuning import WORD
 
 JSON_CAP = 16 << 20
+NAMING_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 LOW = ("fp8", "nvfp4", "mxfp4", "int4", "int8")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -57,13 +59,13 @@ def precision(config: Mapping[str, object], modelopt: Mapping[str, object]) -> s
 
 
 def demand_precision(profile: Profile, model: Path) -> None:
-    """Raises Invalid where a profile of a low precision names a checkpoint stored in another: it would run at twice the size or more."""
+    """Raises Invalid where a checkpoint is stored in another precision than the profile says: it would run larger, or less exact, than was told."""
     tag = profile.tags.get("precision", "").lower()
-    wanted = {"awq": "int4", "gptq": "int4"}.get(tag, tag)
-    if wanted not in LOW or profile.options.get("quantization"):
+    wanted = named(tag)
+    if not tag or profile.options.get("quantization"):
         return
     found = precision(read_json(model / "config.json"), read_json(model / "hf_quant_config.json"))
-    if found != wanted:
+    if found != (wanted if wanted in LOW else ""):
         raise Invalid(
             f"profile {profile.id} says precision {tag}, but the checkpoint says {found or 'that it is not quantised'} (config.json)",
             expected="a quantization_config of that precision, or the profile's option quantization",
@@ -87,7 +89,7 @@ def trusted(profile: Profile, model: Path, settings: Settings) -> bool:
         )
     if not wanted:
         return False
-    for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+    for name in NAMING_CODE:
         for target in _classes(read_json(model / name).get("auto_map")):
             module, _, _ = target.rpartition(".")
             if "--" in target or not _MODULE.match(module) or not (model / f"{module}.py").is_file():
@@ -131,6 +133,13 @@ def draft(profile: Profile, model: Path, settings: Settings) -> tuple[str, int]:
     if not _inside(path, model):
         _demand_reason("NIM_DRAFT_MODEL_PATH" if settings.tuning.draft_model else "option draft_model", path, settings)
     _demand_safetensors(path, "the draft model")
+    # An engine gives the draft model the permission of the model that it helps.
+    if profile.options.get("trust_remote_code", "false").lower() == "true" and not _inside(path, model) and _brings_code(path):
+        raise Invalid(
+            f"the draft model {path} brings code of its own, which is not in the promoted model",
+            expected="a draft model without auto_map, or one in the promoted model",
+            reason="model_content",
+        )
     return str(path), whole(profile, "draft_tokens") or 3
 
 
@@ -178,6 +187,10 @@ def word(profile: Profile, name: str) -> str:
     if text and not WORD.match(text):
         raise Invalid(f"option {name} of profile {profile.id} is {text[:40]!r}", expected="one word")
     return text
+
+
+def _brings_code(path: Path) -> bool:
+    return any(read_json(path / name).get("auto_map") for name in NAMING_CODE)
 
 
 def _inside(path: Path, model: Path) -> bool:

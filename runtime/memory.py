@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from artifact.profile import Memory, Profile
+from runtime import precision
 
 GIB = 1 << 30
 OVERHEAD = 2 * GIB  # activations, CUDA context and graphs, NCCL
@@ -82,6 +83,8 @@ def need(profile: Profile, tp: int, pp: int, *, length: int = 0, sequences: int 
     facts = profile.memory or Memory()
     if profile.options.get("kv_cache_dtype", "").startswith("fp8"):
         facts = replace(facts, kv_bytes=1)
+    elif precision.named(profile.options.get("dtype") or profile.tags.get("precision", "")) == "fp32":
+        facts = replace(facts, kv_bytes=4)
     stored = facts.weights_bytes or profile.weights_bytes
     if not stored:
         return None

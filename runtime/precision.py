@@ -38,6 +38,7 @@ ALIASES = {
     "float16": "fp16",
     "half": "fp16",
     "float32": "fp32",
+    "float": "fp32",
     "awq": "int4",
     "gptq": "int4",
     "int4_awq": "int4",

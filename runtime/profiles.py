@@ -201,6 +201,8 @@ def _standing(best: Verdict, verdicts: Sequence[Verdict], facts: Facts) -> str:
         first = min(near, key=sort_key)
         if first.rule:
             return f"fallback: {first.profile.description} is refused ({first.reason})"
+        if first.length and not best.length:
+            return f"fallback: {first.profile.description} would hold {first.length} of the {first.need.length if first.need else 0} tokens wanted"
     kept = [v for v in verdicts if v.rule in (MEMORY, FREE) and sort_key(v) < sort_key(best)]
     if kept:
         first = min(kept, key=sort_key)

@@ -261,6 +261,14 @@ class TestContract:
         (draft / "pytorch_model.bin").write_text("")
         with pytest.raises(Invalid, match="no safetensors"):
             plan(self.make(engine, tmp_path, {"NIM_DRAFT_MODEL_PATH": str(draft), **reason}))
+        # The reason is for data: what the promoted model may run is no permission for code that lies elsewhere.
+        (draft / "m.safetensors").write_text("")
+        asked = {"NIM_DRAFT_MODEL_PATH": str(draft), **reason}
+        assert plan(self.make(engine, tmp_path, asked, {"trust_remote_code": "true"}))
+        (draft / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["own.T", null]}}')
+        assert plan(self.make(engine, tmp_path, asked))
+        with pytest.raises(Invalid, match="brings code of its own"):
+            plan(self.make(engine, tmp_path, asked, {"trust_remote_code": "true"}))
 
     @pytest.mark.parametrize(
         "options",
@@ -274,6 +282,10 @@ class TestContract:
         made = self.make(engine, tmp_path)
         with pytest.raises(Invalid, match="says precision fp8, but the checkpoint says that it is not quantised"):
             plan(replace(made, profile=replace(made.profile, tags=made.profile.tags | {"precision": "fp8"})))
+        (made.model / "config.json").write_text(json.dumps(FP8["config.json"]))
+        for tag, other in (("int4_awq", "fp8"), ("w4a16", "fp8"), ("bf16", "fp8"), ("fp16", "fp8")):
+            with pytest.raises(Invalid, match=f"says precision {tag}, but the checkpoint says {other}"):
+                plan(replace(made, profile=replace(made.profile, tags=made.profile.tags | {"precision": tag})))
         (made.model / "config.json").write_text("[" * 100_000)
         with pytest.raises(Invalid, match=r"config\.json of the model"):
             plan(replace(made, profile=replace(made.profile, tags=made.profile.tags | {"precision": "fp8"})))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, replace
 
 import pytest
@@ -64,6 +65,21 @@ def test_a_window_bounds_its_layers_and_whole_blocks_are_taken() -> None:
     found = need(made(Memory(1, layers=1, kv_heads=1, head_dim=1, sliding_layers=10, window=32)), 1, 1, length=1000)
     assert found and found.kv == 1008 * 4 + 32 * 40
     assert found.kv_of(17) == 32 * 4 + 32 * 40
+
+
+def test_the_cache_has_the_width_that_the_engine_runs_with() -> None:
+    """32 bit is never halved: vLLM keeps keys and values in the type that it computes in, unless the profile says fp8."""
+    memory, pin = Memory(1, layers=1, kv_heads=1, head_dim=1), Pin("a/b", "d")
+    cases = [({"precision": "fp32"}, {}, 8), ({"precision": "fp32"}, {"dtype": "bfloat16"}, 4), ({}, {"dtype": "float"}, 8)]
+    cases += [({"precision": "fp32"}, {"kv_cache_dtype": "fp8_e4m3"}, 2), ({"precision": "fp16"}, {}, 4)]
+    for tags, options, size in cases:
+        assert need(Profile("p", tags, pin, options=options, memory=memory), 1, 1, length=16).per_token == size  # type: ignore[union-attr]
+
+
+def test_weights_beyond_any_model_are_refused_by_the_document() -> None:
+    entry = {"id": "1", "tags": {"tp": "2"}, "model": {"name": "a/b", "digest": "sha256:" + "0" * 64}, "weights_bytes": 10**400}
+    with pytest.raises(Invalid, match="weights_bytes"):
+        parse(json.dumps({"schema": 1, "model": "a/b", "profiles": [entry]}).encode())
 
 
 def test_the_length_is_the_operators_then_the_profiles_then_the_models() -> None:
@@ -163,6 +179,10 @@ def test_standing() -> None:
     assert select([plain, built], named("h100"), Wanted(pin="v")).standing == "pinned"
     engines = Wanted(engines=frozenset({"vllm"}))
     assert select([plain, built], named("h100"), engines).standing.startswith("fallback: tensorrt_llm-h100-fp8-tp1 is refused (its engine")
+    shape = Memory(16 * GIB, **SHAPE8, context=1 << 20)
+    short, wide = Profile("t", trt | {"gpu": "L40S"}, Pin("a/b", "d"), memory=shape), made(shape, "v", tp="8")
+    cut = "fallback: tensorrt_llm-l40s-fp8-tp1 would hold 191600 of the 1048576 tokens wanted"
+    assert select([short, wide], named("l40sx8")).standing == cut
     large = made(Memory(90 * GIB), "l", precision="fp8")
     assert select([plain, large], named("h100")).standing == "fallback: vllm-fp8-tp1 is short by 18.7 GiB per GPU"
 

@@ -7,6 +7,7 @@ import os
 import resource
 import struct
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,14 @@ def directory(top: Path, config: dict[str, object], **files: bytes) -> Path:
             {"sliding_window": 1024, "sliding_window_pattern": 6},
             Memory(layers=5, kv_heads=8, head_dim=128, sliding_layers=27, window=1024, context=131072),
         ),
+        ({"sliding_window": 4096, "model_type": "gemma2"}, replace(SHAPE, layers=16, sliding_layers=16, window=4096)),
+        ({"sliding_window": 4096, "model_type": "qwen2"}, SHAPE),
+        (
+            {"sliding_window": 4096, "model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 24},
+            replace(SHAPE, layers=24, sliding_layers=8, window=4096),
+        ),
+        ({"multi_query": True, "num_kv_heads": 71, "num_key_value_heads": None}, replace(SHAPE, kv_heads=1)),
+        ({"multi_query": True, "new_decoder_architecture": True, "num_kv_heads": 8, "num_key_value_heads": None}, SHAPE),
         ({"layer_types": ["linear_attention"] * 24 + ["full_attention"] * 8}, Memory(layers=8, kv_heads=8, head_dim=128, context=131072)),
         ({"hybrid_override_pattern": "M-M*-M*"}, Memory(layers=2, kv_heads=8, head_dim=128, context=131072)),
         (
@@ -84,6 +93,19 @@ def test_shapes_of_configs(more: dict[str, object], memory: Memory) -> None:
 def test_a_vision_model_has_its_shape_one_level_down() -> None:
     found = read_config(json.dumps({"architectures": ["X"], "model_type": "x", "text_config": {**LLAMA, "dtype": "float16"}}).encode())
     assert (found.memory, found.precision, found.architecture) == (SHAPE, "fp16", "X")
+
+
+def test_words_of_a_model_steer_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    esc = "\x1b[2J\nFORGED"
+    quantization = {"quant_method": f"own{esc}", "bits": 8, "ignore": [f"a{esc}"], "dynamic": {f"-:b{esc}": {}}}
+    bad = {"architectures": [f"X{esc}"], "auto_map": {"AutoConfig": f"x{esc}"}, "quantization_config": quantization}
+    assert profile_make.main([str(directory(tmp_path, LLAMA | bad)), "--gpu", "h100"]) == 0
+    told = capsys.readouterr()
+    assert "\x1b" not in told.err + told.out and "\nFORGED" not in told.err and "\\u001b" not in told.out and "X?[2J?FORGED" in told.err
+    entry = {"id": "1", "tags": {}, "model": {"name": "a/b", "digest": "sha256:" + "0" * 64}}
+    for bad_block in ({"method": f"own{esc}"}, {"method": "own", "excluded": [f"a{esc}"]}):
+        with pytest.raises(Invalid, match="quantization of profile 0"):
+            profile.parse(json.dumps({"schema": 1, "model": "a/b", "profiles": [entry | {"quantization": bad_block}]}).encode())
 
 
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head", "re:.*gate$"]}
