@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import secrets
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from runtime import console, start
 from runtime.settings import Settings
 
+PR_SET_DUMPABLE = 4
 TEXT = "check, choose, fetch, start the engine and serve the OpenAI API"
 
 
@@ -60,9 +62,15 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         asked = facing.callers(settings, own=leases.own(claims))
         for thread in beside:
             thread.start()
+        _conceal()
         with upkeep.holding(made.path):
             return run(front, plan, Voices(*beside, *([unsigned.Mark()] if own else [])), asked, facing.memory(settings, choice), chosen.gpus)
     finally:
         for thread in beside:
             thread.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _conceal() -> None:
+    """Makes /proc/PID/environ, with the key in it, and our memory unreadable for the engine, a process of the same user; prctl(2). Root reads all."""
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +77,36 @@ def test_without_any_engine_the_start_is_refused_with_each_reason_and_weights_ca
     assert "its engine sglang cannot be started here: there is no sglang at /nonexistent/bin/python3" in refused.stderr
     fetched = several.run("download-to-cache")
     assert fetched.returncode == 0 and several.model_digest in fetched.stdout, fetched.stderr
+
+
+@pytest.fixture
+def of_1000(node: Node) -> Iterator[Node]:
+    """The node's files where uid 1000 reads them: below pytest's own no other user gets."""
+    if os.geteuid() != 0:
+        pytest.fail("no root in CI") if os.environ.get("CI") else pytest.skip("becoming another user needs root")
+    folder = Path(tempfile.mkdtemp(prefix="airlock-node-", dir="/var/tmp"))
+    shutil.copytree(node.folder, folder, dirs_exist_ok=True)
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, 1000, 1000)
+    old = str(node.folder)
+    node.env = {k: v.replace(old, str(folder)) for k, v in node.env.items()} | {"TMPDIR": str(folder)}
+    node.folder = folder
+    yield node
+    shutil.rmtree(folder)
+
+
+SPY = """#!/bin/sh
+g=$(cut -d' ' -f4 /proc/$PPID/stat)
+for p in $PPID $g; do tr '\\0' '\\n' < /proc/$p/environ | sed "s/^/saw: /"; done
+echo "error: unrecognized arguments: --stand-in"
+exit 2
+"""
+
+
+def test_an_engine_reads_no_key_in_the_processes_above_it(of_1000: Node) -> None:
+    engine = Path(of_1000.env["AIRLOCK_ENGINE_VLLM"]) / "bin" / "vllm"
+    engine.write_text(SPY)
+    user: dict[str, Any] = {"user": 1000, "group": 1000, "extra_groups": []}
+    done = subprocess.run(of_1000.command("serve"), env=of_1000.env, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False, **user)
+    assert done.returncode == 36 and "saw: HF_HUB_OFFLINE=1" in done.stderr, done.stderr  # the guardian's, which is the engine's own
+    assert of_1000.env["NGC_API_KEY"] not in done.stderr and "saw: NGC_API_KEY" not in done.stderr
