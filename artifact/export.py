@@ -75,16 +75,21 @@ class Target:
                 at.mkdir(parents=at == self.root)
             if not stat.S_ISDIR(at.lstat().st_mode):
                 raise Invalid(f"{at} is a link or a file", expected="a directory", do="name an empty directory", reason="target")
-            self.settle(at, DIR_MODE)
+            if at != self.root or set(os.listdir(at)) <= {STAGING, "ngc", "huggingface", "lost+found"}:
+                self.settle(at, DIR_MODE)  # not a root that is something else's too, such as /srv or a home
             self._made.add(at)
         return path
 
     def settle(self, path: Path, mode: int) -> None:
-        """Gives a file or folder its owner and mode."""
-        if self.owned:
-            os.chown(path, self.uid, self.gid, follow_symlinks=False)
+        """Gives a file or folder its owner and mode, never through a link that somebody put in its place."""
         with contextlib.suppress(PermissionError):  # another's directory, which is used as it is
-            path.chmod(mode)
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if self.owned:
+                    os.fchown(fd, self.uid, self.gid)
+                os.fchmod(fd, mode)
+            finally:
+                os.close(fd)
 
     def link(self, path: Path, target: str) -> None:
         """Puts a symbolic link in place, whole or not at all."""
@@ -172,6 +177,8 @@ def export_directory(remote: RemoteRegistry, presence: Presence, target: Target,
             return done
         if not root.is_dir() or root.is_symlink() or any(root.iterdir()):
             raise Conflict(f"{root} is there, with other content", expected="no directory, or an empty one", do="name another", reason="target")
+    if root.is_mount():
+        raise Invalid(f"{root} is a mount, which no directory can replace", expected="a directory below it", do="name another", reason="target")
     root.absolute().parent.mkdir(parents=True, exist_ok=True)
     aside = root.absolute().with_name(f"{STAGING}-{root.name}")
     with _staged(aside) as disk:

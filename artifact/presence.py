@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from artifact.errors import Denied, NotFound
 from artifact.layers import Found, Source, find_manifest
-from artifact.manifest import COMMIT, Reference, check_name, files_of, is_tag, parse_manifest, parse_reference
+from artifact.manifest import COMMIT, Reference, check_name, files_of, is_commit, is_tag, parse_manifest, parse_reference
 from artifact.nim import NimFile, NimManifest, NimProfile, NimUri, parse, parse_uri
 from artifact.remote import RemoteRegistry
 from artifact.store import File
@@ -104,7 +104,8 @@ class Models:
                 _, raw = self._remote.read_manifest(repo, self._ref(repo, version))
                 manifest = parse_manifest(raw)
                 files = {file.path: file for file in files_of(manifest)}
-                self._known[repo, version] = _Model(files, manifest.annotations.get(COMMIT, ""))
+                commit = manifest.annotations.get(COMMIT, "")  # whoever pushed it wrote that, and a folder is named by it
+                self._known[repo, version] = _Model(files, commit if is_commit(commit) else "")
             except NotFound:
                 self._known[repo, version] = f"{repo}:{version} is not here, or this key does not see it"
             except Denied as error:

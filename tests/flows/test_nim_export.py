@@ -91,6 +91,11 @@ unknown:
 """
 
 
+ODD = b"""odd:
+  workspace: {components: [{dst: '', src: {repo_id: 'hf://acme/odd:main'}}]}
+"""
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
     data = tmp_path_factory.mktemp("nim") / "data"
@@ -100,6 +105,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
         door.push("ngc/nim/meta/engine", "fp8-1.0", ENGINE)
         push_image(door.main, *IMAGE.split(":"), nim_layers(RAW))
         push_image(door.main, "nvcr.io/nim/meta/old", "1", nim_layers(OLD))
+        door.push("hf/acme/odd", "main", {"blobs": b"x", "config.json": b"{}"}, commit="..")
+        push_image(door.main, "nvcr.io/nim/meta/odd", "1", nim_layers(ODD))
         push_image(door.main, "nvcr.io/nim/meta/native", "1", [tar(Entry("x"))], config={"Labels": {LABEL: "native-v1"}})
     places = {"AIRLOCK_NGC": "127.0.0.1:0", "AIRLOCK_S3": "127.0.0.1:0"}
     with operated(data, keys, AIRLOCK_TLS="self-signed", **places) as found:
@@ -258,6 +265,26 @@ def test_owner_and_modes(server: Operated, tmp_path: Path) -> None:
     assert exported(server, other, OTHER, "--owner", "0:0")["owner"] == "0:0" and other.stat().st_gid == 0
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="owners are root's to give")
+def test_a_directory_of_others_keeps_its_owner_and_mode(server: Operated, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    (shared / "theirs").write_text("x")
+    exported(server, shared, OTHER)
+    assert (shared.stat().st_uid, stat.S_IMODE(shared.stat().st_mode)) == (0, 0o1777) and (shared / "ngc").stat().st_uid == 1000
+    assert (shared / "theirs").stat().st_uid == 0
+
+
+def test_a_commit_that_is_none_names_no_folder(server: Operated, tmp_path: Path) -> None:
+    """Whoever pushes a model writes its annotations."""
+    done = command(server, "export", str(tmp_path / "cache"), "nvcr.io/nim/meta/odd:1", "odd")
+    assert done.returncode == 0, done.stderr
+    repo = tmp_path / "cache" / "huggingface" / "hub" / "models--acme--odd"
+    assert {p.name for p in repo.iterdir()} == {"blobs", "refs", "snapshots"} and (repo / "refs" / "main").read_text() == "main"
+    assert (repo / "snapshots" / "main" / "config.json").read_bytes() == b"{}"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another")
 def test_whoever_is_not_root_is_told_what_to_do(server: Operated, tmp_path: Path) -> None:
     for parent in (tmp_path, *tmp_path.parents[:2]):
@@ -372,6 +399,9 @@ def test_no_room_is_told_before_anything_is_fetched(server: Operated, tmp_path: 
         done = command(server, "export", str(small / "cache"), IMAGE, WHOLE)
         assert done.returncode == 9 and "are free" in done.stderr
         assert sum(p.stat().st_blocks for p in small.rglob("*") if p.is_file()) * 512 < 100_000
+        shutil.rmtree(small / "cache")
+        done = command(server, "export", str(small), IMAGE, OTHER, "--form", "directory")
+        assert done.returncode == 6 and "is a mount" in done.stderr, "told before anything is fetched"
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
