@@ -39,8 +39,8 @@ class Api:
         self._token, self._renew_at = "", 0.0
         self._lock = threading.Lock()
         self.fetcher = _Ngc(self, endpoint, ca_file)
-        basic = base64.b64encode(f"$oauthtoken:{key}".encode()).decode()
-        self._auth = _Ngc(self, auth, ca_file, {"Authorization": f"Basic {basic}"}) if self.legacy else None
+        self._basic = base64.b64encode(f"$oauthtoken:{key}".encode()).decode()
+        self._auth = _Ngc(self, auth, ca_file, {"Authorization": f"Basic {self._basic}"}) if self.legacy else None
 
     def headers(self) -> dict[str, str]:
         """What a request to the API's own host carries, a legacy key being exchanged in time; raises Unauthenticated, Unavailable."""
@@ -107,7 +107,7 @@ class Api:
         """A text of NGC's for an error or a record: one line, bounded, nothing with the key or its token in it."""
         if not isinstance(value, str):
             return ""
-        secrets = [s for s in (self._key, self._token) if s]
+        secrets = [s for s in (self._key, self._token, self._basic if self._key else "") if s]
         return "" if any(s in value for s in secrets) else " ".join("".join(c if c.isprintable() else " " for c in value).split())[:most]
 
     def refusal(self, status: int, raw: bytes, what: str) -> AirlockError:

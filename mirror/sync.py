@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from artifact import copy, profile
 from artifact.card import hub_warnings
 from artifact.errors import AirlockError
-from artifact.manifest import EMPTY_DIGEST
+from artifact.manifest import EMPTY_DIGEST, is_commit
 from mirror import jobs, nim
 from mirror.home import MirrorHome, Named
 from mirror.plan import Item, Plan
@@ -68,7 +68,7 @@ def sync(
     made: dict[int, jobs.Job] = {}
     with home.lock("sync"):
         records, now = Records(home), time.time()
-        choice = nim.Choice((item.name, item.ref) for item in plan.items if item.kind != "nim")
+        choice = nim.Choice(place for item in plan.items if item.kind != "nim" for place in _places(item))
         for i, result in enumerate(results):
             with _failing(result):
                 made[i] = _job(result.item, home, records, now, environ, choice, bar)
@@ -91,6 +91,13 @@ def sync(
                 progress.close()
     failed = sum(r.status == "failed" for r in results)
     return {"items": [r.as_dict() for r in results], "transferred": sum(r.received for r in results), "failed": failed}
+
+
+def _places(item: Item) -> Iterator[nim.Place]:
+    """The names that an item is known to give before it is looked up: its ref, and the commit that it asks for."""
+    yield item.name, item.ref
+    if is_commit(item.wanted):
+        yield item.name, item.wanted
 
 
 def _each(made: dict[int, jobs.Job], results: list[Result], step: Callable[[jobs.Job], None]) -> None:

@@ -24,6 +24,7 @@ from tests.flows.test_sync import make_home, plan_file
 IDS = {name: (name + "0" * 64)[:64] for name in ("aa", "bb", "cc", "dd")}
 MODEL = "nim/meta/llama3-8b-instruct"
 NAME = f"ngc/{MODEL}"
+COMMIT = "ab" * 20
 
 
 def manifest(**changes: str) -> bytes:
@@ -171,6 +172,8 @@ def test_models_of_the_hub_with_a_key_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.server
 def test_what_is_refused_before_a_model_is_fetched(tmp_path: Path) -> None:
     cloud_with(tmp_path / "ngc", manifest())
+    pinned = {"pinned": {"workspace": {"files": {"config.json": {"uri": f"hf://acme/tiny:{COMMIT}?file=config.json"}}}}}
+    make_image(tmp_path / "ngc", "nim/meta/pinned", [layer({PLACES[0]: json.dumps(pinned).encode()})], "1.0.3")
     with ngc(tmp_path / "ngc", tmp_path / "log") as cloud:
         own = {"source": f"ngc://{MODEL}:hf", "endpoint": cloud.api, "key_env": "NGC_KEY"}
         for number, (items, code, words) in enumerate(
@@ -178,6 +181,11 @@ def test_what_is_refused_before_a_model_is_fetched(tmp_path: Path) -> None:
                 ([item(cloud, "vllm-fp8-tp1")], 3, "vllm-bf16-tp2"),
                 ([item(cloud, "llm_engine=sglang")], 3, "llm_engine=tensorrt_llm"),
                 ([item(cloud, "tp=1"), own], 6, "which is an item of its own"),
+                (
+                    [item(cloud, "pinned", image="nim/meta/pinned"), {"source": f"hf://acme/tiny@{COMMIT}", "endpoint": cloud.api}],
+                    6,
+                    "which is an item of its own",
+                ),
             ]
         ):
             home = make_home(tmp_path / f"mirror-{number}")

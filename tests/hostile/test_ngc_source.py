@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,17 @@ def test_tokens_that_are_none(body: bytes) -> None:
         with pytest.raises(AirlockError) as caught:
             Api(server.url, server.url, LEGACY).json("/v2/x")
         assert LEGACY not in str(caught.value) and [p.partition("?")[0] for p, _ in server.seen] == ["/token"]
+
+
+def test_a21_a_token_service_that_repeats_what_it_was_sent(tmp_path: Path) -> None:
+    def answer(path: str, headers: Any) -> tuple[int, dict[str, str], bytes]:
+        words = {"statusCode": "UNAUTHORIZED", "statusDescription": f"refused: {headers.get('Authorization')}"}
+        return 401, {}, json.dumps({"requestStatus": words}).encode()
+
+    with spy(answer) as server:
+        what = {"source": f"ngc://{DEMO}:1.0", "endpoint": server.url, "auth_endpoint": server.url, "key_env": "KEY"}
+        error = refused(tmp_path, what, "unauthenticated", LEGACY)
+        assert b64encode(f"$oauthtoken:{LEGACY}".encode()).decode() not in json.dumps(error)
 
 
 @pytest.mark.parametrize("raw", [b"x", b"\xff", b"ab  config.json", b"a" * 64 + b"  a\n" + b"b" * 64 + b"  a\n", b"A" * 64 + b"  a"])
