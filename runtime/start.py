@@ -178,6 +178,9 @@ def announce(choice: Choice, expect: str = "") -> Profile:
     from runtime import profiles
 
     selection = choice.selection
+    for profile, reason in selection.rejected:
+        if reason.startswith("it does not support LoRA"):
+            log.warning("Profile %s does not support LoRA, but LoRA is enabled. Skipping profile.", profile.id)
     log.info("Detected %d compatible profile(s).", len(selection.order))
     if low := sum(v.rule == profiles.FREE for v in selection.verdicts):
         log.info("Detected additional %d compatible profile(s) that are currently not runnable due to low free GPU memory.", low)
@@ -186,6 +189,8 @@ def announce(choice: Choice, expect: str = "") -> Profile:
     for profile, reason in selection.rejected:
         log.info("Rejected profile: %s (%s): %s", profile.id, profile.description, reason)
     profile = profiles.require(selection)
+    if selection.standing == "pinned":
+        log.info("Matched profile_id in manifest from env NIM_MODEL_PROFILE: %s", profile.id)
     log.info("%s: %s", selection.line, selection.why)
     for note in selection.notes:
         log.warning("%s", note)
@@ -203,6 +208,8 @@ def workspace(choice: Choice, profile: Profile, settings: Settings) -> ModelDir:
     began = time.monotonic()
     code = profile.options.get("trust_remote_code", "false").lower() == "true"
     source = choice.remote if settings.download else None
+    if source and weights.missing(source, settings.cache, profile.model)[1]:
+        log.info("Downloading manifest profile: %s", profile.id)
     made = weights.materialise(source, settings.cache, profile.model, log.info, workers=settings.workers, code=code)
     log.info(
         "Model workspace is now ready. It took %.3f seconds (%d bytes fetched, %d hashed again, %d known by stamp)",

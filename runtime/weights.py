@@ -193,6 +193,10 @@ def materialise(source: Source | None, cache: Path, model: Pin, log: Log, *, wor
         stamped += file.size if verdict == "stamped" else 0
         if verdict == "absent":
             lacking.append(file)
+    fetched = {f.digest for f in lacking}
+    for file in files:
+        if file.digest not in fetched:
+            log(f'File: {file.path} found in cache: "{disk.path(file.digest)}"')
     _fetch(source, disk, model, lacking, log, workers, show)
     place.folders(cache, target.parent)  # again: the download may have taken hours
     seen, left_out = content.allowed(files, disk, code=code)
@@ -206,6 +210,9 @@ def materialise(source: Source | None, cache: Path, model: Pin, log: Log, *, wor
             if not _intact(target, kept, disk):  # unless another start on the same cache was faster
                 raise
         log(f"Model workspace {target} built from {len(kept)} files")
+    for file in kept:
+        if file.digest not in fetched:
+            log(f'Skipping download, using cached copy of file: {file.path} at path: "{target / file.path}"')
     place.touch(target)
     stamps.record({f.digest: disk.path(f.digest) for f in files})
     return ModelDir(target, model.digest, len(files), sum(f.size for f in files), sum(f.size for f in lacking), hashed, stamped, kept)
@@ -297,7 +304,7 @@ def _fetch(source: Source | None, disk: Disk, model: Pin, files: list[File], log
     try:
         for file in files:
             copy.fetch(_ranges(source, model.name, file.digest), file.digest, file.size, disk, progress, workers)
-            log(f"Downloaded filename: {file.path} to blob: {disk.path(file.digest)}")
+            log(f'Downloaded filename: {file.path} to blob: "{disk.path(file.digest)}"')
     finally:
         if progress:
             progress.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -135,6 +136,23 @@ def test_download_makes_a_verified_directory_and_is_warm_the_second_time(node: N
     again = node.run("download-to-cache")
     assert again.returncode == 0 and len(blobs_asked(node)) == asked
     assert "(0 bytes fetched, 0 hashed again, 300026 known by stamp)" in again.stderr
+
+
+def test_the_log_has_a_nims_lines(node: Node) -> None:
+    """Those of nimlib and its hub client (field logs of 1.x): scripts and people look for them."""
+    first, second = node.run("serve"), node.run("serve", NIM_MODEL_PROFILE="vllm-cpu-bf16-tp1")
+    chosen = re.search(r"Selected profile: ([0-9a-f]{64}) \(vllm-cpu-bf16-tp1\)", first.stderr)
+    assert chosen, first.stderr
+    blob, place = node.blob("config.json"), node.model_dir() / "config.json"
+    there = {f'File: config.json found in cache: "{blob}"', f'Skipping download, using cached copy of file: config.json at path: "{place}"'}
+    fetched = {f"Downloading manifest profile: {chosen[1]}", f'Downloaded filename: config.json to blob: "{blob}"'}
+    pinned = f"Matched profile_id in manifest from env NIM_MODEL_PROFILE: {chosen[1]}"
+    both = {"Running NIM without LoRA.", "Detected 1 compatible profile(s).", f"Valid profile: {chosen[1]} (vllm-cpu-bf16-tp1) on GPUs []"}
+    both |= {"Profile metadata: llm_engine: vllm", "Preparing model workspace.", "Model workspace is now ready. It took "}
+    assert all(line in first.stderr for line in both | fetched) and not any(line in first.stderr for line in there | {pinned}), first.stderr
+    assert all(line in second.stderr for line in both | there | {pinned}) and not any(line in second.stderr for line in fetched), second.stderr
+    lora = node.run("serve", NIM_PEFT_SOURCE=str(node.folder), AIRLOCK_ALLOW_UNSIGNED="adapters of this test")
+    assert "WARNING" in lora.stderr and f"Profile {chosen[1]} does not support LoRA, but LoRA is enabled. Skipping profile." in lora.stderr
 
 
 def test_a_changed_file_is_noticed_and_fetched_again(node: Node) -> None:
