@@ -293,7 +293,7 @@ def _share(environ: Mapping[str, str], name: str) -> float:
 
 
 def _flag(environ: Mapping[str, str], name: str) -> bool:
-    return environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
+    return tuning.switch(environ, name) is True
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -42,15 +42,15 @@ def from_environment(environ: Mapping[str, str]) -> Tuning:
         max_lora_rank=_whole(environ, "NIM_MAX_LORA_RANK"),
         max_gpu_loras=_whole(environ, "NIM_MAX_GPU_LORAS"),
         max_cpu_loras=_whole(environ, "NIM_MAX_CPU_LORAS"),
-        kv_cache_reuse=_switch(environ, "NIM_ENABLE_KV_CACHE_REUSE"),
+        kv_cache_reuse=switch(environ, "NIM_ENABLE_KV_CACHE_REUSE"),
         guided_backend=_word(environ, "NIM_GUIDED_DECODING_BACKEND"),
         tool_parser=_word(environ, "NIM_TOOL_CALL_PARSER"),
-        auto_tool_choice=_switch(environ, "NIM_ENABLE_AUTO_TOOL_CHOICE") is True,
+        auto_tool_choice=switch(environ, "NIM_ENABLE_AUTO_TOOL_CHOICE") is True,
         chat_template=environ.get("NIM_CHAT_TEMPLATE", "").strip(),
-        disable_cuda_graph=_switch(environ, "NIM_DISABLE_CUDA_GRAPH") is True,
+        disable_cuda_graph=switch(environ, "NIM_DISABLE_CUDA_GRAPH") is True,
         tokenizer_mode=_word(environ, "NIM_TOKENIZER_MODE"),
         draft_model=_path(environ, "NIM_DRAFT_MODEL_PATH"),
-        trust_code=_switch(environ, "NIM_TRUST_CUSTOM_CODE"),
+        trust_code=switch(environ, "NIM_TRUST_CUSTOM_CODE"),
         passthrough=_arguments(environ, "NIM_PASSTHROUGH_ARGS"),
     )
 
@@ -105,7 +105,8 @@ def _word(environ: Mapping[str, str], name: str) -> str:
     return text
 
 
-def _switch(environ: Mapping[str, str], name: str) -> bool | None:
+def switch(environ: Mapping[str, str], name: str) -> bool | None:
+    """Yes, no, or nothing said; raises Invalid for any other word: a misspelt yes must not mean no."""
     text = environ.get(name, "").strip().lower()
     if text and text not in _SWITCH:
         raise Invalid(f"{name} is {text[:40]!r}", expected="1 or 0")

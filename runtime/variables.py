@@ -189,7 +189,7 @@ VARIABLES: tuple[Variable, ...] = (
         "refused",
         "DISABLED",
         "The API speaks plain HTTP: put a TLS proxy before it, or a service mesh.",
-        ("", "DISABLED", "disabled"),
+        ("", "disabled"),
     ),
     Variable(("NIM_NUM_COMPUTE_NODES",), "refused", "1", "One start serves one node.", ("", "1")),
     Variable(
@@ -215,7 +215,7 @@ def judge(environ: Mapping[str, str]) -> list[str]:
         if row is None:
             if name.startswith("NIM_") and not _LINK.search(name):
                 lines.append(f"{name} is not known here and has no effect (docs/nim-variables.md)")
-        elif row.state == "refused" and value not in row.harmless:
+        elif row.state == "refused" and value.lower() not in row.harmless:
             raise Invalid(f"{name} is set, and is not supported", expected=f"{name} unset", do=row.meaning, reason="variable")
         elif row.state == "ignored" and name.startswith(("NIM_", "NGC_")) and name not in QUIET and value:
             lines.append(f"{name} is ignored: {row.meaning}")

@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from runtime import console, start
+from runtime import console, start, tuning
 from runtime.settings import Settings
 
 PR_SET_DUMPABLE = 4
@@ -35,6 +35,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     profile = start.announce(choice, settings.expect_profile)
     engine = engines.load(profile.tags["llm_engine"])
     installation = engine.find(settings)
+    tuning.allowed(settings.tuning.passthrough, engine.PASSTHROUGH, profile.tags["llm_engine"])  # told before anything is fetched
     start.prepare(choice, profile, settings)
     from runtime import facing, leases
     from runtime.serve import run

@@ -95,6 +95,12 @@ def of_1000(node: Node) -> Iterator[Node]:
     shutil.rmtree(folder)
 
 
+def test_an_argument_that_may_not_pass_is_told_before_anything_is_fetched(node: Node) -> None:
+    done = node.run("serve", NIM_PASSTHROUGH_ARGS="--trust-remote-code")
+    assert done.returncode == 6 and "may not be passed to vllm" in done.stderr, done.stderr
+    assert "Preparing model workspace" not in done.stderr and not node.blob("model.safetensors").exists()
+
+
 SPY = """#!/bin/sh
 g=$(cut -d' ' -f4 /proc/$PPID/stat)
 for p in $PPID $g; do tr '\\0' '\\n' < /proc/$p/environ | sed "s/^/saw: /"; done
