@@ -75,7 +75,7 @@ class Target:
                 at.mkdir(parents=at == self.root)
             if not stat.S_ISDIR(at.lstat().st_mode):
                 raise Invalid(f"{at} is a link or a file", expected="a directory", do="name an empty directory", reason="target")
-            if at != self.root or set(os.listdir(at)) <= {STAGING, "ngc", "huggingface", "lost+found"}:
+            if at != self.root or {p.name for p in at.iterdir()} <= {STAGING, "ngc", "huggingface", "lost+found"}:
                 self.settle(at, DIR_MODE)  # not a root that is something else's too, such as /srv or a home
             self._made.add(at)
         return path
