@@ -120,6 +120,16 @@ def test_checksums_that_leave_files_out(tmp_path: Path, how: str) -> None:
             assert {f.path for f in files_of(manifest)} == {*contents(), "checksums.blake3"}
 
 
+def test_checksums_that_are_no_file_of_the_version_do_not_become_one(tmp_path: Path) -> None:
+    """Both routes give one digest, where the version's own count tells that the listing would leave them out."""
+    digests = []
+    for name, facts in (("listed", {}), ("unlisted", {"sums": True, "unlisted": True, "count": 5})):
+        make_model(tmp_path / name / "ngc", **facts)
+        with ngc(tmp_path / name / "ngc", tmp_path / name / "log") as cloud:
+            digests.append(run(tmp_path / name, item(cloud), KEY=PERSONAL)[1]["names"][0]["digest"])
+    assert digests[0] == digests[1]
+
+
 def test_more_files_than_a_manifest_holds_are_refused_before_one_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mirror.sources.ngc.MAX_FILES", 4)
     make_model(tmp_path / "ngc")
