@@ -159,6 +159,8 @@ def adapters(profile: Profile, settings: Settings) -> tuple[Adapter, ...]:
         if not _NAME.match(path.name) or type(rank) is not int or not 0 < rank <= 4096:
             raise Invalid(f"{path} is no LoRA adapter", expected="a plain name and an adapter_config.json with its rank r")
         _demand_safetensors(path, f"adapter {path.name}")
+        if path.name in settings.names:  # one of the two would answer for the other
+            raise Invalid(f"adapter {path.name} has the name of the model itself", expected="a name of its own", do="rename its directory")
         found.append(Adapter(path.name, path, rank))
     most = lora_rank(profile, settings)
     for adapter in found:

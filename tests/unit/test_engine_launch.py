@@ -290,6 +290,12 @@ class TestContract:
         with pytest.raises(Invalid, match=r"config\.json of the model"):
             plan(replace(made, profile=replace(made.profile, tags=made.profile.tags | {"precision": "fp8"})))
 
+    def test_an_adapter_does_not_take_the_models_name(self, engine: str, tmp_path: Path) -> None:
+        tags = {"llm_engine": engine, "precision": "bf16", "tp": "1", "feat_lora": "true", "trtllm_buildable": "true"}
+        for names in ("law", "tiny,sql"):
+            with pytest.raises(Invalid, match="has the name of the model itself"):
+                plan(start(tmp_path, tags, {}, LORA | {"NIM_SERVED_MODEL_NAME": names}, {"config.json": {}}))
+
     def test_adapters_are_data_of_a_rank_that_fits(self, engine: str, tmp_path: Path) -> None:
         tags = {"llm_engine": engine, "precision": "bf16", "tp": "1", "feat_lora": "true", "feat_lora_max_rank": "16"}
         with pytest.raises(Invalid, match="adapter law has rank 24"):
