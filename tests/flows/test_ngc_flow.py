@@ -14,14 +14,16 @@ import pytest
 from blake3 import blake3
 
 from artifact.layers import find_manifest
-from artifact.manifest import digest_of
+from artifact.manifest import digest_of, parse_manifest
 from artifact.remote import NOBODY_CALL, RemoteRegistry
 from mirror.home import MirrorHome
+from mirror.sources.ngc import SIGSTORE
 from registry.settings import Settings
 from registry.wiring import open_site
-from tests.contracts.ngc import new_ngc_site
+from tests.contracts.ngc import BUNDLE as SIGNED
+from tests.contracts.ngc import FILES, fill, new_ngc_site, ngc_serving
 from tests.flows.test_fake_ngc import BUNDLE, DEMO, contents, found, make_image, make_model, ngc
-from tests.flows.test_ngc_source import sync
+from tests.flows.test_ngc_source import model_of, sync
 from tests.flows.test_ngcsdk import Sdk, configure, step
 from tests.flows.test_nim import cached, start
 from tests.flows.test_nim_source import IDS, MODEL, cloud_with, item, manifest
@@ -93,6 +95,25 @@ def test_what_ngc_had_every_door_serves(tmp_path: Path) -> None:
         by_nim(tmp_path, server, keys["root"], data / "tls" / "cert.pem")
         by_hub(tmp_path, server.url, keys["root"], data / "tls" / "cert.pem")
         by_oci(tmp_path, server.url, keys["root"], data / "tls" / "cert.pem", home)
+
+
+def test_the_ngc_listener_of_a_registry_is_an_upstream_as_well(tmp_path: Path) -> None:
+    """The source, written against the stand-in, reads what the project's own listener says: pages, tickets, digests, the signature."""
+    keys = new_ngc_site(tmp_path / "site")
+    home = make_home(tmp_path / "mirror")
+    with ngc_serving(tmp_path / "site", keys) as door:
+        fill(door, tmp_path / "site")
+        at = {"endpoint": door.url, "key_env": "NGC_KEY"}
+        plan = plan_file(tmp_path, {"source": "ngc://acme/vision/demo:1.10"} | at, {"source": "ngc://acme/vision/demo:1.0", "allow": ["*.json"]} | at)
+        whole, part = sync(home, plan, keys["acme"])["items"]
+        assert {n["kind"] for n in part["names"]} == {"model", "image"}
+        assert sync(home, plan, keys["acme"])["items"][0]["status"] == "unchanged"
+        assert sync(home, plan_file(tmp_path, {"source": "ngc://other/secret:1"} | at), keys["acme"], code=3)["failed"] == 1
+    assert model_of(home, ref="1.10") == FILES and set(model_of(home)) == {p for p in FILES if p.endswith(".json")}
+    disk = MirrorHome.open(home).disk
+    found = [parse_manifest(disk.read(n["digest"], 1 << 22)) for n in whole["names"]]
+    (signature,) = (m for m in found if m.artifact_type == SIGSTORE)
+    assert disk.read(signature.layers[0].digest, 1 << 20) == SIGNED
 
 
 def by_nim(tmp_path: Path, server: Operated, key: str, ca: Path) -> None:
