@@ -23,7 +23,7 @@ from runtime.front.callers import Callers
 from runtime.front.controls import Asked, parse_body, prepare, ranked, renamed
 from runtime.front.errors import Refused, failure
 from runtime.front.figures import TYPE, Figures
-from runtime.front.gate import Gate
+from runtime.front.gate import Gate, Held
 from runtime.front.pages import Pages
 from runtime.front.pipe import Pipe
 from runtime.front.settings import ServeSettings
@@ -84,7 +84,7 @@ class Front:
 
     def application(self) -> web.Application:
         """The routes; everything else is 404."""
-        app = web.Application(client_max_size=self.settings.limits.body_bytes, middlewares=[self._outer])
+        app = web.Application(middlewares=[self._outer])
         for path, handler in self.pages.routes().items():
             app.router.add_get(path, handler)
         for path in ("/metrics", "/v1/metrics"):
@@ -127,10 +127,8 @@ class Front:
             status = answer.status
         except Refused as e:
             answer, status = e.answer, e.status
-            if status == 413:
+            if status in (408, 413):
                 answer.force_close()
-        except web.HTTPRequestEntityTooLarge:
-            answer, status = self._too_large(), 413
         except web.HTTPException as e:
             words = {404: "there is no such route", 405: f"the route does not take {request.method[:20]}"}
             allow = {"Allow": e.headers["Allow"]} if "Allow" in e.headers else None
@@ -146,10 +144,8 @@ class Front:
             answer.headers["X-Request-Id"] = str(request["id"])
         return answer
 
-    def _too_large(self) -> web.Response:
-        answer = failure(413, f"the body is larger than {self.settings.limits.body_bytes} bytes")
-        answer.force_close()
-        return answer
+    def _too_large(self) -> Refused:
+        return Refused(413, f"the body is larger than {self.settings.limits.body_bytes} bytes")
 
     async def _metrics(self, request: web.Request) -> web.Response:
         launch, text = self.keeper.launch, ""
@@ -181,40 +177,55 @@ class Front:
         return await self.callers.check(request.headers.get("Authorization", "")) if self.callers else ""
 
     async def _infer(self, request: web.Request) -> web.StreamResponse:
-        """One inference request: caller, a place, bounded read, checks, then the pipe."""
+        """One inference request: caller, bounded read, checks, a place, then the pipe.
+
+        The place comes after the body: slow senders, however many, take none from the others.
+        """
         self._demand_engine()
         owner = await self._caller(request)
-        limit = self.settings.limits.body_bytes
-        size = limit if request.content_length is None else request.content_length
         if request.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise Refused(415, "compressed bodies are not taken", "UnsupportedMediaType")
-        if size > limit:
-            return self._too_large()
-        self.in_flight += 1
-        began = time.monotonic()
+        if (request.content_length or 0) > self.settings.limits.body_bytes:
+            raise self._too_large()
+        self.gate.check()
+        held, began = self.gate.hold(), time.monotonic()
         try:
-            async with self.gate.place(size):
-                self._demand_engine()  # it may have ended while we waited
-                asked = await self._read(request)
-                if request.path == RESPONSES:
-                    asked = responses.conversation(asked, self.stored, owner)
+            asked = self._checked(request.path, await self._read(request, held))
+            if request.path == RESPONSES:
+                asked = responses.conversation(asked, self.stored, owner)
+            self.in_flight += 1
+            try:
                 if not asked.background:
-                    return await self._answer(request, asked, owner, began)
-            # Its place is given back: it waits for one of its own, without a client that could go away.
-            body = responses.start(asked, self.stored, owner, lambda: self._in_background(asked, size, str(request["id"])))
-            return web.json_response(body)
+                    async with self.gate.place():
+                        self._demand_engine()  # it may have ended while we waited
+                        return await self._answer(request, asked, owner, began)
+                # It waits for a place of its own, without a client that could go away; the room of its body is its own too.
+                body, task = responses.start(asked, self.stored, owner, lambda: self._in_background(asked, str(request["id"])))
+                task.add_done_callback(lambda _, mine=held: mine.free())  # type: ignore[misc]
+                held = self.gate.hold()
+                return web.json_response(body)
+            finally:
+                self.in_flight -= 1
         finally:
-            self.in_flight -= 1
+            held.free()
 
-    async def _read(self, request: web.Request) -> Asked:
+    async def _read(self, request: web.Request, held: Held) -> bytes:
+        raw, limit = bytearray(), self.settings.limits.body_bytes
         try:
             async with asyncio.timeout(BODY_S):
-                raw = await request.read()
+                async for chunk in request.content.iter_any():
+                    if len(raw) + len(chunk) > limit:
+                        raise self._too_large()
+                    held.more(len(chunk))
+                    raw += chunk
         except TimeoutError as e:
             raise Refused(408, f"the body did not arrive within {BODY_S:.0f} s", "RequestTimeout") from e
         except web.RequestPayloadError as e:
             raise Refused(400, "the body was cut or is no HTTP") from e
-        return prepare(request.path, parse_body(raw), self.models, self.keeper.launch.engine, self.settings.limits.images)
+        return bytes(raw)
+
+    def _checked(self, path: str, raw: bytes) -> Asked:
+        return prepare(path, parse_body(raw), self.models, self.keeper.launch.engine, self.settings.limits.images)
 
     async def _answer(self, request: web.Request, asked: Asked, owner: str, began: float) -> web.StreamResponse:
         names = (str(asked.body["model"]), asked.model)
@@ -233,8 +244,8 @@ class Front:
             data = ranked(data)
         return web.Response(body=renamed(data, *names) if names[0] != names[1] else data, headers={"Content-Type": "application/json"})
 
-    async def _in_background(self, asked: Asked, size: int, request_id: str) -> bytes:
-        async with self.gate.place(size):
+    async def _in_background(self, asked: Asked, request_id: str) -> bytes:
+        async with self.gate.place():
             self._demand_engine()
             return await self.pipe.ask(asked.path, asked.body, request_id, asked.model)
 
@@ -267,7 +278,7 @@ async def _drain(front: Front, runner: web.AppRunner, keeper: Keeper, task: asyn
 async def _serve(settings: ServeSettings, launch: Launch, make: Callable[[Keeper], Front]) -> int:
     keeper = Keeper(launch, log_file=settings.engine_log, ready_s=settings.ready_s, backoff_s=settings.backoff_s)
     front = make(keeper)
-    runner = web.AppRunner(front.application(), access_log=None, handler_cancellation=True, shutdown_timeout=2.0)
+    runner = web.AppRunner(front.application(), access_log=None, handler_cancellation=True, shutdown_timeout=2.0, keepalive_timeout=settings.quiet_s)
     await runner.setup()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -27,11 +27,14 @@ from runtime.front.vocabulary import (
     TEMPLATE_KEYS,
 )
 
-MAX_VALUES = 2_000_000  # commas and opening brackets of a body: bounds what parsing it costs in time and memory
+# Signs of a body that bound what parsing it costs, for the event loop and so every other stream waits for it: a million numbers take 0.2 s, keys ten
+# times as much, objects the most memory. All are far above what the longest prompt or the largest batch holds.
+SIGNS = ((b",[{", 1_000_000, "values"), (b":", 300_000, "keys"), (b"{", 200_000, "objects"))
+MAX_TEXTS = 2048  # prompts or inputs of one request, times its `n`: OpenAI's bound for embeddings
 MAX_CHOICES = 128  # `n`: one request must not take the whole engine; OpenAI's bound
 MAX_STRUCTURE = 1 << 18  # characters of a schema, a grammar or an expression that the engine compiles
 MAX_PASSAGES = 512  # as NIM's reranker
-LONG_NUMBER = re.compile(rb"[0-9]{19}")
+DIGITS = bytes(0x30 if chr(byte).isdigit() else 0x20 for byte in range(128)) + b" " * 128
 DATA_URL = re.compile(r"data:(image|video|audio)/[A-Za-z0-9.+-]{1,64};base64,", re.IGNORECASE)
 Models = Mapping[str, Mapping[str, object]]
 
@@ -75,9 +78,10 @@ def _once(pairs: list[tuple[str, object]]) -> Json:
 
 def parse_body(raw: bytes) -> Json:
     """The JSON object of a request; raises Refused for anything else, for NaN, numbers beyond 64 bit, keys that stand twice and lone surrogates."""
-    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MAX_VALUES:
-        raise Refused(413, f"the body holds more than {MAX_VALUES} values")
-    whole = _whole if LONG_NUMBER.search(raw) else None
+    for signs, most, what in SIGNS:
+        if sum(raw.count(sign) for sign in signs) > most:
+            raise Refused(413, f"the body holds more than {most} {what}")
+    whole = _whole if b"0" * 19 in raw.translate(DIGITS) else None
     try:
         body = json.loads(raw, parse_constant=_constant, parse_float=_number, parse_int=whole, object_pairs_hook=_once)
     except (ValueError, RecursionError) as e:
@@ -122,6 +126,8 @@ def prepare(route: str, body: Json, models: Models, engine: str = "vllm", images
             raise _unsupported(word, engine, route)
         del body[word]
     _bounds(body)
+    if route != RESPONSES:
+        _texts(body)
     _messages(body, images)
     stored = {"store": False, "background": False, "previous": ""}
     if route == RESPONSES:
@@ -242,9 +248,10 @@ def _ranking(body: Json, engine: str) -> Json:
 
 
 def _bounds(body: Json) -> None:
-    n = body.get("n", 1)
-    if not isinstance(n, int) or not 1 <= n <= MAX_CHOICES:
-        raise Refused(400, f"n is not a whole number from 1 to {MAX_CHOICES}", param="n")
+    for word in ("n", "best_of"):
+        n = body.get(word, 1)
+        if not isinstance(n, int) or not 1 <= n <= MAX_CHOICES:
+            raise Refused(400, f"{word} is not a whole number from 1 to {MAX_CHOICES}", param=word)
     for word in ("structured_outputs", "response_format", "text", "regex", "ebnf"):
         if word in body and len(json.dumps(body[word])) > MAX_STRUCTURE:
             raise Refused(400, f"{word} is longer than {MAX_STRUCTURE} characters", param=word)
@@ -254,6 +261,16 @@ def _bounds(body: Json) -> None:
             raise Refused(400, "chat_template_kwargs is no object of simple values", param="chat_template_kwargs")
         if bad := TEMPLATE_KEYS & set(given):
             raise Refused(400, f"{min(bad)!r} in chat_template_kwargs is not a caller's to set", param="chat_template_kwargs")
+
+
+def _texts(body: Json) -> None:
+    """As many prompts as one request may hold; a list of numbers is one."""
+    choices = max(n for n in (body.get("n", 1), body.get("best_of", 1), 1) if isinstance(n, int))
+    for word in ("prompt", "input"):
+        given = body.get(word)
+        count = len(given) if isinstance(given, list) and given and not isinstance(given[0], int) else 1
+        if count * choices > MAX_TEXTS:
+            raise Refused(400, f"{word} holds {count} texts, n is {choices}; together at most {MAX_TEXTS} are taken", param=word)
 
 
 def _messages(body: Json, images: int) -> None:

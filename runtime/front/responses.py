@@ -56,7 +56,7 @@ def read(data: bytes, key: str, asked: Asked) -> Json:
     """The engine's answer as a response of ours; raises Refused (502)."""
     try:
         body = json.loads(data)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise Refused(502, "the engine's answer is no JSON", "BadGateway") from e
     if not isinstance(body, dict) or body.get("object") != "response" or not isinstance(body.get("status"), str):
         raise Refused(502, "the engine's answer is no response", "BadGateway")
@@ -108,8 +108,8 @@ class Listening:
             self._stored.put(self._kept)
 
 
-def start(asked: Asked, stored: Stored, owner: str, answer: Answer) -> Json:
-    """Begins a response in the background and gives its first state; `answer` waits for a place and asks the engine."""
+def start(asked: Asked, stored: Stored, owner: str, answer: Answer) -> tuple[Json, asyncio.Task[None]]:
+    """Begins a response in the background and gives its first state and its task; `answer` waits for a place and asks the engine."""
     key = new_id()
     told = {k: asked.body.get(k) for k in ("instructions", "metadata", "temperature", "top_p", "max_output_tokens", "text")}
     body: Json = ours({**told, "object": "response", "created_at": int(time.time()), "status": "queued", "output": [], "error": None}, key, asked)
@@ -130,4 +130,4 @@ def start(asked: Asked, stored: Stored, owner: str, answer: Answer) -> Json:
                 stored.put(kept)
 
     kept.task = asyncio.create_task(work())
-    return body
+    return body, kept.task

@@ -39,3 +39,4 @@ class ServeSettings:
     expected: Mapping[str, object] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     watch_s: float = 15.0
+    quiet_s: float = 75.0  # a connection without a whole request head is closed then: each costs a file descriptor

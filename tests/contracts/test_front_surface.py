@@ -158,9 +158,60 @@ def test_hostile_parameters_are_refused_before_the_engine(front: Served, raw: by
     assert len(front.records()) == before
 
 
-def test_a_body_of_too_many_values_is_refused(front: Served) -> None:
-    status, body, _ = front.ask("POST", "/v1/completions", raw=b'{"prompt":[' + b"1," * 2_100_000 + b"1]}")
-    assert status == 413 and "values" in body["message"]
+@pytest.mark.parametrize(
+    ("raw", "what"),
+    [
+        (b'{"prompt":[' + b"1," * 1_000_001 + b"1]}", "values"),
+        (b'{"prompt":{' + b",".join(b'"%d":1' % i for i in range(300_001)) + b"}}", "keys"),
+        (b'{"prompt":[' + b"{}," * 200_001 + b"1]}", "objects"),
+    ],
+)
+def test_a_body_of_too_many_values_is_refused(front: Served, raw: bytes, what: str) -> None:
+    status, body, _ = front.ask("POST", "/v1/completions", raw=raw)
+    assert status == 413 and what in body["message"]
+
+
+@pytest.mark.parametrize("more", [{"prompt": ["x"] * 2049}, {"prompt": ["x"] * 1025, "n": 2}, {"prompt": [[1]] * 2049}, {"n": 129}])
+def test_one_request_does_not_take_the_whole_engine(front: Served, more: dict[str, object]) -> None:
+    before = len(front.records())
+    status, body, _ = front.ask("POST", "/v1/completions", {"prompt": "x", **more})
+    assert status == 400 and len(front.records()) == before
+    in_both_shapes(body, 400)
+    assert front.ask("POST", "/v1/completions", {"prompt": [1] * 2049})[0] == 200  # one prompt as tokens
+
+
+@pytest.mark.parametrize("head", [b"Transfer-Encoding: chunked", b"Content-Length: 30000000"])
+def test_slow_senders_hold_up_nobody(serve: Serve, head: bytes) -> None:
+    served = serve(limits={"requests": 2, "queued": 2, "queue_s": 1.0, "bodies_bytes": 32 << 20})
+    with contextlib.ExitStack() as slow:
+        for _ in range(40):
+            sender = slow.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+            sender.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n")
+        time.sleep(0.3)
+        assert served.ask("POST", "/v1/chat/completions", CHAT)[0] == 200
+        assert "airlock_requests_in_flight 0\n" in served.ask("GET", "/metrics")[1]
+
+
+def test_all_bodies_together_are_bounded(serve: Serve) -> None:
+    served = serve("--fake-frame-s", "0.3", limits={"bodies_bytes": 1 << 20})
+    large = {**CHAT, "messages": [{"role": "user", "content": "x" * (700 << 10)}]}
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: served.ask("POST", "/v1/chat/completions", large), range(2)))
+    assert sorted(a[0] for a in answers) == [200, 429]
+    in_both_shapes(next(a[1] for a in answers if a[0] == 429), 429)
+    begun = served.ask("POST", "/v1/responses", {"input": "x" * (700 << 10), "background": True})[1]
+    assert served.ask("POST", "/v1/chat/completions", large)[0] == 429  # what runs in the background still holds its body
+    assert served.ask("POST", f"/v1/responses/{begun['id']}/cancel")[0] == 200
+    served.wait(lambda: "airlock_body_bytes 0\n" in served.ask("GET", "/metrics")[1], 5)
+
+
+def test_a_connection_that_asks_nothing_is_closed(serve: Serve) -> None:
+    served = serve(quiet_s=1.0)
+    for begun in (b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost:"):
+        with socket.create_connection(("127.0.0.1", served.port)) as idle:
+            idle.sendall(begun)
+            idle.settimeout(10)
+            assert idle.recv(100) == b""
 
 
 @pytest.mark.parametrize(

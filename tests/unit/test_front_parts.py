@@ -99,33 +99,32 @@ def test_each_shape_of_an_engines_error(status: int, raw: bytes, told: str) -> N
 
 def test_the_gate_gives_places_in_order_and_counts_bytes() -> None:
     async def story() -> list[str]:
-        gate, said = Gate(Limits(requests=2, queued=3, queue_s=5, bodies_bytes=100)), list[str]()
+        gate, said = Gate(Limits(requests=1, queued=3, queue_s=5, bodies_bytes=100)), list[str]()
 
-        async def one(name: str, size: int, hold: float) -> None:
-            async with gate.place(size):
+        async def one(name: str, hold: float) -> None:
+            async with gate.place():
                 said.append(name)
                 await asyncio.sleep(hold)
 
-        first = asyncio.create_task(one("a", 90, 0.05))
+        first = asyncio.create_task(one("a", 0.05))
         await asyncio.sleep(0)
-        rest = [
-            asyncio.create_task(one(n, s, 0.0))
-            for n, s in (
-                (
-                    "b",
-                    50,
-                ),
-                ("c", 1),
-                ("d", 1),
-            )
-        ]  # "c" would fit at once, and waits its turn
+        rest = [asyncio.create_task(one(name, 0.0)) for name in ("b", "c", "d")]
         await asyncio.sleep(0.01)
         assert gate.waiting == 3
         with pytest.raises(Refused, match="full"):
-            await one("e", 1, 0)
+            await one("e", 0)
         rest[0].cancel()
         await asyncio.gather(first, *rest, return_exceptions=True)
-        assert (gate.active, gate.bytes, gate.waiting, gate.refused) == (0, 0, 0, 1)
+        assert (gate.active, gate.waiting, gate.refused) == (0, 0, 1)
+        one_body, another = gate.hold(), gate.hold()
+        one_body.more(60)
+        another.more(40)
+        with pytest.raises(Refused, match="bodies"):
+            another.more(1)
+        one_body.free()
+        one_body.free()
+        another.more(1)
+        assert gate.bytes == 41
         return said
 
     assert asyncio.run(story()) == ["a", "c", "d"]
