@@ -92,7 +92,7 @@ VARIABLES: tuple[Variable, ...] = (
             "1: who asks must send a key of this site (`Authorization: Bearer`) that a grant lets run the model; a NIM asks nobody.",
         ),
         ("AIRLOCK_MAX_BODY_MB", "32", "Largest body of a request, in MiB; 413 above."),
-        ("AIRLOCK_MAX_BODIES_MB", "1024", "All bodies in work together, in MiB; what is more waits."),
+        ("AIRLOCK_MAX_BODIES_MB", "1024", "All bodies in work together, in MiB; 429 above."),
         ("AIRLOCK_MAX_REQUESTS", "256", "Requests at the engine at once; what is more waits."),
         ("AIRLOCK_MAX_QUEUED", "256", "Requests that may wait; 429 above."),
         ("AIRLOCK_QUEUE_S", "30", "How long one may wait; 429 then."),
