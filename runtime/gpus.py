@@ -54,7 +54,6 @@ def detect(
     order: str | None = None,
     patience_s: float = 0.0,
     say: Callable[[str], None] | None = None,
-    reserve_bytes: int = HOST_RESERVE,
 ) -> Facts:
     """The node's GPUs that the visible-devices variables leave, all of which answered; raises Unavailable (reason gpu), Invalid.
 
@@ -64,7 +63,7 @@ def detect(
     answer = _ask(deadline_s, max(deadline_s, patience_s), say or (lambda _: None))
     if answer.get("library") is False:
         return Facts(cpu=True, simulated=simulated)
-    gpus = tuple(_as_gpu(item, reserve_bytes) for item in answer["gpus"])
+    gpus = tuple(_as_gpu(item) for item in answer["gpus"])
     left = narrow(gpus, visible_cuda, visible_nvidia, order)
     every = narrow(gpus, None, None)
     hidden = ""
@@ -73,14 +72,14 @@ def detect(
     return Facts(False, left, answer["driver"], answer["cuda"], simulated, hidden)
 
 
-def _as_gpu(item: dict[str, Any], reserve_bytes: int) -> Gpu:
+def _as_gpu(item: dict[str, Any]) -> Gpu:
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in item.items()}
     gpu = Gpu(**values)
     if gpu.total or gpu.mig or gpu.parent:
         return gpu
     total, free = host_memory(Path("/proc/meminfo").read_text(), _limit())
-    note = f"unified memory: NVML tells no size, the host's {total / 2**30:.1f} GiB are used, {reserve_bytes / 2**30:g} GiB of them left to the host"
-    return replace(gpu, unified=True, total=total, free=max(0, free - reserve_bytes), notices=(*gpu.notices, note))
+    note = f"unified memory: NVML tells no size, the host's {total / 2**30:.1f} GiB are used, {HOST_RESERVE / 2**30:g} GiB of them left to the host"
+    return replace(gpu, unified=True, total=total, free=max(0, free - HOST_RESERVE), notices=(*gpu.notices, note))
 
 
 def host_memory(meminfo: str, limit: int = 0) -> tuple[int, int]:
