@@ -12,7 +12,8 @@ DIR/images/<repository>/{tags.json,blobs/<hex>}. DIR/cloud.json, read anew at ea
 A version's own: "status", "signed"; "unlisted" (listings answer 400 "Org contex missing"), "page" (entries of one), "first_page" (0 or 1),
 "total" and "count" (what the listing and the version say of how many), "overlap" (pages repeat an entry), "no_sha256",
 "lies" {path: {field: value}}, "nodes" [more entries], "urls" {path: another URL}, "strange" {path: status of its signed URL},
-"cut" {path: bytes sent}, "endless" [paths or "pages"], "encode" [paths], "unmarked" [paths without an ETag], "text" (a raw answer about the version),
+"cut" {path: bytes sent}, "endless" [paths or "pages"], "encode" [paths], "unmarked" [paths without an ETag],
+"rangeless" [paths whose host ignores Range], "busy" [paths of which the first request gets 429], "text" (a raw answer about the version),
 "html" (the listing is a page for people), "huge" (it is endless), "unsigned" (the listing of URLs alone answers 400),
 "redirect_file" {path: where its own route leads}.
 """
@@ -59,6 +60,7 @@ class Cloud:
         self.tickets: dict[str, tuple[Path, float, dict]] = {}
         self.lock, self.due = threading.Lock(), time.monotonic()
         self.places: dict[str, str] = {}
+        self.calmed: set[Path] = set()
         self.hashes: dict[tuple[str, int, int], str] = {}
 
     def told(self) -> dict:
@@ -172,7 +174,7 @@ class Host(BaseHTTPRequestHandler):
         if not flaws.get("unmarked"):
             headers["ETag"] = f'"{self.cloud.sha256(file)[:32]}"'
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
-        if match:
+        if match and not flaws.get("rangeless"):
             lo, hi, status = int(match[1]), min(size, int(match[2]) + 1), 206
             if lo >= size:
                 return self.reply(416, b"", {"Content-Range": f"bytes */{size}"})
@@ -233,6 +235,9 @@ class Files(Host):
             return self.reply(
                 403, b"<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>", {"Content-Type": "application/xml"}
             )
+        if flaws.get("busy") and file not in self.cloud.calmed:
+            self.cloud.calmed.add(file)
+            return self.reply(429, b"", {"Retry-After": "1"})
         if "status" in flaws:
             return self.reply(flaws["status"], b"<Error/>", {"Content-Type": "application/xml"})
         return self.send_file(file, flaws)
@@ -578,7 +583,7 @@ class Nvcr(Host):
 
 def flaws_of(facts: dict, path: str) -> dict:
     """What is to go wrong with a file."""
-    out = {name: True for name in ("endless", "encode", "unmarked") if path in facts.get(name, [])}
+    out = {name: True for name in ("endless", "encode", "unmarked", "rangeless", "busy") if path in facts.get(name, [])}
     out |= {"cut": facts["cut"][path]} if path in facts.get("cut", {}) else {}
     return out | ({"status": facts["strange"][path]} if path in facts.get("strange", {}) else {})
 

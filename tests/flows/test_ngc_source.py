@@ -153,6 +153,20 @@ def test_signed_urls_that_end_are_listed_again(tmp_path: Path) -> None:
         assert error["reason"] == "upstream_403"
 
 
+@pytest.mark.parametrize("facts", [{}, {"unlisted": True}], ids=["listed", "by-file"])
+def test_hosts_that_ignore_ranges_or_ask_for_patience(tmp_path: Path, facts: dict[str, Any]) -> None:
+    """200 in place of 206 is read as what it is, in one stream where a file has several pieces; 429 is waited for as long as it says."""
+    files = contents(70_000_000)
+    make_model(tmp_path / "ngc", files=files, sums=True, rangeless=["model.safetensors", "config.json"], busy=["config.json", "README.md"], **facts)
+    home = make_home(tmp_path / "mirror")
+    with ngc(tmp_path / "ngc", tmp_path / "log") as cloud:
+        assert sync(home, plan_file(tmp_path, item(cloud)))["failed"] == 0
+        asked = cloud.requests("files")
+    assert {p: b for p, b in model_of(home).items() if p != "checksums.blake3"} == files
+    assert [e["status"] for e in asked].count(429) == 2
+    assert {e["status"] for e in asked if "model.safetensors" in e["path"]} == {200}
+
+
 def test_a_guest_and_a_token_that_ends_on_the_way(tmp_path: Path) -> None:
     make_model(tmp_path / "ngc", "acme/open")
     make_model(tmp_path / "ngc", page=1)
