@@ -9,6 +9,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -19,9 +20,10 @@ from runtime.slo import Level
 
 TEXT = "measure time to first token, time between tokens and tokens per second of a running server, and compare them"
 EXAMPLE = """example: airlock runtime smoke --slo ttft_p95_ms=500,tok_s=1000 --levels 1,4,16 --record smoke.json --svg smoke.svg
-The target is judged at --at streams (default: the profile's own concurrency, else the last level). Tokens per second are those of all streams.
+The target is judged at --at streams (default: the profile's own concurrency, which is measured too, else the last level).
+Tokens per second are those of all streams.
 Exit: 0 reached; 52 below --slo, or a request failed; 53 worse than --baseline or than the profile's `expected`; 9 nobody answers."""
-GIB = 1 << 30
+GIB, MOST = 1 << 30, 4096  # streams
 
 
 def main(argv: list[str]) -> int:
@@ -56,22 +58,24 @@ def _smoke(args: argparse.Namespace) -> int:
     if args.each < 1 or args.max_tokens < 2 or args.prompt_words < 1 or not 0 < args.tolerance < 10:
         raise Invalid("--each, --max-tokens, --prompt-words or --tolerance make no sense", expected="at least 1, 2 and 1; a share such as 0.2")
     before = slo.parse(_read(args.baseline)) if args.baseline else []
+    for path in filter(None, (args.record, args.svg)):
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):  # told before the minutes that a run takes
+            raise Invalid(f"{path} cannot be written", expected="a file in a directory that is there")
     more: dict[str, object] = {} if args.stop_early else {"ignore_eos": True}
     if args.key_env and not os.environ.get(args.key_env):
         raise Invalid(f"--key-env {args.key_env[:80]}: the variable is not set", expected="the name of a variable that holds a key")
     # By name only: a key of this site goes to no server that --url happens to name. From the environment, as a command line is seen by all.
     key = os.environ.get(args.key_env, "") if args.key_env else ""
     target = load.Target(args.url.rstrip("/"), args.model, args.max_tokens, args.prompt_words, more, key, args.timeout_s)
+    if args.at and args.at not in levels:
+        raise Invalid(f"--at {args.at} is no level of this run", expected="one of " + args.levels, do=f"add {args.at} to --levels")
     found, facts = asyncio.run(_measure(target, levels, args.each, quiet=args.json))
-    expected = facts.get("expected")
-    expected = expected if isinstance(expected, dict) else {}
-    at = args.at or int(expected.get("concurrency") or 0) or levels[-1]
-    judged = next((x for x in found if x.concurrency == at), None)
-    if judged is None:
-        raise Invalid(f"--at {at} is no level of this run", expected="one of " + args.levels, do=f"add {at} to --levels")
+    expected = _expected(facts.get("expected"))
+    at = args.at or int(expected.get("concurrency", 0)) or levels[-1]
+    judged = next(x for x in found if x.concurrency == at)
     below = slo.missed(judged, targets)
     worse = slo.regressions(found, before, args.tolerance) if before else []
-    promised = slo.missed(judged, {k: float(expected[k]) for k in ("ttft_p95_ms", "tok_s") if expected.get(k)}) if expected else []
+    promised = slo.missed(judged, {k: expected[k] for k in ("ttft_p95_ms", "tok_s") if k in expected}) if expected else []
     said = {"at": at, "targets": targets, "missed": below, "regressions": worse, "below_expected": promised}
     doc = slo.document(found, {**facts, **said})
     for path, text in ((args.record, json.dumps(doc, indent=1) + "\n"), (args.svg, plot.svg(found, before, targets, str(facts["model"])))):
@@ -84,9 +88,17 @@ def _smoke(args: argparse.Namespace) -> int:
     return EXIT_CODES["slo_missed"] if below else EXIT_CODES["regression"] if worse or promised else 0
 
 
+def _expected(told: object) -> dict[str, Any]:
+    """What a server says that its profile promises; what is no figure or no text of it is left out."""
+    found: dict[str, Any] = told if isinstance(told, dict) else {}
+    most = {"ttft_p95_ms": 1e12, "tok_s": 1e12, "concurrency": MOST}
+    figures = {k: float(v) for k, top in most.items() if isinstance(v := found.get(k), int | float) and not isinstance(v, bool) and 0 < v <= top}
+    return figures | {k: v for k in ("hardware", "source") if isinstance(v := found.get(k), str) and v.isprintable()}
+
+
 def _levels(text: str) -> list[int]:
     parts = text.split(",")
-    if not all(p.strip().isdigit() and 0 < int(p) <= 4096 for p in parts) or len(parts) > 32:
+    if not all(p.strip().isdigit() and 0 < int(p) <= MOST for p in parts) or len(parts) > 32:
         raise Invalid(f"--levels {text[:60]!r}", expected="numbers of streams, such as 1,4,16")
     return sorted({int(p) for p in parts})
 
@@ -105,6 +117,8 @@ async def _measure(target: load.Target, levels: list[int], each: int, *, quiet: 
         if not target.model:
             target = replace(target, model=await load.model_of(session, target))
         facts = await _facts(session, target)
+        # What a profile promises, it promises at a concurrency: that one is measured too.
+        levels = sorted({*levels, int(_expected(facts.get("expected")).get("concurrency", levels[-1]))})
         await load.one(session, target, 0)  # what is only compiled or filled at the first request is nobody's latency
         for streams in levels:
             samples, seconds = await load.run(session, target, streams, each, 1 + used)
@@ -149,8 +163,8 @@ def _tell(found: list[Level], facts: dict[str, object], expected: dict[str, obje
     if not memory:
         print("GPU memory: not told by this server's metrics (no GPU, or no runtime of ours)")
     if expected:
-        figures = ", ".join(f"{k} {expected[k]}" for k in ("ttft_p95_ms", "tok_s", "concurrency", "hardware") if expected.get(k))
-        print(f"expected by the profile: {figures} (source: {expected.get('source')})")
+        shown = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in expected.items() if k != "source"]
+        print(f"expected by the profile: {', '.join(shown)} (source: {expected.get('source')})")
     else:
         print("expected: none recorded in this profile")
     if not compared:

@@ -59,6 +59,26 @@ def test_a_profiles_promise_is_compared_and_never_guessed(serve: Serve) -> None:
     assert status == 53 and doc["expected"] == promise and doc["at"] == 1 and doc["below_expected"]
 
 
+def test_the_concurrency_of_a_promise_is_measured_too(serve: Serve) -> None:
+    status, out, err = _smoke(serve(expected={"tok_s": 1.0, "concurrency": 2}).port, "--slo", "tok_s=1")
+    assert status == 0 and "target reached at 2 streams" in out, out + err
+
+
+@pytest.mark.parametrize(
+    "told", [{"concurrency": "many", "tok_s": [1]}, {"concurrency": 1e300, "ttft_p95_ms": "x"}, {"concurrency": -1, "tok_s": True}]
+)
+def test_a_promise_that_is_none_is_none(serve: Serve, told: dict[str, object]) -> None:
+    status, out, err = _smoke(serve(expected=told).port, "--slo", "tok_s=1")
+    assert status == 0 and "target reached at 4 streams" in out, out + err
+
+
+def test_a_file_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "absent" / "x"):
+        for flag in ("--record", "--svg"):
+            status, _, err = _smoke(find_port(), flag, str(place))
+            assert status == 6 and "cannot be written" in err, err
+
+
 def test_requests_that_fail_are_a_miss(serve: Serve) -> None:
     served = serve("--fake-no-done", "--fake-garbage", "html")
     status, out, _ = _smoke(served.port, "--slo", "tok_s=1")
@@ -66,7 +86,14 @@ def test_requests_that_fail_are_a_miss(serve: Serve) -> None:
 
 
 def test_wrong_words_and_nobody_there() -> None:
-    for flags in (("--slo", "speed=1"), ("--levels", "0"), ("--at", "3"), ("--key-env", "NOT_SET_HERE"), ("--baseline", "/nonexistent")):
+    for flags in (
+        ("--slo", "speed=1"),
+        ("--levels", "0"),
+        ("--at", "3"),
+        ("--at", "-1"),
+        ("--key-env", "NOT_SET_HERE"),
+        ("--baseline", "/nonexistent"),
+    ):
         status, _, err = _smoke(find_port(), *flags)
         assert status in (6, 9), err
     assert _smoke(find_port())[0] == 9
