@@ -12,6 +12,7 @@ import os
 import secrets
 import stat
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("airlock")
 FOLDER = "unsigned"
-MAX_RECORDS = 1000
+MAX_RECORDS, MAX_RECORD = 1000, 4096
 NOWHERE = "sha256:" + "0" * 64
 
 
@@ -211,42 +212,78 @@ def _sum(top: Path, name: str) -> str:
         os.close(fd)
 
 
+# ---- beside a promoted model
+
+
+def added(settings: Settings, model: Path) -> dict[str, Path]:
+    """What the operator puts beside a model from outside of it, by variable: adapters, a draft model, a chat template."""
+    tuned = settings.tuning
+    found = {
+        "NIM_PEFT_SOURCE": tuned.peft_source,
+        "NIM_DRAFT_MODEL_PATH": tuned.draft_model,
+        "NIM_CHAT_TEMPLATE": model / tuned.chat_template if tuned.chat_template else None,
+    }
+    return {name: path for name, path in found.items() if path and not path.resolve().is_relative_to(model.resolve())}
+
+
+def digest_with(digest: str, outside: Mapping[str, Path]) -> str:
+    """The digest of a model together with the bytes that are put beside it; its own where there are none; raises Invalid for what is no data."""
+    if not outside:
+        return digest
+    sums = [[name, shown, _sum(top, shown)] for name, path in sorted(outside.items()) for top, names in [_files(path)] for shown in names]
+    return digest_of(canonical_json([digest, sums]))
+
+
+def _files(path: Path) -> tuple[Path, list[str]]:
+    return (path, _walk(path)) if path.is_dir() else (path.parent, [path.name])
+
+
 # ---- the record
 
 
-def record(choice: start.Choice, made: Profile, digest: str, settings: Settings) -> None:
-    """Notes the start in the cache, then tells the registry this one and those that it does not know yet."""
-    fact = {
+def record(choice: start.Choice, made: Profile, digest: str, settings: Settings, outside: Mapping[str, Path]) -> None:
+    """Tells the registry of the start, or notes it in the cache where it does not answer; then tells what was noted there before."""
+    fact: dict[str, object] = {
         "model": settings.name_ref,
-        "digest": digest.removeprefix("unsigned:"),
-        "profile": made.description[:200],
+        "digest": digest_with(digest, outside).removeprefix("unsigned:"),
+        "profile": " with ".join((made.description[:100], *outside))[:200],
         "reason": settings.unsigned,
         "host": settings.instance,
         "at": int(time.time()),
     }
+    for name, path in outside.items():
+        log.warning("UNSIGNED: %s (%s) is used without this site's signature: %s", path, name, settings.unsigned)
     folder = settings.cache / FOLDER
-    file = folder / f"{fact['at']}-{secrets.token_hex(4)}.json"
-    try:
-        place.write(file, json.dumps(fact).encode())
-    except OSError as error:
-        log.warning("the record of this unsigned start cannot be kept in %s: %s", folder, error.strerror)
-        _tell(choice, fact)
-        return
-    for path in sorted(folder.glob("*.json"))[:MAX_RECORDS]:
-        with suppress(OSError, ValueError):
-            if not _tell(choice, json.loads(path.read_bytes())):
-                return
-            path.unlink()
-
-
-def _tell(choice: start.Choice, fact: dict[str, object]) -> bool:
-    if choice.trouble:
+    if not _tell(choice, fact):
         log.warning("the registry does not know of this unsigned start yet; a later one tells it")
+        try:
+            place.folders(settings.cache, folder)
+            place.write(folder / f"{fact['at']}-{secrets.token_hex(4)}.json", json.dumps(fact).encode())
+        except (OSError, AirlockError) as error:
+            log.warning("the record of this unsigned start cannot be kept in %s: %s", folder, error)
+        return
+    # Others may have put anything there: what is no file, or no record that the registry takes, holds up nothing.
+    for path in sorted(folder.glob("*.json"))[:MAX_RECORDS] if not folder.is_symlink() else ():
+        with suppress(OSError, ValueError):
+            if _tell(choice, json.loads(_plain(path))):
+                path.unlink()
+
+
+def _plain(path: Path) -> bytes:
+    """The bytes of a small plain file; raises OSError, ValueError."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("no plain file")
+        return file.read(MAX_RECORD)
+
+
+def _tell(choice: start.Choice, fact: Mapping[str, object]) -> bool:
+    if choice.trouble:
         return False
     try:
         choice.client.api("POST", "/airlock/v1/unsigned", fact)
     except AirlockError as error:
-        log.warning("the registry does not take the record of an unsigned start (%s); a later one tells it", error.what)
+        log.warning("the registry does not take the record of an unsigned start: %s", error.what)
         return False
     return True
 
@@ -256,7 +293,7 @@ class Mark:
 
     def warning(self) -> str:
         """One line without names."""
-        return "this model has no signature of this site (AIRLOCK_ALLOW_UNSIGNED)"
+        return "this model, or what was put beside it, has no signature of this site (AIRLOCK_ALLOW_UNSIGNED)"
 
     def metrics(self) -> list[str]:
         """Lines of Prometheus text."""

@@ -46,9 +46,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     try:
         claims, fresh = ({}, False) if own else start.lease(choice, profile, settings)
         made = unsigned.workspace(settings, profile, folder / "model") if settings.local else start.workspace(choice, profile, settings)
-        if own:
-            unsigned.record(choice, profile, made.digest, settings)
-        else:
+        if not own:
             beside.append(start.watch(choice, profile, settings, made, claims, fresh))
         if not settings.local:
             beside.append(start.scrub(choice, profile, settings, made))
@@ -59,13 +57,18 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         if chosen.length:  # what the memory holds, said in a warning; an engine refuses more than that
             private = replace(private, max_model_len=chosen.length)
         plan = engine.plan(engines.Start(profile, made.path, folder, private, installation, chosen.gpus, chosen.share, secrets.token_urlsafe(32)))
+        outside = unsigned.added(settings, made.path)  # the plan has seen that a reason was given for it
+        if own or outside:
+            unsigned.record(choice, profile, made.digest, settings, outside)
         front = facing.front(settings, choice, profile, made)
         asked = facing.callers(settings, own=leases.own(claims))
         for thread in beside:
             thread.start()
         _conceal()
         with upkeep.holding(made.path):
-            return run(front, plan, Voices(*beside, *([unsigned.Mark()] if own else [])), asked, facing.memory(settings, choice), chosen.gpus)
+            return run(
+                front, plan, Voices(*beside, *([unsigned.Mark()] if own or outside else [])), asked, facing.memory(settings, choice), chosen.gpus
+            )
     finally:
         for thread in beside:
             thread.stop()

@@ -21,6 +21,7 @@ class Site:
         self.lease: Callable[[dict], tuple[int, dict]] = lambda body: (403, {"reason": "no_grant", "what": "no grant of this key covers it"})
         self.standing: dict | None = None  # the answer of /airlock/v1/standing; None: this registry has no such route
         self.taken: list[tuple[str, dict]] = []  # receipts and returned leases
+        self.refused: set[str] = set()  # reasons of records that are answered with 400
         self.log: list[str] = []
         self.cut_after = -1  # bytes of blobs until every connection is cut; -1: never
         self._open: list[socket.socket] = []
@@ -75,8 +76,12 @@ class Site:
             self.taken.append((request.path.removeprefix("/airlock/v1/"), json.loads(body)))
             self._json(request, 200, {})
         elif request.path == "/airlock/v1/unsigned":
-            self.taken.append(("unsigned", json.loads(body)))
-            self._json(request, 200, {})
+            fact = json.loads(body)
+            if fact["reason"] in self.refused:
+                self._json(request, 400, {"error": "invalid", "reason": "invalid", "what": "no record"})
+            else:
+                self.taken.append(("unsigned", fact))
+                self._json(request, 200, {})
         elif "/manifests/" in request.path and self.state == "ok":
             repo, ref = request.path.removeprefix("/v2/").split("/manifests/")
             found = self.manifests.get((repo, ref))

@@ -84,6 +84,34 @@ def test_where_the_registry_is_away_a_later_start_tells(node: Node, tuned: Path)
     assert len(node.site.taken) == 4 and records(node) == []
 
 
+def test_what_is_put_beside_a_promoted_model_is_recorded_too(node: Node, tmp_path: Path) -> None:  # noqa: F811
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages }}")
+    more = {"NIM_CHAT_TEMPLATE": str(template)}
+    assert node.run("serve", **more).returncode == 46 and not [t for t in node.site.taken if t[0] == "unsigned"]
+    started = node.run("serve", **more, AIRLOCK_ALLOW_UNSIGNED=REASON)
+    assert started.returncode == 36 and f"UNSIGNED: {template} (NIM_CHAT_TEMPLATE) is used without this site's signature" in started.stderr
+    template.write_text("{{ messages[0] }}")
+    node.run("serve", **more, AIRLOCK_ALLOW_UNSIGNED=REASON)
+    first, second = [body for kind, body in node.site.taken if kind == "unsigned"]
+    assert first["reason"] == REASON and first["model"] == "acme/tiny:1" and "with NIM_CHAT_TEMPLATE" in first["profile"]
+    assert first["digest"] != second["digest"] and len(str(first["digest"])) == 71
+
+
+def test_what_others_put_among_the_records_holds_up_nothing(node: Node, tuned: Path) -> None:  # noqa: F811
+    folder = node.cache / "unsigned"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "0.json")
+    (folder / "1.json").write_text("no JSON")
+    (folder / "2.json").symlink_to("/etc/hostname")
+    node.site.refused.add("planted")
+    (folder / "3.json").write_text('{"reason": "planted"}')
+    (folder / "4.json").write_text(json.dumps({"reason": "an older start"}))
+    assert serve(node, tuned).returncode == 36
+    assert [body["reason"] for _, body in node.site.taken] == [REASON, "an older start"]
+    assert sorted(p.name for p in folder.iterdir()) == ["0.json", "1.json", "2.json", "3.json"]
+
+
 def test_a_refused_key_ends_it_too(node: Node, tuned: Path) -> None:  # noqa: F811
     node.site.state = "revoked"
     refused = serve(node, tuned)
