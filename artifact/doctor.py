@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from artifact.errors import AirlockError, Invalid, NotFound, Unauthenticated, Unavailable
+from artifact.errors import AirlockError, Invalid, Unauthenticated, Unavailable
 from artifact.manifest import MANIFEST_TYPES, parse_reference
 from artifact.probes import Answer, Reached, ask, clock, reach, trusts
 from artifact.surroundings import CA_FILES, FAIL, OK, WARN, Line, look, proxy, untold
@@ -297,24 +297,26 @@ class Doctor:
             self.note("redirect.http", FAIL, f"the store at {place} answered {answer.status}", do, "redirect")
 
     def _ngc(self) -> None:
-        """Whether the listener is that of NGC's API, knows the key, and lists the model."""
+        """Whether the listener is that of NGC's API, which is asked before the key goes there, knows the key, and lists the model."""
+        path = "/v3/keys/get-caller-info"
+        try:
+            stranger = ask("POST", self.case.ngc.rstrip("/") + path, self.case.ca_file, self.case.timeout_s)
+        except Unavailable as error:
+            self.refused("ngc.http", error)
+            return
+        if "requestStatus" not in _object(stranger):
+            what = f"this is not the NGC listener: POST {path} answered {stranger.status} without a requestStatus"
+            self.note("ngc.key", FAIL, what, "give the URL of AIRLOCK_NGC (another port than the registry's)", "ngc")
+            return
         if not self.case.key:
             return
         try:
-            told = _object(
-                self._get(self.case.ngc, "/v3/keys/get-caller-info", "POST", headers={"Content-Type": "application/x-www-form-urlencoded"})
-            )
+            told = _object(self._get(self.case.ngc, path, "POST", headers={"Content-Type": "application/x-www-form-urlencoded"}))
         except AirlockError as error:
-            if isinstance(error, NotFound):
-                error.reason, error.do = "ngc", "give the URL of AIRLOCK_NGC (another port than the registry's)"
-            elif isinstance(error, Unauthenticated):
+            if isinstance(error, Unauthenticated):
                 error.reason = "key_invalid" if error.reason in ("key_absent", error.code) else error.reason
                 error.do = error.do or "ask the administrator for a new key"
             self.refused("ngc.key", error)
-            return
-        if "requestStatus" not in told:
-            what = "this is not the NGC listener: its answer has no requestStatus"
-            self.note("ngc.key", FAIL, what, "give the URL of AIRLOCK_NGC (another port than the registry's)", "ngc")
             return
         self.note("ngc.key", OK, f"the NGC listener knows the key, of {clean(told.get('orgName'))}")
         if not self.case.model:

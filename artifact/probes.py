@@ -1,4 +1,4 @@
-"""One server seen from a client's place, step by step: name, connection, handshake, clock; each with a deadline, none with a key.
+"""One server seen from a client's place, step by step: name, connection, handshake, clock; each with a deadline, none with a key of its own.
 
 Here for `airlock doctor`; the words of a fault are artifact.faults'. Nothing that is read is kept, and no certificate that is not trusted is ever
 spoken to beyond what it shows.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import os
 import socket
 import ssl
 import threading
@@ -123,6 +124,12 @@ def _handshake(out: Reached, sock: socket.socket, name: str, ca_file: str, timeo
     _, host, port = origin(name)
     try:
         context = ssl.create_default_context(cafile=ca_file or None)
+    except (OSError, ValueError) as error:
+        why = "no PEM" if isinstance(error, ssl.SSLError | ValueError) or not error.errno else os.strerror(error.errno)
+        do = "let --ca or AIRLOCK_CA_FILE name the PEM file of this site's authority"
+        out.add(f"{prefix}tls", FAIL, f"the authority's file {ca_file} cannot be used ({why})", do, "environment")
+        return False
+    try:
         sock.settimeout(timeout_s)
         tls = within(timeout_s * 2, lambda: context.wrap_socket(sock, server_hostname=host))
     except (OSError, ValueError) as error:
@@ -221,7 +228,7 @@ class Answer:
 
 
 def ask(method: str, url: str, ca_file: str, timeout_s: float, headers: dict[str, str] | None = None) -> Answer:
-    """One request without a key and without following; raises Unavailable as artifact.faults says it."""
+    """One request with these headers alone, and without following; raises Unavailable as artifact.faults says it."""
     scheme, host, port = origin(url)
     pool = urllib3.PoolManager(
         retries=False, timeout=urllib3.Timeout(connect=timeout_s, read=timeout_s), ca_certs=ca_file or None, cert_reqs="CERT_REQUIRED"

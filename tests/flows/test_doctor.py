@@ -28,7 +28,7 @@ from tests.contracts.ngc import fill, new_ngc_site, ngc_serving
 from tests.contracts.stores import s3_url
 from tests.fakes.tls import authority, leaf, serving_tls
 from tests.flows.test_watch import faked
-from tests.operated import Operated, operated
+from tests.operated import Operated, operated, wait_for
 from tests.services import nginx, rgw
 
 pytestmark = pytest.mark.server
@@ -74,7 +74,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
     keys = new_ngc_site(data)
     with ngc_serving(data, keys) as door:
         fill(door, data)
-    with operated(data, keys, AIRLOCK_TLS="self-signed", AIRLOCK_NGC="127.0.0.1:0") as found:
+    with operated(data, keys, AIRLOCK_TLS="self-signed", AIRLOCK_NGC="127.0.0.1:0", AIRLOCK_S3="127.0.0.1:0") as found:
         yield found
 
 
@@ -241,6 +241,23 @@ def test_a_server_that_is_not_ours(tmp_path: Path) -> None:
 def test_the_registry_is_not_its_ngc_listener(server: Operated) -> None:
     found = examine(server.url, "--ngc", server.url, key=server.keys["root"], **trust(server))
     assert found.status == 66 and found.failed() == ["ngc.key"], found.lines
+    assert server.told
+    for key in (server.keys["root"], ""):
+        before = server.log.read_text().count('"door": "s3"')
+        found = examine(server.url, "--ngc", server.told["s3"], key=key, **trust(server))
+        assert found.status == (66 if key else 20) and "ngc.key" in found.failed(), found.lines
+        wait_for(lambda seen=before: server.log.read_text().count('"door": "s3"') >= seen + 2, "its lines")  # type: ignore[misc]
+    asked = [line for line in server.log.read_text().splitlines() if "get-caller-info" in line and '"door": "s3"' in line]
+    assert len(asked) == 2, "a stranger is asked once each time, and is given no key"
+
+
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_a_file_of_authorities_that_is_none(server: Operated, tmp_path: Path, content: str | None) -> None:
+    given = tmp_path / "ca.pem"
+    if content:
+        given.write_text(content)
+    found = examine(server.url, "--ca", str(given), key=server.keys["root"])
+    assert found.status == 60 and f"{given} cannot be used" in found.of("tls")["what"] and "--ca" in found.of("tls")["do"], found.lines
 
 
 def test_a_public_url_that_sends_container_clients_elsewhere(tmp_path: Path) -> None:
