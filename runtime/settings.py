@@ -141,8 +141,8 @@ class Settings:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that the API answers to: NIM_SERVED_MODEL_NAME, else the model's name."""
-        return self.served_names or (self.model,)
+        """The names that the API answers to: NIM_SERVED_MODEL_NAME, else the model's name, of a NIM's model that which its callers know."""
+        return self.served_names or (self.model.removeprefix("ngc/nim/"),)
 
 
 def from_environment(environ: Mapping[str, str], model: str, *, host: str = "", port: int = 0, profile: str = "", named: bool = True) -> Settings:

@@ -83,7 +83,7 @@ VARIABLES: tuple[Variable, ...] = (
         ),
         ("AIRLOCK_EPHEMERAL_CACHE", "0", "1: a cache in the container's own layer, which is lost with it, is meant; otherwise it refuses the start."),
         ("AIRLOCK_SCRUB_MB_S", "20", "How fast weights are read again while the model is served, in MB/s; 0: never."),
-        ("NIM_SERVED_MODEL_NAME NIM_SERVER_SERVED_MODEL_NAME", "the model's name", "Names that the API answers to, with commas."),
+        ("NIM_SERVED_MODEL_NAME NIM_SERVER_SERVED_MODEL_NAME", "the model's name, without ngc/nim/", "Names that the API answers to, with commas."),
         ("NIM_HTTP_API_PORT NIM_SERVER_PORT", "8000", "Port of the API."),
         ("AIRLOCK_HOST", "all", "Address of the API."),
         (
