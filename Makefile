@@ -63,7 +63,7 @@ wheels: setup
 	cp -r pyproject.toml README.md artifact registry mirror runtime migrations build/source
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheels build/source && rm -r build/source
 	for part in registry runtime; do $(BIN)/pip download --quiet --disable-pip-version-check -c requirements/dev.lock --only-binary :all: \
-	  --python-version $(IMAGE_PYTHON) $(MANYLINUX) --dest build/wheels/$$part pip==26.3 "$$(ls build/wheels/airlock-*.whl)[$$part]" || exit 1; done
+	  --python-version $(IMAGE_PYTHON) $(MANYLINUX) --dest build/wheels/$$part pip==26.3 PyYAML "$$(ls build/wheels/airlock-*.whl)[$$part]" || exit 1; done
 
 images: wheels
 	docker-compose --profile gpu build --build-arg REVISION=$$(git rev-parse HEAD)
