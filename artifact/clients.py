@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -82,7 +83,13 @@ class Site:
         for url in (self.registry, *([self.ngc] if self.ngc else [])):
             _check_url(url)
         for name in self.names:
-            if not name or urlsplit(f"//{name}").netloc != name or not name.isascii() or not all(c.isalnum() or c in ".-:" for c in name):
+            if (
+                not name
+                or name.strip(".") != name
+                or urlsplit(f"//{name}").netloc != name
+                or not name.isascii()
+                or not all(c.isalnum() or c in ".-:" for c in name)
+            ):
                 raise Invalid(f"{name[:60]!r} is no registry's name", expected="a host as image names begin with it, such as nvcr.io", reason="name")
         if not self.key.isascii() or not self.key.isprintable() or " " in self.key:
             raise Invalid(
@@ -197,6 +204,10 @@ def _oras(site: Site) -> Setup:
 def _env(site: Site, given: dict[str, str], *trust: str) -> str:
     """Lines for `set -a; . FILE`, docker's --env-file and systemd's EnvironmentFile alike: bare words, no quotes."""
     lines = given | (dict.fromkeys(trust, site.ca_file) if site.ca_file else {})
+    for name, value in lines.items():
+        if shlex.quote(value) != value:  # a shell would make another thing of it, or run it
+            what = "the path of the authority's file" if name in trust else name
+            raise Invalid(f"{what} is no bare word", expected="letters, digits and @%+=:,./_-", do="name the file otherwise", reason="word")
     return "".join(f"{name}={value}\n" for name, value in lines.items())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 
@@ -42,18 +43,35 @@ def _authority(given: str) -> str:
     return raw.decode("ascii")
 
 
+def _appear(temporary: Path, path: Path) -> None:
+    """Gives a whole file its name, by a link since that, unlike a rename, replaces nothing; raises FileExistsError."""
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links, such as that of a stick
+        if os.path.lexists(path):
+            raise FileExistsError from None
+        temporary.replace(path)
+
+
 def _write(folder: Path, file: File) -> None:
     """Writes a file whole or not at all; one that is there with other content is never replaced; raises Conflict."""
     path = folder / file.path
     mode = 0o600 if file.secret else 0o755 if file.text.startswith("#!") else 0o644
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.writing")
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode), "w", encoding="utf-8") as out:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode), "w", encoding="utf-8") as out:
             out.write(file.text)
+        temporary.chmod(mode)
+        _appear(temporary, path)
     except FileExistsError:
         if path.is_symlink() or path.read_bytes() != file.text.encode():
             raise Conflict(f"{path} is there already", expected="a free place", do="merge the two by hand, or name another --to") from None
         path.chmod(mode)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def main(argv: list[str]) -> int:

@@ -151,6 +151,7 @@ def test_files_with_the_key_are_for_their_owner_only_and_none_is_replaced(given:
         (["hf", "--registry", "https://u:p@registry.site"], 6, "is no URL of a registry"),
         (["hf", "--registry", "https://x/\nHF_TOKEN=stolen"], 6, "is no URL of a registry"),
         (["containerd", "--registry", "https://registry.site", "--name", "../../etc"], 6, "is no registry's name"),
+        (["containerd", "--registry", "https://registry.site", "--name", ".."], 6, "is no registry's name"),
         (["containerd", "--registry", "https://registry.site", "--ca", "pyproject.toml"], 6, "is no file of certificates"),
         (["ngc", "--registry", "https://registry.site"], 6, "need the NGC listener"),
         (["ngc", "--registry", "https://registry.site", "--ngc", "http://registry.site:8443"], 6, "https only"),
@@ -160,6 +161,29 @@ def test_files_with_the_key_are_for_their_owner_only_and_none_is_replaced(given:
 def test_what_makes_no_sense_is_refused(argv: list[str], status: int, words: str) -> None:
     done = airlock("client", "config", *argv, check=False)
     assert done.returncode == status and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_an_environment_file_runs_nothing(given: Given, tmp_path: Path) -> None:
+    """A shell reads these files: neither a path nor a key may be words to it."""
+    folder = tmp_path / "a $(touch ran)"
+    folder.mkdir()
+    shutil.copy(certs(given) / "ca.crt", folder / "ca.pem")
+    site = ["--registry", "https://registry.site", "--ngc", "https://registry.site:8443"]
+    for argv in (["hf", *site, "--ca", str(folder / "ca.pem")], ["ngc", *site], ["hf", *site]):
+        key = "nvapi-x" if "--ca" in argv else "nvapi-$(touch${IFS}ran)"
+        done = airlock("client", "config", *argv, check=False, AIRLOCK_KEY=key)
+        assert done.returncode == 6 and "is no bare word" in done.stderr and "IFS" not in done.stdout + done.stderr, done
+    assert airlock("client", "config", "containerd", *site, "--ca", str(folder / "ca.pem")).returncode == 0, "no path of the file is told there"
+
+
+def test_what_is_not_whole_has_no_name(tmp_path: Path) -> None:
+    """A disk that is full in the middle of a file, here by a limit, leaves nothing that the next run would stumble over."""
+    argv = ["client", "config", "hf", "--registry", "https://registry.site", "--to", str(tmp_path)]
+    code = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+    code += "from artifact.cli import run; from artifact.commands.client import main; sys.exit(run(main, sys.argv[3:]))"
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 9 and [p for p in tmp_path.rglob("*") if p.is_file()] == [], done.stderr
+    airlock(*argv)
 
 
 def test_without_a_key_nothing_secret_is_made_up() -> None:
