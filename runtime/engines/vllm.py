@@ -18,6 +18,7 @@ from runtime.settings import GPU_SHARE, Settings
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 ALLOWED_DTYPES = ("auto", "bfloat16", "float16", "float32", "half", "float")
 SOCKET_LIMIT = 107  # sun_path of Linux without its final zero byte
+OWN_SOCKET = 37  # vLLM's processes speak over sockets of their own, named by a UUID
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 GUIDED = ("auto", "xgrammar", "guidance", "outlines", "lm-format-enforcer")
 LEVELS = ("DEBUG", "WARNING", "ERROR", "CRITICAL")
@@ -79,8 +80,9 @@ def plan(start: Start) -> Launch:
     """The start of one vLLM on a unix socket; raises Invalid for options outside the known words and for a model that is not what it says."""
     profile, settings, socket = start.profile, start.settings, start.folder / "engine.sock"
     cpu = profile.tags.get("device") == "cpu"
-    if len(os.fsencode(socket)) > SOCKET_LIMIT:
-        raise Invalid(f"the socket path {socket} is too long", expected=f"at most {SOCKET_LIMIT} bytes", do="set TMPDIR to a shorter directory")
+    if len(os.fsencode(start.folder)) + OWN_SOCKET > SOCKET_LIMIT:
+        expected = f"at most {SOCKET_LIMIT} bytes with the names of its sockets"
+        raise Invalid(f"the socket path {start.folder} is too long", expected=expected, do="set TMPDIR to a shorter directory")
     argv = [str(start.installation.program), "serve", str(start.model), "--served-model-name", *settings.names, "--uds", str(socket)]
     argv += ["--disable-uvicorn-access-log"]  # the health polls alone would be two lines a second
     if launch.task(profile, "vllm") == "embed":
@@ -174,6 +176,7 @@ def _environment(start: Start, cpu: bool) -> dict[str, str]:
     cache = start.settings.cache
     # A template that never ends holds up every other request of its renderer for that long: 30 s unless told.
     more = {"VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT": "5"}
+    more |= {"VLLM_RPC_BASE_PATH": str(start.folder)}  # else in /tmp, where a killed engine leaves them
     more |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(cache / "vllm"), "VLLM_CONFIG_ROOT": str(cache / "home" / "vllm-config")}
     if start.settings.log_level in LEVELS:
         more["VLLM_LOGGING_LEVEL"] = start.settings.log_level

@@ -7,9 +7,11 @@ import math
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +42,7 @@ folder, engine = Path(args["folder"]), engines.load("vllm")
 settings = from_environment(args["env"], "acme/tiny:1")
 tags = {"llm_engine": "vllm", "device": "cpu", "tp": "1", **args["tags"]}
 profile = Profile("ab" * 32, tags, Pin("acme/tiny", "sha256:" + "1" * 64), options=args["options"])
-plan = engine.plan(engines.Start(profile, Path(args["model"]), folder, settings, engine.find(settings)))
+plan = engine.plan(engines.Start(profile, Path(args["model"]), Path(args["private"]), settings, engine.find(settings)))
 front = serve.ServeSettings("127.0.0.1", args["port"], settings.names, profile.id, "", "", engine_log=folder / "engine.log")
 sys.exit(serve.run(front, plan))
 """
@@ -55,12 +57,15 @@ def _served(
     env = {"AIRLOCK_ENGINE_VLLM": str(engine), "NIM_CACHE_PATH": str(folder / "cache"), "PATH": "/usr/bin:/bin", **(more or {})}
     (folder / "cache" / "home").mkdir(parents=True)
     log = folder / "engine.log"
-    args = {"port": port, "folder": str(folder), "model": str(model), "tags": tags, "options": options, "env": env}
+    private = tempfile.mkdtemp(prefix="airlock-")  # as a start makes it
+    args = {"port": port, "folder": str(folder), "private": private, "model": str(model), "tags": tags, "options": options, "env": env}
     with (folder / "front.log").open("wb") as out:
         process = subprocess.Popen([sys.executable, "-c", DRIVER, json.dumps(args)], cwd=ROOT, stderr=out)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     try:
         _wait_ready(client, process, log)
+        # Its processes speak over sockets of their own: where no other user gets, and where nothing is left of a killed engine.
+        assert sum(p.is_socket() for p in Path(private).iterdir()) > 1
         yield client, process
         started = _children(process.pid)
         process.send_signal(signal.SIGTERM)
@@ -69,6 +74,7 @@ def _served(
         if process.poll() is None:
             process.kill()
             process.wait()
+        shutil.rmtree(private)
 
 
 def _wait_ready(client: openai.OpenAI, process: subprocess.Popen[bytes], log: Path) -> None:

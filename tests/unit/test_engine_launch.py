@@ -17,6 +17,7 @@ from runtime.engines import Installation, Launch, Start, tensorrt_llm
 from runtime.node import Gpu
 from runtime.settings import Settings, from_environment
 
+PRIVATE = Path("/p")  # short, as a start makes it: a unix socket in it has at most 107 bytes
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "engines"
 SECRETS = {"NGC_API_KEY": "nvapi-secret", "HF_TOKEN": "hf_secret", "HTTPS_PROXY": "http://user:pw@proxy"}
 ENV = {**SECRETS, "PATH": "/bin", "OMP_NUM_THREADS": "2", "NIM_CACHE_PATH": "/cache"}
@@ -112,7 +113,7 @@ def start(folder: Path, tags: dict[str, str], options: dict[str, str], env: dict
     gpus = () if tags.get("device") == "cpu" else H100[:need]
     profile = Profile("a" * 64, tags, Pin("acme/tiny", "sha256:" + "1" * 64), options=options)
     made = Installation(folder / "env" / "bin" / program, version="1.2.1")
-    return Start(profile, folder / "model", folder / "x", from_environment(ENV | filled, "acme/tiny:1"), made, gpus, key="KEY-" + "k" * 20)
+    return Start(profile, folder / "model", PRIVATE, from_environment(ENV | filled, "acme/tiny:1"), made, gpus, key="KEY-" + "k" * 20)
 
 
 def plan(made: Start) -> Launch:
@@ -372,7 +373,8 @@ def test_an_engine_is_only_loaded_by_the_name_of_its_file() -> None:
 def test_a_socket_path_that_linux_cannot_bind_is_refused(tmp_path: Path) -> None:
     made = start(tmp_path, {"llm_engine": "vllm", "device": "cpu"}, {}, {}, {})
     with pytest.raises(Invalid, match="too long"):
-        plan(replace(made, folder=Path("/" + "s" * 120)))
+        plan(replace(made, folder=Path("/" + "s" * 70)))  # its own fits, the ones that vLLM names by UUIDs do not
+    assert plan(replace(made, folder=Path("/" + "s" * 69))).env["VLLM_RPC_BASE_PATH"] == "/" + "s" * 69
 
 
 @pytest.mark.parametrize(
