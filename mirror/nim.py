@@ -125,6 +125,7 @@ class NimJob(Job):
         item = self._right.item
         found = find_manifest(_Staged(self._image.source, self._disk, self._bar), item.repository, self._image.root.digest)
         self._profiles = select(parse(found.raw), item.selectors)
+        wanted: list[tuple[Place, str, str]] = []  # wished for together, at the end: an image that is refused changes nothing for others
         for profile in self._profiles:
             profile.places()  # each file says where it comes from
             for file in profile.files:
@@ -135,9 +136,11 @@ class NimJob(Job):
                     )
                 place = (uri.repository, uri.version)
                 self._uris.setdefault(place, uri)
-                self._choice.add(place, uri.file, file.checksums.get("blake3", ""), item.source)
+                wanted.append((place, uri.file, file.checksums.get("blake3", "")))
         if len(self._uris) > MAX_VERSIONS:
             raise TooLarge(f"the chosen profiles name {len(self._uris)} versions of models", expected=f"at most {MAX_VERSIONS}", do="choose fewer")
+        for place, path, value in wanted:
+            self._choice.add(place, path, value, item.source)
 
     def settle(self) -> None:
         """Pins the versions of all models, with the files that the whole plan chose of them, and those that are in staging under the same name."""

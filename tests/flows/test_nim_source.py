@@ -143,6 +143,17 @@ def test_a_profile_may_span_versions_and_items_share_them(tmp_path: Path) -> Non
 
 
 @pytest.mark.server
+def test_an_image_that_is_refused_changes_nothing_for_another(tmp_path: Path) -> None:
+    cloud_with(tmp_path / "ngc", manifest())
+    files = {"none.bin": {"uri": f"ngc://{MODEL}:hf?file=none.bin"}, "x": {"uri": f"ngc://{MODEL}?file=x"}}
+    make_image(tmp_path / "ngc", "nim/meta/bad", [layer({PLACES[0]: json.dumps({"bad": {"workspace": {"files": files}}}).encode()})], "1.0.3")
+    home = make_home(tmp_path / "mirror")
+    with ngc(tmp_path / "ngc", tmp_path / "log") as cloud:
+        bad, good = sync(home, plan_file(tmp_path, item(cloud, "bad", image="nim/meta/bad"), item(cloud, IDS["aa"])), code=6)["items"]
+    assert "names no version" in bad["error"]["what"] and good["status"] == "synced", good
+
+
+@pytest.mark.server
 def test_an_image_takes_nothing_from_what_is_mirrored_already(tmp_path: Path) -> None:
     cloud_with(tmp_path / "ngc", manifest())
     home = make_home(tmp_path / "mirror")
