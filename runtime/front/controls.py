@@ -128,7 +128,7 @@ def prepare(route: str, body: Json, models: Models, engine: str = "vllm", images
     _bounds(body)
     if route != RESPONSES:
         _texts(body)
-    _messages(body, images)
+    _messages(body, route, images)
     stored = {"store": False, "background": False, "previous": ""}
     if route == RESPONSES:
         stored = _stateful(body)
@@ -264,39 +264,39 @@ def _bounds(body: Json) -> None:
 
 
 def _texts(body: Json) -> None:
-    """As many prompts as one request may hold; a list of numbers is one."""
+    """Texts and tokens, as many as one request may hold; a list of numbers is one. vLLM takes conversations there too, and fetches what they name."""
     choices = max(n for n in (body.get("n", 1), body.get("best_of", 1), 1) if isinstance(n, int))
     for word in ("prompt", "input"):
         given = body.get(word)
-        count = len(given) if isinstance(given, list) and given and not isinstance(given[0], int) else 1
+        entries = given if isinstance(given, list) else [given] if given is not None else []
+        if not all(isinstance(e, str | int) or (isinstance(e, list) and all(isinstance(n, int) for n in e)) for e in entries):
+            raise Refused(400, f"{word} is neither a text nor tokens, nor a list of them", param=word)
+        count = len(entries) if entries and not isinstance(entries[0], int) else 1
         if count * choices > MAX_TEXTS:
             raise Refused(400, f"{word} holds {count} texts, n is {choices}; together at most {MAX_TEXTS} are taken", param=word)
 
 
-def _messages(body: Json, images: int) -> None:
+def _messages(body: Json, route: str, images: int) -> None:
     """Content parts: known types with known keys only, what is seen or heard as data: URLs only, so that the engine fetches nothing."""
-    seen = 0
-    for where in ("messages", "input"):
-        turns = body.get(where)
-        if not isinstance(turns, list):
-            if where == "messages" and turns is not None:
-                raise Refused(400, "messages is not a list", param=where)
-            continue
-        for turn in turns:
-            if not isinstance(turn, dict):
-                if where == "messages":
-                    raise Refused(400, "a message is not an object", param=where)
-                continue
-            if _kind(turn) in PARTS:
-                seen += _part(turn, where)
-            for key in ("content", "output"):
-                content = turn.get(key)
-                if isinstance(content, list):
-                    seen += sum(_part(part, where) for part in content)
-                elif content is not None and not isinstance(content, str):
-                    raise Refused(400, f"the {key} of a message is neither text nor a list of parts", param=where)
+    seen, where = 0, "input" if route == RESPONSES else "messages"
+    turns = body.get(where)
+    if turns is None or (isinstance(turns, str) and route == RESPONSES):
+        return
+    if not isinstance(turns, list):
+        raise Refused(400, f"{where} is not a list", param=where)
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise Refused(400, f"an entry of {where} is not an object", param=where)
+        if _kind(turn) in PARTS:
+            seen += _part(turn, where)
+        for key in ("content", "output"):
+            content = turn.get(key)
+            if isinstance(content, list):
+                seen += sum(_part(part, where) for part in content)
+            elif content is not None and not isinstance(content, str):
+                raise Refused(400, f"the {key} of a message is neither text nor a list of parts", param=where)
     if seen > images:
-        raise Refused(400, f"the request holds {seen} images, videos or sounds; at most {images} are taken", param="messages")
+        raise Refused(400, f"the request holds {seen} images, videos or sounds; at most {images} are taken", param=where)
 
 
 def _kind(part: object) -> str:

@@ -255,9 +255,27 @@ def test_nothing_is_fetched_wherever_it_stands(front: Served, turn: dict[str, ob
     before = len(front.records())
     for path, word in (("/v1/chat/completions", "messages"), ("/v1/responses", "input")):
         assert front.ask("POST", path, {word: [turn]})[0] == 400
-    for bad in ({"messages": {"role": "user"}}, {"messages": ["x"]}, {"messages": "x"}):
+    for bad in ({"messages": {"role": "user"}}, {"messages": ["x"]}, {"messages": "x"}, {"messages": [[turn]]}):
         assert front.ask("POST", "/v1/chat/completions", bad)[0] == 400
+    assert front.ask("POST", "/v1/responses", {"input": [[turn]]})[0] == 400
     assert len(front.records()) == before
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_no_conversation_hides_in_an_input(pooling: Served, depth: int) -> None:
+    given: object = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}
+    for _ in range(depth):
+        given = [given]  # vLLM takes a conversation, and a list of them, for an embedding's input
+    before = len(pooling.records())
+    for more in ({"input": given}, {"input": ["x", given]}, {"input": {"role": "user"}}, {"input": [1.5]}):
+        status, body, _ = pooling.ask("POST", "/v1/embeddings", {"model": "acme/tiny", **more})
+        assert status == 400 and len(pooling.records()) == before
+        in_both_shapes(body, 400)
+
+
+def test_an_input_of_tokens_is_taken(pooling: Served) -> None:
+    for given in ([1, 2, 3], [[1, 2], [3]]):
+        assert pooling.ask("POST", "/v1/embeddings", {"model": "acme/tiny", "input": given})[0] == 200 and _sent(pooling)["input"] == given
 
 
 def test_data_images_pass_and_are_counted(front: Served) -> None:
