@@ -25,6 +25,8 @@ CACHE_PLACE = "/opt/nim/.cache"
 PORT = 8000
 SECRETS = {"ngc": ("NGC_API_KEY",), "offline": (), "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "hf": ("HF_TOKEN",)}
 GIB = 1 << 30
+_WORD = re.compile(r"[!-~]*\Z")  # of one line, in an environment file and behind a # as well
+_RESOURCE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?\Z")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Start:
     namespace: str = "nim-service"
     pull_secret: str = "ngc-secret"  # noqa: S105 - names of secrets, as NVIDIA's samples have them
     auth_secret: str = "ngc-api-secret"  # noqa: S105
+
+    def __post_init__(self) -> None:
+        for name in ("registry", "ngc", "s3", "bucket", "region"):
+            if not _WORD.match(getattr(self, name)):
+                raise Invalid(f"--{name} is no single word", expected="printable ASCII without blanks", reason="word")
 
     @property
     def pulled(self) -> str:
@@ -123,12 +130,19 @@ def nim_service(start: Start) -> str:
 
 
 def resource_name(image: Reference) -> str:
-    """A name that Kubernetes accepts (RFC 1123), from the last two parts of the image's."""
-    return re.sub(r"[^a-z0-9]+", "-", "-".join(image.name.split("/")[-2:])).strip("-")[:50].rstrip("-")
+    """A name that Kubernetes accepts (RFC 1035, as a service has it), from the last two parts of the image's."""
+    found = re.sub(r"[^a-z0-9]+", "-", "-".join(image.name.split("/")[-2:])).strip("-")
+    return (found if found[:1].isalpha() else f"nim-{found}")[:50].rstrip("-")
 
 
 def _resource(kind: str, start: Start, spec: Mapping[str, object]) -> str:
-    """One resource as YAML, below the commands that make what it refers to."""
+    """One resource as YAML, below the commands that make what it refers to; raises Invalid for a name that Kubernetes has none of."""
+    names = {"--namespace": start.namespace, "--pull-secret": start.pull_secret, "--auth-secret": start.auth_secret, "--ca": start.ca or "x"}
+    if start.way == "offline":
+        names = names | {"--ca": "x", "--cache": start.cache or "x"}
+    for option, name in names.items():
+        if not _RESOURCE.match(name):
+            raise Invalid(f"{option} {name[:60]!r} is no name in Kubernetes", expected="a-z, 0-9, . and - (RFC 1123)", reason="resource")
     env = [{"name": name, "value": value} for name, value in environment(start, cluster=True).items()]
     whole = {**spec, "env": env}
     told = [

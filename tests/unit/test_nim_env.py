@@ -128,9 +128,14 @@ def test_a_nim_service(way: str) -> None:
 
 
 def test_words_that_yaml_would_read_otherwise_stay_words() -> None:
-    odd = replace(START, image=parse_reference("nvcr.io/nim/x:1.10"), namespace="on", pull_secret="null", auth_secret="1e3")
+    odd = replace(START, image=parse_reference("nvcr.io/nim/x:1.10"), namespace="on", pull_secret="null", auth_secret="1e3", ca="")
     found = yaml.safe_load(nim_service(odd))
     assert (found["spec"]["image"]["tag"], found["metadata"]["namespace"], found["spec"]["authSecret"]) == ("1.10", "on", "1e3")
+
+
+@pytest.mark.parametrize("name", ["nvcr.io/0123/7b", "7b", "a/" + "b" * 80, "nim/x_y--z"])
+def test_a_resource_is_named_as_a_service_may_be(name: str) -> None:
+    assert re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", resource_name(parse_reference(f"{name}:1")))
 
 
 def test_an_image_that_is_not_nvidias_is_below_the_registry() -> None:
@@ -152,6 +157,12 @@ def test_an_image_that_is_not_nvidias_is_below_the_registry() -> None:
             "one model of the Hub",
         ),
         ({"profile": parse(b"n: {tags: {tp: many}}\n").profiles[0]}, nim_service, "number of GPUs"),
+        ({"way": "s3", "region": "x\nEVIL=1"}, env_file, "--region"),
+        ({"way": "hf", "registry": "https://registry.site/\nEVIL=1"}, env_file, "--registry"),
+        ({"namespace": "x\nevil: 1", "ca": ""}, nim_cache, "--namespace"),
+        ({"auth_secret": "x; reboot", "ca": ""}, nim_service, "--auth-secret"),
+        ({"ca": "/etc/pki/site.pem"}, nim_cache, "--ca"),
+        ({"way": "offline", "cache": "/srv/cache"}, nim_service, "--cache"),
     ],
 )
 def test_what_cannot_be_told(change: dict[str, Any], make: Any, words: str) -> None:
