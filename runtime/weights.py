@@ -13,6 +13,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -152,7 +153,7 @@ def _small(source: Source | None, disk: Disk, repo: str, digest: str, size: int)
         except Mismatch:
             if source is None:
                 raise
-            disk.delete(digest)
+            _drop(disk, digest)
     if source is None:
         raise NotFound(
             f"{digest} of {repo} is not in the cache", expected="a cache that was filled completely", do="start while the registry answers"
@@ -256,7 +257,7 @@ def _model_manifest(source: Source | None, disk: Disk, model: Pin) -> bytes:
             raise Unavailable(
                 f"the registry does not answer, and the cache does not hold the manifest of {model.name}@{model.digest}", do="start while it answers"
             ) from error
-        disk.delete(model.digest)
+        _drop(disk, model.digest)
     raw = source.read_manifest(model.name, model.digest)[1]
     if digest_of(raw) != model.digest:
         raise Mismatch(f"the registry sent another manifest for {model.name}@{model.digest}", expected=model.digest, reason="weights")
@@ -280,8 +281,14 @@ def _present(disk: Disk, file: File, stamps: place.Stamps) -> str:
                 return "hashed"
         finally:
             os.close(fd)
-    disk.delete(file.digest)
+    _drop(disk, file.digest)
     return "absent"
+
+
+def _drop(disk: Disk, digest: str) -> None:
+    """Removes a damaged object; in a cache that is not ours to write it stays, and is told where it is needed."""
+    with suppress(OSError):
+        disk.delete(digest)
 
 
 def _fetch(source: Source | None, disk: Disk, model: Pin, files: list[File], log: Log, workers: int, show: bool) -> None:
@@ -315,7 +322,7 @@ def _ranges(source: Source, repo: str, digest: str) -> Callable[[int, int], Iter
 
 
 def _intact(target: Path, files: tuple[File, ...], disk: Disk) -> bool:
-    """Whether a model directory holds exactly the files, each the very inode of its verified blob."""
+    """Whether a model directory holds exactly the files, each the very inode of its verified blob, or a copy that is verified now."""
     if target.is_symlink():
         return False
     found: set[str] = set()
@@ -326,10 +333,27 @@ def _intact(target: Path, files: tuple[File, ...], disk: Disk) -> bool:
     if found != {f.path for f in files}:
         return False
     for file in files:
-        have, want = os.lstat(target / file.path), os.lstat(disk.path(file.digest))
-        if (have.st_dev, have.st_ino) != (want.st_dev, want.st_ino):
+        try:
+            have, want = os.lstat(target / file.path), os.lstat(disk.path(file.digest))
+        except FileNotFoundError:  # evicted at this moment
+            return False
+        if (have.st_dev, have.st_ino) != (want.st_dev, want.st_ino) and not _copied(target / file.path, file):
             return False
     return True
+
+
+def _copied(path: Path, file: File) -> bool:
+    """Whether a plain file holds the right bytes: a copy, where no hard link could be made (another's blob, a file system without them)."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        found = os.fstat(fd)
+        whole = stat.S_ISREG(found.st_mode) and found.st_size == file.size
+        return whole and hash_fd(fd, 0, file.size, file.digest.split(":", 1)[0]) == file.digest
+    finally:
+        os.close(fd)
 
 
 def _build(target: Path, files: tuple[File, ...], disk: Disk) -> None:
@@ -339,6 +363,8 @@ def _build(target: Path, files: tuple[File, ...], disk: Disk) -> None:
         fresh.mkdir(parents=True)
         for file in files:
             disk.link(file.digest, fresh / file.path)
+        if not _intact(fresh, files, disk):  # a copy of what changed after it was verified
+            raise Mismatch(f"files of {target} changed while they were copied", expected="the bytes of their digests", reason="weights")
         if target.is_symlink() or target.is_file():
             target.unlink()
         elif target.is_dir():

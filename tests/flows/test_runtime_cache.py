@@ -10,8 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from typing import Any
 import pytest
 
 from artifact import profile, trust
+from artifact.disk import Disk
 from artifact.manifest import EMPTY_BYTES, EMPTY_DIGEST, FACTS_TYPE, MANIFEST, PROFILES_TYPE, build_manifest, build_model, canonical_json, digest_of
+from artifact.profile import Pin
 from artifact.store import Descriptor, File
+from runtime import weights
 from tests.fakes.nvml import build
 from tests.fakes.site import Site
 
@@ -138,6 +142,23 @@ def test_download_makes_a_verified_directory_and_is_warm_the_second_time(node: N
     assert "(0 bytes fetched, 0 hashed again, 300026 known by stamp)" in again.stderr
 
 
+def test_a_warm_start_asks_for_the_right_alone_and_offline_for_nothing(node: Node) -> None:
+    """What is asked while the registry answers is what a revoked key, a taken back release and the GPUs in use are noticed by; no weights."""
+    node.run("serve")
+    asked = len(node.site.log)
+    assert node.run("serve").returncode == 36
+    beside = ("/airlock/v1/standing", "/airlock/v1/verified")  # the watch's, which nothing waits for
+    warm = [line for line in node.site.log[asked:] if not line.endswith(beside)]
+    assert [line.split("/manifests/sha256-")[0] for line in warm] == [
+        "GET /airlock/v1/whoami",
+        "GET /v2/acme/tiny/profiles/manifests/1",
+        "GET /v2/acme/tiny/profiles",
+        "POST /airlock/v1/leases",
+    ]
+    asked = len(node.site.log)
+    assert node.run("serve", AIRLOCK_OFFLINE="1").returncode == 36 and len(node.site.log) == asked
+
+
 def test_the_log_has_a_nims_lines(node: Node) -> None:
     """Those of nimlib and its hub client (field logs of 1.x): scripts and people look for them."""
     first, second = node.run("serve"), node.run("serve", NIM_MODEL_PROFILE="vllm-cpu-bf16-tp1")
@@ -221,6 +242,68 @@ def test_what_is_no_file_at_a_blobs_path_is_told_before_anything_is_fetched(node
     refused = node.run("download-to-cache")
     assert refused.returncode == 38 and f"{blob} in the cache is " in refused.stderr, refused.stderr
     assert not [line for line in blobs_asked(node) if any(digest_of(raw) in line for raw in node.files.values())]
+
+
+def as_user(work: Callable[[], str]) -> str:
+    """What `work` says as uid 1000."""
+    if os.geteuid() != 0:
+        pytest.fail("no root in CI") if os.environ.get("CI") else pytest.skip("another user needs root")
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setgid(1000)
+            os.setuid(1000)
+            os.write(writer, work().encode())
+        except BaseException as error:
+            os.write(writer, repr(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(pid, 0)
+    with os.fdopen(reader, "rb") as answer:
+        return answer.read().decode()
+
+
+@pytest.fixture
+def others() -> Iterator[tuple[Path, Pin, dict[str, bytes]]]:
+    """A cache that root filled and that uid 1000 gets to, a model in it, and the model's files."""
+    with tempfile.TemporaryDirectory() as folder:
+        top = Path(folder)
+        disk, raws = Disk(top), {"config.json": b"{}", "model.safetensors": random.Random(3).randbytes(100_000)}
+        files = [File(path, disk.put(raw), len(raw)) for path, raw in raws.items()]
+        model = build_model(files, Descriptor(FACTS_TYPE, disk.put(b"{}"), 2), {})
+        disk.put(model)
+        (top / "models").mkdir()
+        for path in (top, *top.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o444)
+        yield top, Pin("acme/tiny", digest_of(model)), raws
+
+
+def test_another_users_blobs_are_copied_once_and_verified(others: tuple[Path, Pin, dict[str, bytes]]) -> None:
+    top, pin, raws = others
+    (top / "models").chmod(0o777)
+
+    def start() -> str:
+        said: list[str] = []
+        made = weights.materialise(None, top, pin, said.append, show=False)
+        wrong = [path for path, raw in raws.items() if (made.path / path).read_bytes() != raw]
+        return f"{wrong} {sum('built' in line for line in said)}"
+
+    assert as_user(start) == "[] 1" and as_user(start) == "[] 0"  # not every start copies all weights again
+    copied = top / "models" / "acme" / "tiny" / pin.digest[7:19] / "model.safetensors"
+    copied.chmod(0o644)
+    copied.write_bytes(b"x" * copied.stat().st_size)
+    assert as_user(start) == "[] 1"
+
+
+def test_damage_in_a_cache_that_cannot_be_written_names_the_file(others: tuple[Path, Pin, dict[str, bytes]]) -> None:
+    top, pin, raws = others
+    blob = Disk(top).path(digest_of(raws["model.safetensors"]))
+    blob.write_bytes(b"x" * len(raws["model.safetensors"]))
+    told = as_user(lambda: str(weights.materialise(None, top, pin, lambda line: None, show=False)))
+    assert "lacks or holds damaged model.safetensors of acme/tiny" in told
 
 
 def test_stamps_in_a_directory_that_others_can_write_count_nothing(node: Node) -> None:
