@@ -29,6 +29,7 @@ LINE_CAP = 4096
 LINES = 4000
 LOG_FILE_CAP = 64 << 20
 POLL_S = 0.5
+STARTING_POLL_S = 0.2  # until it is ready, which is what its users wait for
 DEAD_POLLS = 2  # refused or 503 so often in a row: the engine is dead, its process group is torn down at once
 SILENT_POLLS = 6  # a health answer may be late under load; this many timeouts in a row are a stall
 RESTARTS = 3
@@ -279,7 +280,7 @@ class Engine:
                 elif asyncio.get_running_loop().time() > end:
                     self._end(f"start_timeout: the engine was not ready within {self._ready_s:.0f} s")
                     return
-                await asyncio.sleep(self._poll_s)
+                await asyncio.sleep(self._poll_s if self._was_ready else min(self._poll_s, STARTING_POLL_S))
 
     def _end(self, cause: str) -> None:
         if not self._asked:
