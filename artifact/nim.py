@@ -303,7 +303,10 @@ def _load(raw: bytes) -> dict[str, Any]:
     """The document as objects, lists and text: a number or true is the text that was written, nothing at all is the empty one."""
     if len(raw) > MAX_BYTES:
         raise TooLarge(f"the model manifest has {len(raw)} bytes", expected=f"at most {MAX_BYTES}")
-    value = _plain(parse_json(raw, "the model manifest", MAX_BYTES)) if raw.lstrip()[:1] == b"{" else _yaml(raw)
+    json = raw.lstrip()[:1] == b"{"
+    if json and raw.count(b",") > MAX_NODES:  # parsed, small values take many times their bytes
+        raise TooLarge(f"the model manifest has more than {MAX_NODES} values", expected=f"at most {MAX_NODES}")
+    value = _plain(parse_json(raw, "the model manifest", MAX_BYTES)) if json else _yaml(raw)
     if not isinstance(value, dict) or not value:
         raise Invalid("the model manifest has no profile", expected="an object of profiles, or one with a list of them", reason="nim_manifest")
     return value

@@ -302,6 +302,7 @@ LIES: dict[str, bytes] = {
     "a path that steers a terminal": b'aa: {workspace: {files: {"\\x9bm": {uri: "ngc://a/b:1?file=x"}}}}\n',
     "a uri that steers a terminal": b'aa: {workspace: {files: {x: {uri: "ngc://a/b:1?file=\\x9bm"}}}}\n',
     "a surrogate": b'{"aa": {"tags": {"x": "\\ud800"}}}',
+    "JSON of empty objects": b'{"a": {"tags": {"x": [' + b"{}," * 5_000_000 + b"{}]}}}",
     "a number without end": b'{"aa": {"tags": {"x": ' + b"9" * 5000 + b"}}}",
 }
 
