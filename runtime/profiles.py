@@ -15,6 +15,7 @@ from runtime import precision
 from runtime.filters import FREE, MEMORY, Node, Verdict, Wanted, count, judge, meant_for, tag_is
 from runtime.memory import gib
 from runtime.node import Facts, Gpu, describe
+from runtime.tuning import parse_selector
 
 ENGINE_RANK = {"tensorrt_llm": 0, "vllm": 1, "sglang": 2}
 GOAL = {"latency": 0, "balanced": 1, "throughput": 2, "": 1}
@@ -138,19 +139,6 @@ def _means(text: str, profile: Profile) -> bool:
     return profile.id == text or profile.answers_to(text)
 
 
-def parse_selector(text: str, variable: str = "NIM_TAGS_SELECTOR") -> tuple[tuple[str, str], ...]:
-    """The pairs of KEY=VALUE,KEY=VALUE; raises Invalid naming the variable."""
-    pairs = []
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        key, sign, value = part.partition("=")
-        if not sign or not key.strip() or not value.strip():
-            raise Invalid(
-                f"{variable} holds {part[:60]!r}", expected="KEY=VALUE,KEY=VALUE, such as precision=fp8,tp=2", do=f"correct or unset {variable}"
-            )
-        pairs.append((key.strip(), value.strip()))
-    return tuple(pairs)
-
-
 def sort_key(verdict: Verdict) -> tuple[object, ...]:
     """NIM 1.x's preference, lowest wins (nim-container.md 7.1), behind it CPU profiles and those whose context must be shortened."""
     t = verdict.profile.tags
@@ -269,7 +257,6 @@ __all__ = [
     "Verdict",
     "Wanted",
     "check_expected",
-    "parse_selector",
     "pinned",
     "require",
     "select",

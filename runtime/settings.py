@@ -245,13 +245,7 @@ def _reason(environ: Mapping[str, str]) -> str:
 
 def _selector(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     """Tags that a profile must have: NIM_TAGS_SELECTOR, and the sizes that have variables of their own; raises Invalid."""
-    found: dict[str, str] = {}
-    for part in environ.get("NIM_TAGS_SELECTOR", "").split(","):
-        name, sep, value = (piece.strip() for piece in part.partition("="))
-        if name and sep and value:
-            found[name] = value
-        elif part.strip():
-            raise Invalid(f"NIM_TAGS_SELECTOR holds {part.strip()[:60]!r}", expected="key=value,key=value, such as precision=fp8,tp=2")
+    found = dict(tuning.parse_selector(environ.get("NIM_TAGS_SELECTOR", ""), "NIM_TAGS_SELECTOR"))
     for variable, tag in (("NIM_TENSOR_PARALLEL_SIZE", "tp"), ("NIM_PIPELINE_PARALLEL_SIZE", "pp")):
         if number := _whole(environ, (variable,), 0, 1, 1024):
             found[tag] = str(number)

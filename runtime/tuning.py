@@ -55,6 +55,19 @@ def from_environment(environ: Mapping[str, str]) -> Tuning:
     )
 
 
+def parse_selector(text: str, variable: str) -> tuple[tuple[str, str], ...]:
+    """The pairs of KEY=VALUE,KEY=VALUE; raises Invalid naming the variable."""
+    pairs = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        key, sign, value = part.partition("=")
+        if not sign or not key.strip() or not value.strip():
+            raise Invalid(
+                f"{variable} holds {part[:60]!r}", expected="KEY=VALUE,KEY=VALUE, such as precision=fp8,tp=2", do=f"correct or unset {variable}"
+            )
+        pairs.append((key.strip(), value.strip()))
+    return tuple(pairs)
+
+
 def allowed(arguments: tuple[str, ...], table: Mapping[str, bool], engine: str) -> list[str]:
     """Pass-through arguments as they may be given to an engine; raises Invalid for any that its table lacks.
 

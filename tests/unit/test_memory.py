@@ -17,7 +17,9 @@ from runtime.commands.explain import as_json, as_text
 from runtime.filters import IDENTITY, Wanted, families, product
 from runtime.hosts import named
 from runtime.memory import need
-from runtime.profiles import check_expected, parse_selector, select
+from runtime.profiles import check_expected, select
+from runtime.settings import from_environment
+from runtime.tuning import parse_selector
 
 GIB = 1 << 30
 L40S, H100 = 48_305_799_168, 85_520_809_984
@@ -146,13 +148,13 @@ def test_pp_is_kept_where_it_is_more_than_one() -> None:
 
 def test_a_selector_filters_and_one_that_nothing_has_is_an_error() -> None:
     both = [made(Memory(), "a", tp="1"), made(Memory(), "b", precision="fp8", tp="1")]
-    found = select(both, named("h100"), Wanted(selector=parse_selector("precision=bfloat16, tp=1")))
+    found = select(both, named("h100"), Wanted(selector=parse_selector("precision=bfloat16, tp=1", "X")))
     assert [p.id for p in found.order] == ["a"] and found.verdicts[1].reason == "NIM_TAGS_SELECTOR asks for precision=bfloat16; it has fp8"
     with pytest.raises(Invalid, match="Could not match a profile in manifest"):
         select(both, named("h100"), Wanted(selector=(("tp", "7"),)))
     for text in ("tp", "=1", "tp="):
         with pytest.raises(Invalid, match="NIM_TAGS_SELECTOR"):
-            parse_selector(text)
+            from_environment({"NIM_TAGS_SELECTOR": text}, "a/b")
 
 
 @pytest.mark.parametrize("expect", ["a", "vllm-bf16-tp1", "vllm-bf16-tp1-pp1", "precision=bf16,tp=1", ""])
