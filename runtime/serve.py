@@ -9,10 +9,12 @@ import asyncio
 import logging
 import os
 import re
+import resource
 import signal
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 
 from aiohttp import web
 
@@ -324,6 +326,9 @@ def run(
     `gpus` measures the memory of the GPUs in use, `idle` is what was in use before the engine. Raises Unavailable with reason port_taken or
     engine_failed, Invalid for a bad launch.
     """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(OSError, ValueError):  # each connection is a file, and 1024 are soon used up
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if not settings.model_names:
         raise Invalid("no name to serve the model under", expected="at least one model name")
     return asyncio.run(_serve(settings, launch, lambda keeper: Front(settings, keeper, watch, callers() if callers else None, gpus, idle)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import resource
 import socket
 import threading
 import time
@@ -203,6 +204,19 @@ def test_all_bodies_together_are_bounded(serve: Serve) -> None:
     assert served.ask("POST", "/v1/chat/completions", large)[0] == 429  # what runs in the background still holds its body
     assert served.ask("POST", f"/v1/responses/{begun['id']}/cancel")[0] == 200
     served.wait(lambda: "airlock_body_bytes 0\n" in served.ask("GET", "/metrics")[1], 5)
+
+
+def test_more_connections_than_the_soft_limit_of_files(serve: Serve) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))  # what the front inherits
+    try:
+        served = serve()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with contextlib.ExitStack() as idle:
+        for _ in range(200):
+            idle.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+        assert served.ask("GET", "/v1/health/live")[0] == 200
 
 
 def test_a_connection_that_asks_nothing_is_closed(serve: Serve) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -155,6 +156,38 @@ def _standing(**more: object) -> dict[str, object]:
 KEY = "Bearer nvapi-" + "x" * 30
 
 
+def test_guessed_keys_hold_up_no_good_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callers, "KNOWN", 4)
+    held = threading.Event()
+
+    def ask(key: str) -> Mapping[str, object]:
+        if key.startswith("slow"):
+            held.wait(10)
+        if key != KEY.partition(" ")[2]:
+            raise Unauthenticated("no")
+        return _standing()
+
+    async def story() -> None:
+        kept = callers.Callers(ask, "acme/m")
+
+        async def guess(key: str) -> None:
+            with suppress(Refused):
+                await kept.check(f"Bearer {key}")
+
+        who = await kept.check(KEY)
+        for i in range(8):
+            await guess(f"guessed-{i:020}")
+        assert who in kept._good, "a flood of guesses pushed a good verdict out"
+        monkeypatch.setattr(callers, "GOOD_S", 0.0)
+        flood = [asyncio.create_task(guess(f"slow-{i:020}")) for i in range(20)]
+        await asyncio.sleep(0.05)
+        assert await asyncio.wait_for(kept.check(KEY), 5) == who
+        held.set()
+        await asyncio.gather(*flood)
+
+    asyncio.run(story())
+
+
 def test_verdicts_on_callers() -> None:
     asked: list[str] = []
     answers: list[Mapping[str, object] | Exception] = []
@@ -186,7 +219,7 @@ def test_verdicts_on_callers() -> None:
         who = await kept.check(KEY)
         before = len(asked)
         assert await kept.check(KEY) == who and len(asked) == before and "nvapi" not in who
-        kept._known[who] = (kept._known[who][0] - 100, 200)  # past its time, and the registry is away: it stands
+        kept._good[who] = (kept._good[who][0] - 100, 200)  # past its time, and the registry is away: it stands
         assert await kept.check(KEY) == who and len(asked) == before + 1
         for bad in ("", "Basic abc", "Bearer short", "Bearer " + "ü" * 40):
             with pytest.raises(Refused) as e:
