@@ -53,17 +53,22 @@ system-full: system-test $(GO)
 engine: setup
 	$(BIN)/python tools/engine_env.py --to $(ENGINE)
 
-# What the images are built of: our wheel, those that it needs for the Python of the images' base, and pip. A copy of the checkout is built, as
+# What the images are built of: our wheel, those that it needs for the Python of each image's base, and pip. A copy of the sources is built, as
 # setuptools would leave its files here and take up old ones.
-IMAGE_PYTHON ?= 3.11
+REGISTRY_PYTHON ?= 3.11
+RUNTIME_PYTHON ?= 3.12
 MANYLINUX := $(foreach tag,manylinux_2_34 manylinux_2_28 manylinux2014,--platform $(tag)_x86_64)
+define download
+	$(BIN)/pip download --quiet --disable-pip-version-check -c requirements/dev.lock --only-binary :all: --python-version $(2) $(MANYLINUX) \
+	  --dest build/wheels/$(1) pip==26.3 PyYAML "$$(ls build/wheels/airlock-*.whl)[$(1)]"
+endef
 
 wheels: setup
 	rm -rf build/wheels build/source && mkdir -p build/wheels build/source
-	cp -r pyproject.toml README.md artifact registry mirror runtime migrations build/source
+	cp -r pyproject.toml README.md LICENSE artifact registry mirror runtime migrations build/source
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheels build/source && rm -r build/source
-	for part in registry runtime; do $(BIN)/pip download --quiet --disable-pip-version-check -c requirements/dev.lock --only-binary :all: \
-	  --python-version $(IMAGE_PYTHON) $(MANYLINUX) --dest build/wheels/$$part pip==26.3 PyYAML "$$(ls build/wheels/airlock-*.whl)[$$part]" || exit 1; done
+	$(call download,registry,$(REGISTRY_PYTHON))
+	$(call download,runtime,$(RUNTIME_PYTHON))
 
 images: wheels
 	docker-compose --profile gpu build --build-arg REVISION=$$(git rev-parse HEAD)
