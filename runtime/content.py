@@ -18,7 +18,7 @@ from artifact.store import File
 RUNS_WHEN_LOADED = (*PICKLES, ".joblib", ".dill", ".nemo", ".keras")
 CODE = (".py", ".pyc", ".so", ".sh", ".ipynb", ".js", ".dll", ".dylib", ".pth.py")
 TEXT = (".json", ".jsonl", ".txt", ".md", ".jinja", ".yaml", ".yml")
-HEAD = 16
+HEAD = 4096  # numpy says within it what an array holds
 _PROTOCOLS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -68,7 +68,9 @@ def demand_data(path: str, head: bytes) -> None:
         what = "a pickle"
     elif head[:4] == b"PK\x03\x04":
         what = "a zip archive, as torch writes pickles"
-    elif suffix in TEXT and b"\0" in head:
+    elif head[:6] == b"\x93NUMPY" and b"|O" in head:
+        what = "an array of objects, which numpy keeps as a pickle"
+    elif suffix in TEXT and b"\0" in head[:16]:
         what = "no text"
     if what:
         raise Invalid(

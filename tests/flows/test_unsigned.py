@@ -121,6 +121,7 @@ def test_a_refused_key_ends_it_too(node: Node, tuned: Path) -> None:  # noqa: F8
 def test_code_and_pickles_of_the_directory_are_not_handed_over(node: Node, tuned: Path) -> None:  # noqa: F811
     (tuned / "modeling_x.py").write_text("import os")
     (tuned / "optimizer.pt").write_bytes(pickle.dumps({}))
+    (tuned / "table.npy").write_bytes(npy("<f4"))  # numbers are data
     started = serve(node, tuned)
     assert (
         started.returncode == 36
@@ -130,9 +131,17 @@ def test_code_and_pickles_of_the_directory_are_not_handed_over(node: Node, tuned
     )
 
 
+def npy(descr: object) -> bytes:
+    """A file of numpy, format 1.0, whose array holds that."""
+    text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': (1,), }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + pickle.dumps([{}])
+
+
 HUGE = struct.pack("<Q", 1 << 63) + b"{}"
 CASES: dict[str, tuple[str, bytes, str]] = {
     "A31 pickle named json": ("tokenizer.json", pickle.dumps({"a": 1}), "is a pickle"),
+    "A31 objects in npy": ("table.npy", npy("|O"), "table.npy of the model is an array of objects"),
+    "A31 objects in a record of npy": ("table.npy", npy([("a", "<f4"), ("b", "|O")]), "table.npy of the model is an array of objects"),
     "A31 pickles alone": ("pytorch_model.bin", pickle.dumps({}), "the weights are pickles"),
     "A32 length of 2^63": ("model.safetensors", HUGE, "model.safetensors"),
     "A32 header of 100 MB and one": ("model.safetensors", safetensors(b"{", b"", 100_000_001), "model.safetensors"),
