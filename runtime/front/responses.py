@@ -96,15 +96,17 @@ class Listening:
             return frame
         event["response"] = body = ours(body, self._key, self._asked)
         self.ended = self.ended or event.get("type") in ENDS
-        if self._asked.store:
-            self._kept.body = body
-            self._stored.put(self._kept)
+        self._keep(body)
         return (head + b"\ndata: " + json.dumps(event).encode()).lstrip(b"\n")
 
     def close(self) -> None:
         """After the stream: what the client or the engine cut is told as such."""
-        if not self.ended and self._asked.store and self._kept.body.get("status"):
-            self._kept.body = {**self._kept.body, "status": "cancelled"}
+        if not self.ended and self._kept.body.get("status"):
+            self._keep({**self._kept.body, "status": "cancelled"})
+
+    def _keep(self, body: Json) -> None:
+        if self._asked.store and ("status" not in self._kept.body or self._key in self._stored):  # one that was removed meanwhile stays so
+            self._kept.body = body
             self._stored.put(self._kept)
 
 

@@ -47,6 +47,9 @@ class Stored:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._kept
+
     def put(self, kept: Kept) -> None:
         """Keeps a response, or its newer state, under the id in its body."""
         key = str(kept.body["id"])

@@ -368,6 +368,16 @@ def test_a_streamed_response_is_kept_under_the_id_that_the_stream_told(front: Se
     assert client.responses.retrieve(events[0].response.id).status == "completed"
 
 
+def test_a_streamed_response_that_is_removed_meanwhile_stays_so(serve: Serve) -> None:
+    served = serve("--fake-frame-s", "0.1")
+    client = served.client()
+    events = iter(client.responses.create(model="acme/tiny", input="hi", stream=True))
+    key = next(e.response.id for e in events if e.type == "response.created")
+    client.responses.delete(key)
+    assert list(events)[-1].type == "response.completed"
+    assert served.ask("GET", f"/v1/responses/{key}")[0] == 404
+
+
 def test_cancel_stops_the_generation_of_a_background_response(serve: Serve) -> None:
     served = serve("--fake-frame-s", "3")
     client = served.client()
