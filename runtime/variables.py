@@ -170,6 +170,7 @@ VARIABLES: tuple[Variable, ...] = (
         ("NIM_PEFT_REFRESH_INTERVAL NIM_PEFT_API_TIMEOUT_SECS", "", "Adapters are read once, at the start."),
         ("NIM_ENGINE_MODEL_PATH NIM_ENGINE_MODEL_DOWNLOAD_ONLY NIM_ENGINE_MODEL_DOWNLOAD_PROVIDER", "", "`airlock runtime download-to-cache`."),
         ("NIM_SDK_DOWNLOAD_MAX_RETRY_COUNT NIM_SDK_DOWNLOAD_BACKOFF_INTERVAL_MS", "", "A transfer goes on where it stopped, with its own back-off."),
+        ("NIM_EXPORT_PATH", "", "Nothing is exported: weights lie in NIM_CACHE_PATH, and NIM_MODEL_PATH names a directory of one's own."),
         ("NIM_CACHE_PROBE_TIMEOUT", "", "The cache is measured by bytes, not by a time-out (`airlock runtime preflight`)."),
         ("NIM_UNIFIED_MEMORY_HOST_RESERVE_GIB", "", "NIM_KVCACHE_PERCENT says how much memory the engine takes."),
         ("NIM_USE_SGLANG", "", "The profile says which engine runs it: pin one of SGLang."),

@@ -68,7 +68,7 @@ class Pages:
                 "object": "model",
                 "created": self._began,
                 "owned_by": "airlock",
-                "root": first if name in names else name,
+                "root": first,  # as a NIM has it: of several entries readers take the one whose root is its id
                 "parent": None if name in names else first,  # an adapter's is the model that it is for
                 "max_model_len": self._length or None,
                 "permission": [],

@@ -443,3 +443,4 @@ def test_adapters_are_models_of_their_own(engine: str, serve: Serve, tmp_path: P
         assert served.ask("POST", "/v1/chat/completions", {**CHAT, **given})[0] == 400 and len(served.records()) == 1
     listed = served.ask("GET", "/v1/models")[1]["data"]
     assert [(m["id"], m["parent"]) for m in listed] == [(NAMES[0], None), ("short", None), ("sql", NAMES[0])]
+    assert [m["id"] for m in listed if m["root"] == m["id"]] == [NAMES[0]]  # the operator's way to the base model's name
