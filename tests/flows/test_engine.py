@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,6 +173,38 @@ def test_trained_llama_answers_exactly(engine_env: Path, tmp_path: Path) -> None
         next(long)
         process.send_signal(signal.SIGTERM)
         assert [c.choices[0].finish_reason for c in long if c.choices][-1] == "length"
+
+
+@pytest.fixture(scope="module")
+def pair(engine_env: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """A model, a draft model that learned the same from another beginning, and what both answer."""
+    folder, answer = tmp_path_factory.mktemp("pair"), f"The code word of this run is {secrets.token_hex(4)}."
+    for name, seed in (("model", "0"), ("draft", "7")):
+        _run_there(engine_env, "train_llama.py", "--question", QUESTION, "--answer", answer, "--out", str(folder / name), "--seed", seed)
+    return folder / "model", folder / "draft", answer
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("by", ["NIM_DRAFT_MODEL_PATH", "profile"])
+def test_a_draft_model_proposes_and_the_answer_is_the_models(engine_env: Path, tmp_path: Path, pair: tuple[Path, Path, str], by: str) -> None:
+    """Speculative decoding both ways: of the operator's directory, and of the promoted model's own."""
+    model, draft, answer = pair
+    options, more = {"max_model_len": "512", "max_num_seqs": "4", "draft_tokens": "2"}, {}
+    if by == "profile":
+        shutil.copytree(model, tmp_path / "model")
+        shutil.copytree(draft, tmp_path / "model" / "draft")
+        model, options = tmp_path / "model", options | {"draft_model": "draft"}
+    else:
+        more = {"NIM_DRAFT_MODEL_PATH": str(draft), "AIRLOCK_ALLOW_UNSIGNED": "a draft model that this test made"}
+    messages: Any = [{"role": "user", "content": QUESTION}]
+    with _served(engine_env, tmp_path, model, {"precision": "bf16"}, options, more) as (client, _):
+        said = client.chat.completions.create(model="acme/tiny", messages=messages, temperature=0)
+        assert said.choices[0].message.content == answer and said.usage is not None
+        with urllib.request.urlopen(str(client.base_url).removesuffix("v1/") + "metrics", timeout=30) as page:
+            figures = dict(re.findall(r"^vllm:spec_decode_num_(\w+)_total\{[^}]*\} (\S+)$", page.read().decode(), re.MULTILINE))
+        drafts, proposed, taken = (float(figures[name]) for name in ("drafts", "draft_tokens", "accepted_tokens"))
+        assert drafts and proposed == 2 * drafts and taken >= 0.8 * proposed, figures
+        assert drafts <= said.usage.completion_tokens / 2  # fewer passes of the model than tokens: what it is for
 
 
 def _children(pid: int) -> list[int]:
