@@ -85,6 +85,7 @@ def plan(start: Start) -> Launch:
         raise Invalid(f"the socket path {start.folder} is too long", expected=expected, do="set TMPDIR to a shorter directory")
     argv = [str(start.installation.program), "serve", str(start.model), "--served-model-name", *settings.names, "--uds", str(socket)]
     argv += ["--disable-uvicorn-access-log"]  # the health polls alone would be two lines a second
+    argv += ["--allowed-media-domains", "none.invalid"]  # the front lets data: URLs through alone; this engine's own fence behind it
     if launch.task(profile, "vllm") == "embed":
         argv += ["--runner", "pooling", "--convert", "embed"]
     argv += ["--load-format", "safetensors", "--dtype", dtype(profile), *_precision(start)]

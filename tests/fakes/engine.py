@@ -29,6 +29,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--uds", required=True)
     p.add_argument("--dtype")
     p.add_argument("--disable-uvicorn-access-log", action="store_true")
+    p.add_argument("--allowed-media-domains", nargs="+")
     p.add_argument("--max-model-len", type=int, default=512)
     p.add_argument("--enforce-eager", action="store_true")
     p.add_argument("--load-format")
