@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import suppress
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from artifact.errors import Invalid, Unavailable
 from runtime.exits import Exit
@@ -262,6 +263,11 @@ class Front:
         return web.json_response(self.stored.get(key, owner).body)
 
 
+def _no_http(record: logging.LogRecord) -> bool:
+    """Keeps from the log what is no HTTP: aiohttp quotes the bytes, in which a key may stand, under a traceback. The client is told with 400."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
 async def _drain(front: Front, runner: web.AppRunner, keeper: Keeper, task: asyncio.Task[Exit]) -> None:
     """No new requests, the running ones finish within the limit, then the engine, then the port."""
     front.draining = True
@@ -280,7 +286,11 @@ async def _drain(front: Front, runner: web.AppRunner, keeper: Keeper, task: asyn
 async def _serve(settings: ServeSettings, launch: Launch, make: Callable[[Keeper], Front]) -> int:
     keeper = Keeper(launch, log_file=settings.engine_log, ready_s=settings.ready_s, backoff_s=settings.backoff_s)
     front = make(keeper)
-    runner = web.AppRunner(front.application(), access_log=None, handler_cancellation=True, shutdown_timeout=2.0, keepalive_timeout=settings.quiet_s)
+    wire = logging.getLogger("airlock.runtime.wire")
+    wire.addFilter(_no_http)
+    runner = web.AppRunner(
+        front.application(), access_log=None, logger=wire, handler_cancellation=True, shutdown_timeout=2.0, keepalive_timeout=settings.quiet_s
+    )
     await runner.setup()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()

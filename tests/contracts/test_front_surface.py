@@ -206,6 +206,29 @@ def test_all_bodies_together_are_bounded(serve: Serve) -> None:
     served.wait(lambda: "airlock_body_bytes 0\n" in served.ask("GET", "/metrics")[1], 5)
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Authorization: Bearer nvapi-secret" + b"a" * 20_000,
+        b"Authorization: Bearer nvapi-secret\x01",
+        b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\nA: nvapi-secret",
+        b"Content-Length: 2\r\nContent-Length: nvapi-secret",
+        b"Transfer-Encoding: chunked\r\n\r\nnvapi-secret",
+    ],
+)
+def test_what_is_no_http_is_refused_and_not_logged(serve: Serve, capfd: pytest.CaptureFixture[str], head: bytes) -> None:
+    served = serve()
+    with socket.create_connection(("127.0.0.1", served.port)) as odd:
+        odd.settimeout(10)
+        odd.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n")
+        assert b" 400 " in odd.recv(64)
+    assert served.ready() and not served.records()
+    served.process.terminate()
+    served.process.wait(15)
+    logged = capfd.readouterr().err
+    assert "Service is ready" in logged and "Traceback" not in logged and "nvapi-secret" not in logged
+
+
 def test_more_connections_than_the_soft_limit_of_files(serve: Serve) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))  # what the front inherits
