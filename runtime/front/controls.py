@@ -109,7 +109,8 @@ def prepare(route: str, body: Json, models: Models, engine: str = "vllm", images
     asked = body.get("model")
     if asked is None:
         asked = next(iter(models))
-    if not isinstance(asked, str) or asked not in models:
+    name = _named(asked, route, models)
+    if not isinstance(asked, str) or name not in models:
         shown = str(asked)[:200]
         raise Refused(404, f"The model `{shown}` does not exist. Valid names: {', '.join(models)}.", "NotFoundError", "model")
     known = FIELDS[engine].get(route)
@@ -137,7 +138,15 @@ def prepare(route: str, body: Json, models: Models, engine: str = "vllm", images
     streamed = body.get("stream", False)
     if not isinstance(streamed, bool):
         raise Refused(400, "stream is neither true nor false", param="stream")
-    return Asked(asked, PATHS.get(engine, {}).get(route, route), {**body, **models[asked]}, streamed, **stored)  # type: ignore[arg-type]
+    return Asked(asked, PATHS.get(engine, {}).get(route, route), {**body, **models[name]}, streamed, **stored)  # type: ignore[arg-type]
+
+
+def _named(asked: object, route: str, models: Models) -> str:
+    """The served name that a request means: NIM's embedding models have an alias for each input_type, for clients that cannot send one."""
+    name = asked if isinstance(asked, str) else ""
+    if route != EMBEDDINGS or name in models:
+        return name
+    return name.removesuffix("-query") if name.endswith("-query") else name.removesuffix("-passage")
 
 
 def _unsupported(word: str, engine: str, route: str) -> Refused:

@@ -158,6 +158,10 @@ def test_embeddings_accept_what_nim_clients_send(serve: Serve) -> None:
     assert served.ask("POST", "/v1/embeddings", {**body, "truncate": "START"})[0] == 200
     assert served.records()[1]["body"] == {"model": "acme/tiny", "input": ["a", "b"], "truncate_prompt_tokens": -1, "truncation_side": "left"}
     assert served.ask("POST", "/v1/embeddings", {**body, "truncate": "MIDDLE"})[0] == 400
+    for alias, status in (("acme/tiny-query", 200), ("acme/tiny-passage", 200), ("acme/tiny-query-query", 404), ("acme/tiny-x", 404)):
+        found, answer, _ = served.ask("POST", "/v1/embeddings", {"model": alias, "input": "a"})
+        assert found == status and (status == 404 or (answer["model"] == alias and served.records()[-1]["body"]["model"] == "acme/tiny"))
+    assert served.ask("POST", "/v1/chat/completions", CHAT | {"model": "acme/tiny-query"})[0] == 404
     status, answer, _ = served.ask("POST", "/v1/chat/completions", CHAT)
     assert status == 404 and "does not support this route" in answer["message"]
 
