@@ -25,6 +25,7 @@ MODELS = "models"
 MOST_KEY = 1024
 MOST_KEYS = 1000
 FILE = "?file="
+_IN_NAMES = re.compile(r"[a-z0-9._/-]*\Z")
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # What S3 calls a part of a bucket or an object that this face has none of.
 PARTS = frozenset(
@@ -89,6 +90,10 @@ class Encoded:
             return Wanted(tuple(model_names(name.split("/"))), ref, check_path(path))
         raise _none(key)
 
+    def within(self, prefix: str) -> str:
+        """What the names of all repositories whose keys begin with `prefix` begin with: nothing, since a key spells a name in more than one way."""
+        return ""
+
     def start(self, name: str, display: str) -> str:
         """What the keys of a repository begin with; empty where no key names it."""
         for text in dict.fromkeys((display.removeprefix("ngc/"), name.removeprefix("ngc/"))):
@@ -118,6 +123,11 @@ class Plain:
         with suppress(Invalid):
             return Wanted((check_name(name),), unquote(ref), check_path(path))
         raise _none(key)
+
+    def within(self, prefix: str) -> str:
+        """What the names of all repositories whose keys begin with `prefix` begin with."""
+        name = prefix.partition(":")[0]
+        return name if _IN_NAMES.match(name) else ""
 
     def start(self, name: str, display: str) -> str:
         """What the keys of a repository begin with."""

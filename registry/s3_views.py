@@ -22,6 +22,9 @@ Seen = Callable[[Call, str, str, int], tuple[list[Repo], str]]
 class Keys(Protocol):
     """How a bucket spells its keys (registry/s3_shapes.py)."""
 
+    def within(self, prefix: str) -> str:
+        """What the names of all repositories whose keys begin with `prefix` begin with."""
+
     def start(self, name: str, display: str) -> str:
         """What the keys of a repository begin with; empty for none."""
 
@@ -41,22 +44,22 @@ class S3Views:
     def objects(self, call: Call, keys: Keys, asked: Asked) -> Page:
         """A page of the keys that this caller may read; raises Unauthenticated."""
         named: dict[str, Repo] = {}
-        for repo in self._repos(call):
+        for repo in self._repos(call, keys.within(asked.prefix)):
             start = keys.start(repo.name, repo.display)
             if start and (start.startswith(asked.prefix) or asked.prefix.startswith(start)):
                 named.setdefault(start, repo)  # the name itself comes before `ngc/…`, as in reading
         return page(((start, self._versions(repo, start, keys)) for start, repo in sorted(named.items())), asked)
 
-    def _repos(self, call: Call) -> list[Repo]:
-        """Models that the caller may pull, those of their own names before the mirrored ones."""
+    def _repos(self, call: Call, prefix: str) -> list[Repo]:
+        """Models that the caller may pull, of the first MOST_NAMES names behind a prefix; those of their own names before the mirrored ones."""
         found: list[Repo] = []
         after, looked = "", 0
         while looked < MOST_NAMES:
             if call.principal.anonymous:
-                repos = self._catalog.repositories("", after, NAMES, "")
+                repos = self._catalog.repositories(prefix, after, NAMES, "")
                 after = repos[-1].name if len(repos) == NAMES else ""
             else:
-                repos, after = self._seen(call, "", after, NAMES)
+                repos, after = self._seen(call, prefix, after, NAMES)
             looked += NAMES
             found += [repo for repo in repos if repo.kind == "model" and self._decide(call, repo.subject, "pull").allow]
             if not after:

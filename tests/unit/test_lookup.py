@@ -24,6 +24,8 @@ from registry import tables as t
 from registry.app import create_app
 from registry.entitlements import new_key
 from registry.lookup import USED, Ask, Lookup, Sought, _joint
+from registry.s3_shapes import Asked, Plain
+from registry.s3_views import MOST_NAMES
 from registry.tokens import parse_scopes
 from registry.wiring import Site
 from tests.site import BACKENDS, SQLITE_ONLY, Pushed, call_of, make_key, push_model, running_site
@@ -262,6 +264,22 @@ def test_statements_of_the_s3_face(site: Site, pushed: Pushed) -> None:
             )
             assert status == 200
         assert len(seen) == most, seen
+
+
+@pytest.mark.slow
+def test_a_folder_of_s3_is_found_behind_any_number_of_models(site: Site, pushed: Pushed) -> None:
+    """Of all names the first 20,000 are looked at; a prefix that says the model leads to it at once, whatever it holds."""
+    assert MOST_NAMES == 20_000
+    with site.catalog.writing() as conn:
+        row = dict(conn.execute(select(t.repository).where(t.repository.c.name == "acme/tiny")).one()._mapping)
+        more = [row | {"id": row["id"] + 1000 + i, "name": f"acme/m{i}", "display": f"acme/m{i}"} for i in range(1, MOST_NAMES + 1)]
+        conn.execute(t.repository.insert(), more)
+    call, seen = call_of(site, make_key(site, "acme", "acme/**")), list[str]()
+    event.listen(site.engine, "before_cursor_execute", lambda _c, _cur, text, *_: seen.append(text))
+    found = site.guard.s3.objects(call, Plain(), Asked(prefix="acme/tiny:1/"))
+    assert len(found.keys) == len(pushed.files) and len(seen) <= 4, (found, seen)
+    for odd in ("\0", "\U0010ffff", "acme/tiny\0:1/", "ACME/tiny:1/", "'"):
+        assert site.guard.s3.objects(call, Plain(), Asked(prefix=odd)).keys == []
 
 
 @pytest.mark.slow
