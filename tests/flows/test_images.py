@@ -94,7 +94,7 @@ def docker() -> Iterator[Docker]:
     if os.geteuid():
         missing("root, which a docker daemon and debootstrap need")
     tar = base(find("debootstrap"))
-    subprocess.run(["make", "--silent", "wheels", "REGISTRY_PYTHON=3.11", "RUNTIME_PYTHON=3.11"], cwd=ROOT, check=True, timeout=MAX_S, stdout=subprocess.DEVNULL)
+    subprocess.run(["make", "--silent", "wheels", "REGISTRY_PYTHON=3.11", "RUNTIME_PYTHON=3.11"], cwd=ROOT, check=True, timeout=MAX_S)
     with tempfile.TemporaryDirectory(prefix="alk", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         apart = [find("unshare"), "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
