@@ -10,18 +10,42 @@ import json
 import os
 import secrets
 import stat
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from artifact.disk import Disk
 from artifact.errors import AirlockError, Invalid, Unavailable
+from runtime import mounts
 
+ANSWER_S = 20.0
 FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512", "partial", "refs", "leases", "models", "stamps", "home")
+
+
+def answers(cache: Path, most_s: float = ANSWER_S) -> None:
+    """The file system of the cache answers; raises Unavailable (reason cache) naming it: a hard NFS mount whose server is away waits for ever."""
+    done = threading.Event()
+
+    def look() -> None:
+        with suppress(OSError):
+            os.stat(cache)  # noqa: PTH116 - as plain as it can be
+        done.set()
+
+    threading.Thread(target=look, daemon=True).start()
+    if not done.wait(most_s):
+        mount = mounts.of(os.path.normpath(cache), mounts.here())
+        raise Unavailable(
+            f"{cache} did not answer within {most_s:.0f} s" + (f": {mount.words()}" if mount else ""),
+            expected="a file system that answers",
+            do="see whether its server can be reached from this node; umount -f -l frees what waits",
+            reason="cache",
+        )
 
 
 def check(cache: Path) -> None:
     """The cache directory exists and can be used, and its own folders are no links; raises Unavailable with owner and mode, or Invalid."""
+    answers(cache)
     try:
         cache.mkdir(mode=0o755, parents=True, exist_ok=True)
         found = cache.stat()

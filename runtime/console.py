@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from artifact.errors import AirlockError, Invalid, Unavailable
-from runtime import mounts, preflight, variables
+from runtime import mounts, variables
 from runtime.settings import DEFAULT_CACHE, Settings, from_environment
 
 log = logging.getLogger("airlock")
@@ -45,7 +45,7 @@ def run(parser: argparse.ArgumentParser, argv: list[str], body: Body, *, named: 
         _logging(settings.log_level, settings.jsonl)
         for line in ignored:
             log.warning("%s", line)
-        settings = cache_place(settings, preflight.mounts_here())
+        settings = cache_place(settings, mounts.here())
         # As process 1 of a container nothing ends us by default; the front sets its own handlers later.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         return body(settings, args)

@@ -1,10 +1,12 @@
-"""Which file system a path lies on, from the text of /proc/self/mountinfo (proc_pid_mountinfo(5)), and what a measured speed means; pure."""
+"""Which file system a path lies on, from the text of /proc/self/mountinfo (proc_pid_mountinfo(5)), and what a measured
+speed means; pure but for `here`.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "lustre", "fuse.glusterfs", "fuse.ceph", "9p", "beegfs", "gpfs")
 LAYERS = ("overlay", "aufs", "fuse-overlayfs", "fuse.fuse-overlayfs")
@@ -58,6 +60,14 @@ def parse(text: str) -> tuple[Mount, ...]:
             Mount(_plain(fields[4]), rest[0], _plain(rest[1]), tuple(fields[5].split(",")) + tuple(rest[2].split(",") if len(rest) > 2 else ()))
         )
     return tuple(found)
+
+
+def here() -> tuple[Mount, ...]:
+    """The mounts that this process sees; none where there is no /proc."""
+    try:
+        return parse(Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape"))
+    except OSError:
+        return ()
 
 
 def _plain(text: str) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from artifact.errors import AirlockError, Conflict, Unavailable
-from runtime.mounts import Mount, of, parse, size, speed_words
+from runtime.mounts import Mount, here, of, size, speed_words
 from runtime.node import Facts, Gpu, describe
 from runtime.settings import Settings
 
@@ -60,14 +60,6 @@ def require(lines: Iterable[Line]) -> None:
             raise Unavailable(f"{line.check}: {line.text}", do=line.fix, reason=line.reason)
 
 
-def mounts_here() -> tuple[Mount, ...]:
-    """The mounts that this process sees; none where there is no /proc."""
-    try:
-        return parse(Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape"))
-    except OSError:
-        return ()
-
-
 def node_lines(
     settings: Settings,
     facts: Facts | None,
@@ -82,7 +74,7 @@ def node_lines(
 
     `files` are read to measure the speed (None: it is not measured); `who` will serve (None: we).
     """
-    there = mounts_here()
+    there = here()
     lines = cache_lines(settings, there, who or (os.geteuid(), os.getegid()), total, missing)
     if files is not None:
         speed = measured(files, settings.cache if lines[0].state == "ok" else None)

@@ -7,7 +7,7 @@ import os
 import sys
 
 from artifact.errors import Unavailable
-from runtime import console, preflight
+from runtime import cache, console, mounts, preflight
 from runtime.settings import Settings
 
 TEXT = "say whether NIM_CACHE_PATH can be written, and what to do where it cannot"
@@ -20,7 +20,8 @@ def main(argv: list[str]) -> int:
 
 def check(settings: Settings, args: argparse.Namespace) -> int:
     """Prints what a NIM prints: nothing of note, the warning of a read-only cache, or the error; raises Unavailable (reason cache)."""
-    line = preflight.cache_lines(settings, preflight.mounts_here(), (os.geteuid(), os.getegid()), 0, -1)[0]
+    cache.answers(settings.cache)
+    line = preflight.cache_lines(settings, mounts.here(), (os.geteuid(), os.getegid()), 0, -1)[0]
     if line.state == "ok":
         sys.stdout.write(f"{line.text}\n")
     elif "mounted read-only" in line.text:

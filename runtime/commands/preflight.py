@@ -37,9 +37,10 @@ def main(argv: list[str]) -> int:
 
 def look(settings: Settings, args: argparse.Namespace) -> int:
     """Prints a line for each look, `ok`, `warn` or `fail` with its fix; the status is the first failure's."""
-    from runtime import weights
+    from runtime import cache, weights
 
     who = _who(args.who)
+    cache.answers(settings.cache)
     lines: list[Line] = []
     facts, profile, gpus, total, missing = _registry(settings, lines) if not args.no_registry else (*_node(settings, lines), -1)
     if not total and args.weights_gb > 0:

@@ -173,3 +173,27 @@ def test_a_taken_port_is_a_line_with_its_code(node: Node, tmp_path: Path) -> Non
         taken.listen()
         done = node.run("preflight", "--json")
     assert done.returncode == 37 and report(done)["port"][0] == "fail" and "NIM_HTTP_API_PORT" in report(done)["port"][2]
+
+
+HANG = """
+import ctypes, os, subprocess, sys
+place, *argv = sys.argv[1:]
+fd = os.open("/dev/fuse", os.O_RDWR)
+options = f"fd={fd},rootmode=40000,user_id=0,group_id=0".encode()
+if ctypes.CDLL(None, use_errno=True).mount(b"filer:/export/nim", place.encode(), b"fuse", 6, options):
+    sys.exit(99)
+done = subprocess.run(argv, timeout=50)
+ctypes.CDLL(None).umount2(place.encode(), 2)
+sys.exit(done.returncode)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["preflight", "serve", "check-cache-env"])
+def test_a_file_system_that_never_answers_is_named(node: Node, word: str) -> None:  # noqa: F811
+    if os.geteuid() != 0 or not Path("/dev/fuse").exists():
+        pytest.fail("no root in CI") if os.environ.get("CI") and os.geteuid() else pytest.skip("a mount needs root and /dev/fuse")
+    node.cache.mkdir(parents=True)
+    argv = ["unshare", "-m", sys.executable, "-c", HANG, str(node.cache), *node.command(word)]
+    done = subprocess.run(argv, env=node.env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 38 and f"{node.cache} did not answer within 20 s: fuse of filer:/export/nim at {node.cache}" in done.stderr, done
