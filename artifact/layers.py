@@ -71,7 +71,7 @@ def find_manifest(source: Source, repo: str, ref: str, platform: str = "") -> Fo
     image = open_image(source, repo, ref, platform)
     protocol = image.labels.get(PROTOCOL_LABEL, "")
     told = image.env.get(PATH_VARIABLE, "")
-    places = tuple(dict.fromkeys(p for p in (told, *PLACES) if p.startswith("/")))
+    places = tuple(dict.fromkeys(p for p in (told, *PLACES) if p.startswith("/") and p.isprintable()))
     if protocol.startswith("native"):
         what = f"{repo} {ref} downloads its model itself ({PROTOCOL_LABEL}={protocol[:40]})"
         raise NotFound(what, expected="an image with a model manifest", do="mirror its model by its own name", reason="native")
@@ -170,7 +170,7 @@ class _Search:
             return Found(bytes(entry.data), seeker.path, entry.layer, self._image)
         self._links += 1
         if self._links > MAX_LINKS:
-            raise Invalid(f"{seeker.path} is behind more than {MAX_LINKS} links", expected="a file", reason="layer")
+            raise Invalid(f"{_shown(seeker.parts)} is behind more than {MAX_LINKS} links", expected="a file", reason="layer")
         found = self.run(below if entry.kind == "hard" else layers, [entry.target])
         return Found(found.raw, seeker.path, found.layer, found.image) if found else None
 
@@ -213,7 +213,7 @@ class _Seeker:
         entry = make()
         before = self._hits.get(depth)
         if before and not before.kind == entry.kind == "dir":
-            raise Invalid(f"a layer has /{'/'.join(parts)[:200]} twice", expected="each path once", reason="layer")
+            raise Invalid(f"a layer has {_shown(parts)} twice", expected="each path once", reason="layer")
         self._hits[depth] = entry
         return entry if depth == len(self.parts) and entry.kind == "file" else None
 
@@ -228,7 +228,7 @@ class _Seeker:
                 self._dirs.add(depth)
                 continue
             if any(k > depth for k in hits):
-                raise Invalid(f"a layer has things below /{'/'.join(self.parts[:depth])[:200]}, which is no directory", reason="layer")
+                raise Invalid(f"a layer has things below {_shown(self.parts[:depth])}, which is no directory", reason="layer")
             if depth in self._dirs:  # a directory above took its place
                 self._hidden = min(self._hidden, depth)
                 break
@@ -246,12 +246,18 @@ class _Seeker:
         elif entry.kind == "hard":
             self.end = _Entry("hard", "/" + entry.target)
         elif entry.kind != "file":
-            raise Invalid(f"{self.path} is no regular file in its image", expected="a file", reason="layer")
+            raise Invalid(f"{_shown(self.parts)} is no regular file in its image", expected="a file", reason="layer")
         elif entry.size > limit:
-            raise TooLarge(f"{self.path} has {entry.size} bytes in its image", expected=f"at most {limit}")
+            raise TooLarge(f"{_shown(self.parts)} has {entry.size} bytes in its image", expected=f"at most {limit}")
         else:
             entry.layer = layer
             self.end = entry
+
+
+def _shown(parts: Sequence[str]) -> str:
+    """A path in words: an image may say any bytes, and links lead anywhere."""
+    text = "/" + "/".join(parts)[:200]
+    return text if text.isprintable() else repr(text)
 
 
 def _walk(base: tuple[str, ...], target: str) -> tuple[str, ...]:

@@ -132,6 +132,19 @@ def test_what_is_odd_but_harmless_is_read(case: str) -> None:
     assert look([NEIGHBOURS[case]]) == b"good"
 
 
+STEERING = "a/\x1b[2J\udcff"
+
+
+@pytest.mark.parametrize(
+    "entries", [[Entry(STEERING, kind=tarfile.FIFOTYPE)], [Entry(STEERING, b"x"), Entry(STEERING, b"y")], [Entry(STEERING, b"x" * (LIMIT + 1))]]
+)
+def test_no_refusal_steers_a_terminal(entries: list[Entry]) -> None:
+    """A link leads to a name of any bytes; what is told of it can be printed."""
+    with pytest.raises(AirlockError) as caught:
+        look([tar(Entry("a/b", kind=LINK, target=f"/{STEERING}"), *entries)], "/a/b")
+    assert str(caught.value).isprintable() and "x1b" in str(caught.value)
+
+
 @pytest.mark.parametrize("limit", ["MAX_EXTENSION", "MAX_NAME"])
 def test_a_header_is_not_taken_into_memory_at_its_word(limit: str) -> None:
     kind = b"x" if limit == "MAX_EXTENSION" else b"L"
