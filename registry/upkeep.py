@@ -177,11 +177,13 @@ class Upkeep:
     def set_terms(self, call: Call, body: Mapping[str, object]) -> dict[str, object]:
         """Says which `license` of `name` must have been accepted, who did (`accepted_by`), and why the law lets nobody read it here (`blocked`).
 
-        Empty for none, absent as before; the same callers as for `require`. Raises NotFound, Denied, Invalid.
+        Empty for none, absent as before; the same callers as for `require`, of a block the site's administrator. Raises NotFound, Denied, Invalid.
         """
         name = check_name(model_of(_text(body, "name")))
         given = [terms.check(body[key], key) if key in body else None for key in ("license", "accepted_by", "blocked")]
         call = self._policy(call, name)
+        if "blocked" in body:
+            call = self._allow_site(call)  # those whom a block stops do not lift it
         return retried(self._engine, lambda conn: terms.set_terms(conn, self._library.audit, call, name, *given))
 
     def _policy(self, call: Call, name: str) -> Call:

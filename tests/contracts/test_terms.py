@@ -112,10 +112,14 @@ def test_who_may_say_so_and_what_is_recorded(door: S3Door) -> None:
     for who, status in (("low", 403), ("acme", 404), ("other", 404)):
         say(door, status, who, license=LICENSE)
     say(door, 404, name="no/such", license=LICENSE)
-    assert say(door, who="acme", name="acme/open/free", blocked="a court")["blocked"] == "a court", (
-        "an organisation's own name is its administrator's"
-    )
-    say(door, who="acme", name="acme/open/free", blocked="")
+    own = say(door, who="acme", name="acme/open/free", license=LICENSE)
+    assert own["license"] == LICENSE, "an organisation's own name is its administrator's"
+    say(door, who="acme", name="acme/open/free", license="")
+    for words in ("a court", ""):
+        say(door, 403, who="acme", name="acme/open/free", blocked=words)
+    assert say(door, name="acme/open/free", blocked="a court")["blocked"] == "a court"
+    say(door, 403, who="acme", name="acme/open/free", license="", blocked="")
+    say(door, name="acme/open/free", blocked="")
     say(door, 400, accepted_by=WHO)
     for bad in ({"license": 1}, {"license": "x" * 201}, {"blocked": "a\nb"}, {"accepted_by": None}):
         say(door, 400, **bad)
