@@ -55,6 +55,8 @@ def start(argv: list[str]) -> int:
         return pid
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    for number in (signal.SIGINT, signal.SIGQUIT):  # a shell's `&` has them ignored, and an engine's parts end each other by them
+        signal.signal(number, signal.SIG_DFL)
     try:
         os.execv(argv[0], argv)  # noqa: S606 - the adapter's argument vector, no shell
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -218,6 +219,15 @@ def test_a_child_that_left_the_group_and_cleared_its_environment_is_ended(tmp_pa
 def test_the_signal_that_ended_an_engine_is_told(tmp_path: Path) -> None:
     engine = _run(_launch(tmp_path, "import os,signal; os.kill(os.getpid(), signal.SIGSEGV)"), tmp_path)
     assert "rc=-11" in engine.log.lines[-1]
+
+
+def test_an_engine_ends_by_signals_that_a_shell_had_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+    try:
+        engine = _run(_launch(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGQUIT); os._exit(7)"), tmp_path)
+    finally:
+        signal.signal(signal.SIGQUIT, before)
+    assert "rc=-3" in engine.log.lines[-1]
 
 
 def test_stop_kills_what_ignores_sigterm(tmp_path: Path) -> None:
