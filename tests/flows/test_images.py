@@ -107,7 +107,7 @@ def docker() -> Iterator[Docker]:
         daemon = start([*apart, *argv, "--pidfile", f"{folder}/pid"], folder / "log", answers, "a docker daemon")
         found = Docker(folder, daemon.pid)
         try:
-            found("import", str(tar), "base:1")
+            found("import", "--change", 'ENTRYPOINT ["/bin/false"]', str(tar), "base:1")  # as vendors' bases have an entry point
             bases = {"REGISTRY_BASE": "base:1", "RUNTIME_BASE": "base:1", "ENGINE": "VLLM", "ENGINE_HOME": str(ROOT / "build" / "engines" / "vllm")}
             found("compose", "--profile", "gpu", "build", "--build-arg", "REVISION=of-this-test", **bases)
             yield found
