@@ -289,6 +289,7 @@ def test_statements_of_whole_requests(site: Site, pushed: Pushed) -> None:
     blob = digest_of(pushed.files["config.json"])
     admin = call_of(site, make_key(site, "acme", "**", actions=("admin",)))
     push_model(site, admin, "hf/maker/base", "main")
+    commit = site.guard.revision(admin, "acme/tiny", "1").commit
     key = make_key(site, "acme", "acme/*", "hf/**")
     seen: list[str] = []
     event.listen(site.engine, "before_cursor_execute", lambda _c, _cur, text, *_: seen.append(text))
@@ -305,6 +306,7 @@ def test_statements_of_whole_requests(site: Site, pushed: Pushed) -> None:
             ("HEAD", "/acme/tiny/resolve/main/config.json", 1),
             ("HEAD", "/v1/hf/acme/tiny/resolve/1/config.json", 1),
             ("GET", "/acme/tiny/resolve/main/config.json", 2),
+            ("HEAD", f"/acme/tiny/resolve/{commit}/config.json", 1),  # as most of a client's requests name it
             ("HEAD", "/maker/base/resolve/main/config.json", 1),
             ("HEAD", "/acme/maker/base/resolve/main/config.json", 1),
             ("GET", "/api/models/acme/tiny/auth-check", 1),
