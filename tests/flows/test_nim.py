@@ -19,6 +19,7 @@ from blake3 import blake3
 
 from tests.conftest import airlock
 from tests.contracts.ngc import PLUS, fill, new_ngc_site, ngc_serving
+from tests.flows.answered import unanswered
 from tests.operated import Operated, operated
 
 pytestmark = pytest.mark.server
@@ -49,6 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
         door.push(PARAMS, "1", {"config.json": b'{"p":1}'})
     with operated(data, keys, AIRLOCK_TLS="self-signed", AIRLOCK_NGC="127.0.0.1:0", **S3) as found:
         yield found
+        assert unanswered(line for line in found.lines() if line["log"] == "airlock.access") == [], "a probe that no route took"
 
 
 def place(server: Operated) -> str:
