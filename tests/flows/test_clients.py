@@ -16,6 +16,7 @@ from tests.conftest import missing
 from tests.contracts.doors import Door, new_site, serving, sha
 from tests.contracts.oci_client import EMPTY, IMAGE, Client, descriptor, digest, image
 from tests.contracts.test_hub_door import FILES, push
+from tests.flows.answered import unanswered
 
 pytestmark = pytest.mark.server
 HF = Path(sys.executable).parent / "hf"
@@ -30,6 +31,8 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
         push(found, "hf/acme/m", FILES)
         push(found, "acme/own", FILES, ref="1")
         yield found
+        lines = [json.loads(line) for line in found.log.read_text().splitlines() if line.startswith("{")]
+        assert unanswered(line for line in lines if line["log"] == "airlock.access") == [], "a probe that no route took"
 
 
 def run(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:
