@@ -139,6 +139,7 @@ def test_the_page_tells_the_gpus_memory_before_the_engine_and_at_its_peak(node: 
 
     try:
         wait_for(told, "the second look at the GPU", 60)
+        wait_for(lambda: running.ask("GET", "/v1/health/ready")[0] == 200, "the engine", 60)
         page = running.ask("GET", "/metrics")[1]
         own = 'airlock_gpu_memory_bytes{gpu="0",uuid="GPU-00000000-0000-0000-0000-000000000000"'
         assert f'{own},of="idle"}} {600 << 20}' in page and f'{own},of="used"}} 65520809984' in page
