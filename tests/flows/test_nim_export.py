@@ -23,6 +23,7 @@ import pytest
 import yaml
 from blake3 import blake3
 
+from tests.conftest import missing
 from tests.contracts.ngc import FILES, PLUS, fill, new_ngc_site, ngc_serving
 from tests.contracts.nim_images import PLACE, SHAPE1, Entry, nim_layers, push_image, tar
 from tests.flows.test_fake_ngc import contents
@@ -191,7 +192,7 @@ def test_images_without_a_manifest(server: Operated, image: str, words: str) -> 
     assert done.returncode == 3 and words in done.stderr
 
 
-@pytest.mark.skipif(not (shutil.which("umoci") and shutil.which("skopeo")), reason="umoci and skopeo are not installed")
+@pytest.mark.full
 def test_an_image_of_real_tools_with_a_whiteout(server: Operated, tmp_path: Path) -> None:
     """umoci builds it layer by layer, skopeo pushes it: an older manifest below, the newer above it, and in a second image both hidden."""
     layout, old, new = tmp_path / "layout", tmp_path / "old.yaml", tmp_path / "new.yaml"
@@ -394,7 +395,7 @@ def test_no_room_is_told_before_anything_is_fetched(server: Operated, tmp_path: 
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(small)], check=False, capture_output=True).returncode:
-        pytest.skip("no mounts here")
+        missing("a kernel that mounts")
     try:
         done = command(server, "export", str(small / "cache"), IMAGE, WHOLE)
         assert done.returncode == 9 and "are free" in done.stderr

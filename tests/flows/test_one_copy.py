@@ -318,7 +318,7 @@ def test_what_one_door_takes_the_others_show(site: Site, tmp_path: Path, way: st
     for door in ("hub", "s3"):
         done, said = pull(site, door, name, "main", tmp_path / f"{door}-again")
         assert done and contents(tmp_path / f"{door}-again")["note.txt"] == files["note.txt"], said
-    assert site.ask("POST", "terms", "writer", {"name": name, "blocked": "a court"})["blocked"]
+    assert site.ask("POST", "terms", "root", {"name": name, "blocked": "a court"})["blocked"]
     for door in DOORS:
         assert not pull(site, door, name, "main", tmp_path / f"{door}-blocked")[0], door
     assert unanswered(site.lines()) == []

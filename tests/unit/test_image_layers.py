@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from artifact.errors import AirlockError, Invalid, Mismatch, NotFound, Unavailable, Unsupported
 from artifact.layers import PROTOCOL_LABEL, Image, find, find_manifest, open_image
 from artifact.manifest import INDEX, MANIFEST, digest_of
 from artifact.store import Descriptor
+from tests.conftest import missing
 from tests.contracts.nim_images import IMAGE, PLACE, SHAPE2, Entry, documents, nim_layers, tar
 
 DIR, LINK, HARD = tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE
@@ -324,6 +325,7 @@ def unpacked(layers: list[bytes], folder: Path) -> Path:
     done = subprocess.run(
         ["umoci", "unpack", *rootless, "--image", f"{layout}:1", str(folder / "bundle")], capture_output=True, text=True, check=False
     )
+    assume("too many levels of symbolic links" not in done.stderr)  # umoci unpacks no entry below a link that goes round
     assert done.returncode == 0, done.stderr
     return folder / "bundle" / "rootfs"
 
@@ -331,12 +333,13 @@ def unpacked(layers: list[bytes], folder: Path) -> Path:
 ALL = [f"/{'/'.join(p)}" for n in (1, 2, 3) for p in itertools.product("abc", repeat=n)]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("umoci") is None, reason="umoci is not installed")
+@pytest.mark.full
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(layers=st.lists(layer(), min_size=1, max_size=4))
 def test_the_view_is_that_of_umoci(layers: list[list[Entry]], tmp_path: Path) -> None:
     """Every path of a small world, whether it is a file and with which bytes, as umoci unpacks the same image."""
+    if shutil.which("umoci") is None:
+        missing("umoci")
     raw = [tar(*entries) for entries in layers]
     folder = tmp_path / os.urandom(6).hex()
     folder.mkdir()
