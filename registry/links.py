@@ -198,7 +198,7 @@ def add_manifest(
     if kind == "model" and manifest.blobs() != manifest.own():  # nothing would prove that this repository holds what its files name
         raise Invalid("a model has a layer that need not be pushed", expected="layers of types that are stored here", reason="manifest")
     if len(files) > MAX_FILES:
-        raise TooLarge(f"the model has {len(files)} files", expected=f"at most {MAX_FILES} files")
+        raise TooLarge(f"the model has {len(files)} files, at most {MAX_FILES} are kept", expected=f"at most {MAX_FILES} files", reason="files")
     manifest_id, is_new = _add_row(conn, manifest)
     if is_new:
         _add_edges(conn, manifest_id, manifest, blobs)

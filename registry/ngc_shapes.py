@@ -23,6 +23,7 @@ T = TypeVar("T")
 Json = dict[str, object]
 ORIGINS = ("ngc/", "nvcr.io/")  # what the canonical name of an artefact has in front of the name that NGC's clients know
 READ_ROLE = "REGISTRY_READ"
+_ENDS = re.compile(r"\bends on (\S+), in (\d+ days|less than a day)\Z")
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,11 @@ def override(raw_path: str, query_string: str) -> list[tuple[list[str], str, str
         if mark and colon and path and ref:
             out.append((name.split("/"), ref, path))
     return out
+
+
+def warning(text: str) -> str:
+    """What ends soon (artifact/grant.py) in the words that NGC's clients know: `the API key expires in 7 days, on …`; other words as they are."""
+    return _ENDS.sub(r"expires in \2, on \1", text)
 
 
 def when(at: float) -> str:

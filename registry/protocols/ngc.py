@@ -366,7 +366,7 @@ def _target(parts: list[str]) -> list[str]:
 
 def _warned(x: Exchange) -> dict[str, str]:
     """What ends soon, in the header whose text NGC's clients print."""
-    return {"nv-ngc-response-warning-message": "; ".join(sorted(x.warnings)[:5])} if x.warnings else {}
+    return {"nv-ngc-response-warning-message": "; ".join(map(s.warning, sorted(x.warnings)[:5]))} if x.warnings else {}
 
 
 def _no_route() -> errors.NotFound:

@@ -30,7 +30,7 @@ _KINDS = {
 }
 _REASONS = {"digest": "DIGEST_INVALID", "name": "NAME_INVALID", "size": "SIZE_INVALID", "manifest_blob": "MANIFEST_BLOB_UNKNOWN"}
 _REASONS |= {"repo": "NAME_UNKNOWN", "not_visible": "NAME_UNKNOWN"}
-_FORMS = {"immutable": (403, "DENIED"), "moved": (412, "PRECONDITION_FAILED")}
+_FORMS = {"immutable": (403, "DENIED"), "moved": (412, "PRECONDITION_FAILED"), "files": (400, "MANIFEST_INVALID")}
 _TABLE: dict[type[errors.AirlockError], tuple[int, str]] = {
     errors.Unauthenticated: (401, "UNAUTHORIZED"),
     errors.Denied: (403, "DENIED"),

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -378,7 +379,8 @@ def test_what_is_not_there(door: NgcDoor, path: str) -> None:
 
 def test_what_ends_soon_is_told(door: NgcDoor) -> None:
     for path in (DEMO, "/v2/orgs", f"{DEMO}/1.10/files"):
-        assert "in 7 days" in door.ask("GET", path, None, "soon").headers["nv-ngc-response-warning-message"]
+        said = door.ask("GET", path, None, "soon").headers["nv-ngc-response-warning-message"]
+        assert re.search(r"\bkey expires in 7 days, on 20\S+Z", said), said
     assert "nv-ngc-response-warning-message" not in door.ask("GET", DEMO, None, "root").headers
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from boto3.s3.transfer import TransferConfig
+from botocore.exceptions import ClientError
 
 from tests.contracts.ngc import FILES, GATED, MIRRORED, OWN, PLUS, fill, new_ngc_site
 from tests.contracts.s3 import BUCKET, S3Door, key_of, named, refused, s3_serving
@@ -81,6 +82,39 @@ def test_ranges(door: S3Door) -> None:
     assert refused(client.get_object, Bucket=BUCKET, Key=key, IfNoneMatch=etag)[0] == 304
     assert refused(client.get_object, Bucket=BUCKET, Key=key, IfMatch='"other"')[:2] == (412, "PreconditionFailed")
     assert client.get_object(Bucket=BUCKET, Key=key, IfMatch=etag)["Body"].read() == data
+
+
+def test_ranges_at_the_ends_of_objects(door: S3Door) -> None:
+    """As S3 has it: a suffix longer than the object is the whole, an empty object has no range, and a head tells what a GET would."""
+    client = door.client("low")
+    data, key = FILES["config.json"], key_of("nim/meta/llama", "fp16", "config.json")
+    size, empty = len(data), key_of("nim/meta/llama", "fp16", "empty.txt")
+    for wanted, lo, hi in (
+        ("-1", size - 1, size),
+        (f"-{size}", 0, size),
+        ("-999", 0, size),
+        ("0-0", 0, 1),
+        (f"{size - 1}-", size - 1, size),
+        ("1-999", 1, size),
+    ):
+        asked = {"Bucket": BUCKET, "Key": key, "Range": f"bytes={wanted}"}
+        head, got = client.head_object(**asked), client.get_object(**asked)
+        assert got["Body"].read() == data[lo:hi], wanted
+        for found in (head, got):
+            told = found["ResponseMetadata"]["HTTPStatusCode"], found["ContentRange"], found["ContentLength"], found["ETag"]
+            assert told == (206, f"bytes {lo}-{hi - 1}/{size}", hi - lo, f'"{hashlib.sha256(data).hexdigest()}"'), wanted
+    for at, ranges, total in ((empty, ("0-", "0-0", "-1", "-0", "5-9"), 0), (key, (f"{size}-", "-0", "99-100"), size)):
+        for wanted in ranges:
+            for call in (client.get_object, client.head_object):
+                with pytest.raises(ClientError) as caught:
+                    call(Bucket=BUCKET, Key=at, Range=f"bytes={wanted}")
+                told = caught.value.response
+                assert told["ResponseMetadata"]["HTTPStatusCode"] == 416, (at, wanted)
+                assert told["ResponseMetadata"]["HTTPHeaders"]["content-range"] == f"bytes */{total}"
+                assert call == client.head_object or told["Error"]["Code"] == "InvalidRange"
+    whole = client.get_object(Bucket=BUCKET, Key=empty)
+    assert (whole["ResponseMetadata"]["HTTPStatusCode"], whole["ContentLength"], whole["Body"].read()) == (200, 0, b"")
+    assert client.head_object(Bucket=BUCKET, Key=empty)["ResponseMetadata"]["HTTPStatusCode"] == 200
 
 
 def test_download_file_by_ranges_at_once(door: S3Door, style: str, tmp_path: Path) -> None:
