@@ -228,7 +228,10 @@ def _fetch(remote: RemoteRegistry, places: list[_Place], disk: Disk, on: Path, p
     done.kept = len(places) - len(waiting)
     wanted = {place.held.file.digest: place.held for place in waiting}
     progress.add(sum({p.held.file.digest: p.held.file.size for p in places if p.held.file.digest not in wanted}.values()))
-    begun = sum(path.stat().st_blocks * 512 for path in (disk.root / "partial").glob("*"))  # what it takes up is not free any more
+    begun = 0  # what it takes up is not free any more
+    for path in (disk.root / "partial").glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another export published it since
+            begun += path.stat().st_blocks * 512
     need = max(sum(held.file.size for digest, held in wanted.items() if disk.size(digest) != held.file.size) - begun, 0)
     free = shutil.disk_usage(on).free
     if need > free:

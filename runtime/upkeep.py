@@ -58,7 +58,8 @@ def models(cache: Path) -> list[Held]:
         if path != top and len(path.name) == 12 and set(path.name) <= set("0123456789abcdef"):
             folders.clear()
             digest, files = _manifest(disk, path.name)
-            found.append(Held(str(path.parent.relative_to(top)), digest, path, files, path.stat().st_mtime))
+            with suppress(FileNotFoundError):  # another container evicted it since
+                found.append(Held(str(path.parent.relative_to(top)), digest, path, files, path.stat().st_mtime))
     return sorted(found, key=lambda held: held.used)
 
 

@@ -100,8 +100,8 @@ class FileBlobs(BlobStore):
                     continue
                 for path in sorted((self._blobs / algorithm / shard).iterdir()):
                     location = f"{algorithm}/{shard}/{path.name}"
-                    if location > after and _LOCATION.match(location):
-                        yield location, path.stat().st_size
+                    if location > after and _LOCATION.match(location) and (size := self.stat(location)) is not None:  # None: deleted since
+                        yield location, size
 
     def probe(self) -> dict[str, object]:
         """That bytes can be staged and published, and the room for them; raises Unavailable."""
@@ -123,7 +123,7 @@ class FileBlobs(BlobStore):
         gone = 0
         for path in sorted(self._partial.glob("upload-*")):
             upload_id = path.name.removeprefix("upload-")
-            with suppress(Conflict, Mismatch):  # one that is being written stays
+            with suppress(Conflict, Mismatch, FileNotFoundError):  # one that is being written stays; another was published or removed since
                 if upload_id not in keep and path.stat().st_mtime < older_than:
                     fd = _open_locked(path, create=False)
                     path.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from artifact import digest as hashing
 from artifact.digest import can_export
 from artifact.errors import AirlockError, Conflict, Invalid, Mismatch, NotFound, RangeInvalid, Unavailable
 from artifact.manifest import digest_of
-from artifact.store import BlobStore
+from artifact.store import BlobStore, BlobWriter
 from tests.conftest import missing
 from tests.contracts.stores import BACKENDS, PLACES, Open, class_of, whole
 
@@ -244,6 +245,51 @@ def test_walk_goes_on_behind_a_location(store: BlobStore) -> None:
     assert everything == sorted(everything) and len(everything) == 24
     for i in (0, 11, 23):
         assert list(store.walk(everything[i][0])) == everything[i + 1 :]
+
+
+def test_a_walk_passes_over_what_goes_meanwhile(store: BlobStore) -> None:
+    raw = os.urandom(1000)
+    places = [keep(store, f"upload-000{i}", raw, generation=i) for i in range(3)]  # of one digest, and so side by side
+    walk = store.walk()
+    assert next(walk) == (places[0], 1000)
+    store.delete(places[1])
+    store.delete(places[2])
+    assert [place for place, _ in walk if store.stat(place) is not None] == []
+    assert list(store.walk()) == [(places[0], 1000)]
+
+
+class Ending:
+    """Uploads that are kept: none; each is at its end, published or discarded, in the moment between being found and being judged."""
+
+    def __init__(self, writers: dict[str, BlobWriter], raw: bytes) -> None:
+        self.writers, self.raw = writers, raw
+
+    def __contains__(self, upload_id: object) -> bool:
+        writer = self.writers.pop(str(upload_id), None)
+        if writer is not None and len(self.writers) % 2:
+            writer.publish(digest_of(self.raw), len(self.writers))
+        elif writer is not None:
+            writer.discard()
+        return False
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def test_a_sweep_passes_over_uploads_that_end_meanwhile(store: BlobStore) -> None:
+    """Found by the soak: a collection failed where an upload was published between the sweep's look at the folder and its look at the file."""
+    raw, writers = os.urandom(1000), {}
+    for i in range(4):
+        writers[f"upload-000{i}"] = store.writer(f"upload-000{i}")
+        writers[f"upload-000{i}"].write(raw)
+        writers[f"upload-000{i}"].sync()
+    store.sweep(Ending(writers, raw), time.time() + 60)
+    assert len(list(store.walk())) == 2 and store.sweep((), time.time() + 60) == 0
+    for place, size in store.walk():
+        assert size == 1000 and whole(store.open(place)) == raw
 
 
 @pytest.mark.parametrize("size", [1000, SEVERAL_PARTS])
