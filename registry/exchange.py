@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 from urllib.parse import parse_qsl, unquote
 
 from artifact.errors import AirlockError, Invalid, RangeInvalid, TooLarge, Unavailable
-from artifact.store import Call, Content, Page, Upload
+from artifact.store import Call, Content, Upload
 from registry.heads import heads
 from registry.intake import take
 
@@ -302,6 +302,17 @@ class Exchange:
         """A JSON answer."""
         await self.answer(status, {"content-type": media_type, **(headers or {})}, json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
+    async def serve(self, work: Awaitable[None], refuse: Callable[[AirlockError], Awaitable[None]]) -> None:
+        """Does a door's work; a client that left gets nothing, and `refuse` words an error, unless the answer began: then it is raised."""
+        try:
+            await work
+        except Gone:
+            await self.gone()
+        except AirlockError as error:
+            if self.started:
+                raise
+            await refuse(error)
+
     async def gone(self) -> None:
         """Ends an exchange whose client left or stalled; one that only stalled is told so."""
         if not self.started:
@@ -441,16 +452,3 @@ def _open(content: Content) -> BinaryIO:
         file.close()
         raise Unavailable(f"{content.digest} is shorter than its size", do="restore the object", digest=content.digest)
     return file
-
-
-def all_items(page_of: Callable[[str], Page], most: int) -> list[Any]:
-    """The items of all pages up to a bound."""
-    items: list[Any] = []
-    after = ""
-    while len(items) < most:
-        page = page_of(after)
-        items += page.items
-        after = page.after
-        if not after:
-            break
-    return items[:most]

@@ -15,23 +15,11 @@ from urllib.parse import parse_qsl
 from artifact import errors
 from artifact.manifest import check_name, check_ref, hub_name, parse_json
 from artifact.store import File, Revision
+from registry import refusals
 
 MAX_NAMES = 3
 API = ("models", "datasets", "spaces", "repos", "whoami-v2", "agent-harnesses", "telemetry", "validate-yaml", "organizations")
 NAMED = {"repo": "RepoNotFound", "revision": "RevisionNotFound", "entry": "EntryNotFound"}
-STATUS: dict[type[errors.AirlockError], int] = {
-    errors.Unauthenticated: 401,
-    errors.Denied: 403,
-    errors.NotFound: 404,
-    errors.Invalid: 400,
-    errors.Mismatch: 400,
-    errors.Conflict: 409,
-    errors.RangeInvalid: 416,
-    errors.TooLarge: 413,
-    errors.Unsupported: 405,
-    errors.Throttled: 429,
-    errors.Unavailable: 503,
-}
 _REASONS = {"moved": 412, "files": 422, "not_served": 501}
 
 
@@ -97,9 +85,8 @@ def ref_of(text: str) -> str:
 
 def refusal(error: errors.AirlockError, reading: bool) -> tuple[int, dict[str, str]]:
     """Status and headers of a refusal; what a client may not read is told as gated, since its users know what that means."""
-    words = error.what + (f"; {error.do}" if error.do else "")
-    status = _REASONS.get(error.reason) or next((s for cls, s in STATUS.items() if isinstance(error, cls)), 500)
-    headers = {"x-error-message": words}
+    status = _REASONS.get(error.reason) or refusals.form(refusals.STATUS, error, 500)
+    headers = {"x-error-message": refusals.words(error)} | refusals.headers(status, error)
     if status == 404:
         headers["x-error-code"] = NAMED.get(error.reason, "RepoNotFound")
         if "commit" in error.ids:
@@ -110,10 +97,6 @@ def refusal(error: errors.AirlockError, reading: bool) -> tuple[int, dict[str, s
         headers |= {"x-error-message": "Invalid credentials in Authorization header", "www-authenticate": "Bearer"}
     elif status == 405:
         headers["allow"] = error.ids.get("allow", "")
-    elif status in (429, 503):
-        headers["retry-after"] = error.ids.get("retry_after", "5")
-    elif status == 416 and "total" in error.ids:
-        headers["content-range"] = f"bytes */{error.ids['total']}"
     return status, headers
 
 

@@ -6,22 +6,10 @@ from collections.abc import Callable
 
 from artifact import errors
 from artifact.manifest import parse_json
-from registry.exchange import Exchange, Gone
+from registry import refusals
+from registry.exchange import Exchange
 from registry.verbs import GETS, NAMED, POSTS
 
-_STATUS: dict[type[errors.AirlockError], int] = {
-    errors.Unauthenticated: 401,
-    errors.Denied: 403,
-    errors.NotFound: 404,
-    errors.Invalid: 400,
-    errors.Mismatch: 400,
-    errors.Conflict: 409,
-    errors.RangeInvalid: 416,
-    errors.TooLarge: 413,
-    errors.Unsupported: 405,
-    errors.Throttled: 429,
-    errors.Unavailable: 503,
-}
 _BODY_BYTES = 80 * 1024  # a signed document of 64 KiB in lines
 _PREFIX = "/airlock/v1/"
 
@@ -34,19 +22,17 @@ class AdminDoor:
 
     async def __call__(self, x: Exchange) -> None:
         """Answers in JSON."""
-        try:
-            await self._serve(x)
-        except Gone:
-            await x.gone()
-        except errors.AirlockError as error:
-            if x.started:
-                raise
-            status = next((s for cls, s in _STATUS.items() if isinstance(error, cls)), 500)
-            headers = {401: {"www-authenticate": 'Basic realm="airlock"'}, 503: {"retry-after": "5"}}.get(status, {})
-            if isinstance(error, errors.Throttled):
-                headers = {"retry-after": error.ids["retry_after"]}
-            body = {"error": error.code, "reason": error.reason, "what": error.what, "expected": error.expected, "do": error.do}
-            await x.json(status, body | {"request_id": x.note["request_id"]}, headers)
+        await x.serve(self._serve(x), lambda error: self._refuse(x, error))
+
+    async def _refuse(self, x: Exchange, error: errors.AirlockError) -> None:
+        status = refusals.form(refusals.STATUS, error, 500)
+        headers = refusals.headers(status, error)
+        if status == 401:
+            headers["www-authenticate"] = 'Basic realm="airlock"'
+        elif status == 405:
+            headers["allow"] = error.expected
+        body = {"error": error.code, "reason": error.reason, "what": error.what, "expected": error.expected, "do": error.do}
+        await x.json(status, body | {"request_id": x.note["request_id"]}, headers)
 
     async def _serve(self, x: Exchange) -> None:
         route = ("GET" if x.method == "HEAD" else x.method, x.path)
@@ -81,6 +67,11 @@ class AdminDoor:
             raise _no_route(x)
 
 
-def _no_route(x: Exchange) -> errors.NotFound:
+def _no_route(x: Exchange) -> errors.AirlockError:
+    path = x.path.removeprefix(_PREFIX) if x.path.startswith(_PREFIX) else ""
+    reads = x.path == "/healthz" or path in GETS or path.partition("/")[0] in NAMED and "/" in path
+    allowed = ["GET", "HEAD"] * reads + ["POST"] * (path in POSTS)
+    if allowed:
+        return errors.Unsupported(f"{x.method} is not served here", expected=", ".join(allowed))
     words = ", ".join(sorted({path.split("/")[0] for path in (*POSTS, *GETS, *NAMED)}))
     return errors.NotFound(f"no route {x.method} {x.path[:200]!r}", expected=f"{words} below /airlock/v1/")

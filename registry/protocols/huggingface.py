@@ -6,7 +6,7 @@ Nothing here is ever compressed, and nothing tells of Xet. What changes somethin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -14,9 +14,9 @@ from urllib.parse import quote, urlencode
 from artifact import errors
 from artifact.grant import includes
 from artifact.manifest import FACTS_TYPE, check_path, is_digest, parse_json, parse_manifest
-from artifact.store import Call, Content, File, Revision
-from registry import hub
-from registry.exchange import Exchange, Gone, all_items
+from artifact.store import Call, Content, File, Page, Revision
+from registry import hub, refusals
+from registry.exchange import Exchange
 from registry.hub_writing import HubWriter
 
 _FILES, _PAGE, _FACTS_BYTES = 10_000, 1000, 4 * 1024 * 1024
@@ -47,16 +47,12 @@ class HubDoor:
     async def __call__(self, x: Exchange) -> None:
         """Answers in the Hub's shapes."""
         reading = x.method in ("GET", "HEAD") or "/paths-info/" in x.path
-        try:
-            await self._serve(x)
-        except Gone:
-            await x.gone()
-        except errors.AirlockError as error:
-            if x.started:
-                raise
-            status, headers = hub.refusal(error, reading)
-            words = {"error": error.what + (f"; {error.do}" if error.do else ""), "reason": error.reason}
-            await x.json(status, words | ({"url": error.ids["url"]} if "url" in error.ids else {}), headers)  # that of a repository that exists
+        await x.serve(self._serve(x), lambda error: self._refuse(x, error, reading))
+
+    async def _refuse(self, x: Exchange, error: errors.AirlockError, reading: bool) -> None:
+        status, headers = hub.refusal(error, reading)
+        words = {"error": refusals.words(error), "reason": error.reason}
+        await x.json(status, words | ({"url": error.ids["url"]} if "url" in error.ids else {}), headers)  # that of a repository that exists
 
     async def _serve(self, x: Exchange) -> None:
         at = hub.place(x.raw_parts[1:])
@@ -122,7 +118,7 @@ class HubDoor:
 
     def _files(self, x: Exchange, call: Call, names: Sequence[str], ref: str) -> tuple[Revision, list[File]]:
         revision = self._find(x, call, names, ref)
-        items = all_items(lambda after: x.guard.files(call, revision.name, revision.commit, "", after, _PAGE)[1], _FILES)
+        items = _all_items(lambda after: x.guard.files(call, revision.name, revision.commit, "", after, _PAGE)[1], _FILES)
         return revision, [f for f in items if isinstance(f, File)]
 
     # ---- routes
@@ -301,3 +297,16 @@ def _bytes(content: Content) -> bytes:
     if content.path is not None:
         return content.path.read_bytes()
     return b"".join(content.chunks or ())
+
+
+def _all_items(page_of: Callable[[str], Page], most: int) -> list[Any]:
+    """The items of all pages up to a bound."""
+    items: list[Any] = []
+    after = ""
+    while len(items) < most:
+        page = page_of(after)
+        items += page.items
+        after = page.after
+        if not after:
+            break
+    return items[:most]

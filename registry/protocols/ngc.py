@@ -17,7 +17,8 @@ from artifact import errors
 from artifact.manifest import check_path
 from artifact.store import Call, Content, File
 from registry import ngc_shapes as s
-from registry.exchange import Exchange, Gone
+from registry import refusals
+from registry.exchange import Exchange
 from registry.ngc_views import Version
 
 T = TypeVar("T")
@@ -51,36 +52,24 @@ class NgcDoor:
 
     async def __call__(self, x: Exchange) -> None:
         """Answers in NGC's shapes."""
-        try:
-            await self._serve(x)
-        except Gone:
-            await x.gone()
-        except errors.AirlockError as error:
-            if x.started:
-                raise
-            await self._refuse(x, error)
+        await x.serve(self._serve(x), lambda error: self._refuse(x, error))
 
     def _status(self, x: Exchange, code: str = "SUCCESS", words: str = "") -> s.Json:
         out: s.Json = {"statusCode": code, "requestId": x.note["request_id"], "serverId": self.instance}
         return out | ({"statusDescription": words} if words else {})
 
     async def _refuse(self, x: Exchange, error: errors.AirlockError) -> None:
-        status, code = next((form for cls, form in _TABLE.items() if isinstance(error, cls)), (500, "INTERNAL_ERROR"))
+        status, code = refusals.form(_TABLE, error, (500, "INTERNAL_ERROR"))
         if status == 403 and error.reason in TIER:
             status, code = 402, "PAYMENT_REQUIRED"
         elif error.reason in LAW:
             status = LAW[error.reason]
-        words = error.what + (f"; {error.do}" if error.do else "")
-        headers = {"cache-control": "no-store"}
+        headers = {"cache-control": "no-store"} | refusals.headers(status, error)
         if status == 401:
             headers["www-authenticate"] = "Bearer"
         elif status == 405:
             headers["allow"] = error.expected
-        elif status in (429, 503):
-            headers["retry-after"] = error.ids.get("retry_after", "5")
-        elif status == 416 and "total" in error.ids:
-            headers["content-range"] = f"bytes */{error.ids['total']}"
-        await x.json(status, {"requestStatus": self._status(x, code, words)}, headers)
+        await x.json(status, {"requestStatus": self._status(x, code, refusals.words(error))}, headers)
 
     async def _say(self, x: Exchange, value: s.Json) -> None:
         """An answer that succeeded, with what ends soon in the header that NGC's clients print."""

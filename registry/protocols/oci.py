@@ -14,7 +14,8 @@ from urllib.parse import quote
 from artifact import errors
 from artifact.manifest import INDEX, MAX_MANIFEST_BYTES, check_digest, check_name, digest_of, is_digest, is_name, is_tag, parse_manifest
 from artifact.store import Call, Content, Descriptor, Upload
-from registry.exchange import Exchange, Gone
+from registry import refusals
+from registry.exchange import Exchange
 from registry.tokens import challenge
 
 _CHUNK = re.compile(r"(\d{1,18})-(\d{1,18})\Z")
@@ -54,7 +55,7 @@ def error_form(error: errors.AirlockError, kind: str) -> tuple[int, str]:
         return 400, _REASONS.get(error.reason, invalid)
     if isinstance(error, errors.TooLarge):
         return 413, "MANIFEST_INVALID" if kind == "manifest" else "SIZE_INVALID"
-    return next((form for cls, form in _TABLE.items() if isinstance(error, cls)), (500, "UNKNOWN"))
+    return refusals.form(_TABLE, error, (500, "UNKNOWN"))
 
 
 class OciDoor:
@@ -63,15 +64,14 @@ class OciDoor:
     async def __call__(self, x: Exchange) -> None:
         """Answers; a client that left gets nothing."""
         kind = ""
-        try:
+
+        async def work() -> None:
+            nonlocal kind
             repo, kind, rest = self._route(x.path)
             await self._serve(x, repo, kind, rest)
-        except Gone:
-            await x.gone()
-        except errors.AirlockError as error:
-            if x.started:
-                raise
-            await self._refuse(x, error, "upload" if kind == "uploads" else "manifest" if kind == "manifests" else "blob" if kind == "blobs" else "")
+
+        singular = {"uploads": "upload", "manifests": "manifest", "blobs": "blob"}
+        await x.serve(work(), lambda error: self._refuse(x, error, singular.get(kind, "")))
 
     def _route(self, path: str) -> tuple[str, str, str]:
         """Repository, kind and rest of a path; raises Invalid for a name outside the grammar, NotFound for no route."""
@@ -126,21 +126,16 @@ class OciDoor:
 
     async def _refuse(self, x: Exchange, error: errors.AirlockError, kind: str) -> None:
         status, code = error_form(error, kind)
-        headers = {"docker-distribution-api-version": "registry/2.0"}
+        headers = {"docker-distribution-api-version": "registry/2.0"} | refusals.headers(status, error)
         if status == 401:
             failure = {"insufficient_scope": error.reason, "key_absent": ""}.get(error.reason, "invalid_token")
             headers["www-authenticate"] = challenge(x.base_url, self._scope(x), failure)
         if status == 405:  # RFC 9110 section 15.5.6: always told; empty where nothing is served
             headers["allow"] = error.ids.get("allow", "")
-        if status in (429, 503):
-            headers["retry-after"] = error.ids.get("retry_after", "5")
         if status == 416:
             headers |= {k: error.ids[k] for k in ("location", "range", "docker-upload-uuid") if k in error.ids}
-            if "total" in error.ids:
-                headers["content-range"] = f"bytes */{error.ids['total']}"
         detail = {"reason": error.reason, "expected": error.expected, "do": error.do}
-        message = error.what + (f"; {error.do}" if error.do else "")
-        await x.json(status, {"errors": [{"code": code, "message": message, "detail": detail}]}, headers)
+        await x.json(status, {"errors": [{"code": code, "message": refusals.words(error), "detail": detail}]}, headers)
 
     def _scope(self, x: Exchange) -> str:
         """The scope that this request needs, as a token request names it (distribution token specification)."""

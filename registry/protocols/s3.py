@@ -14,9 +14,9 @@ from email.utils import formatdate
 from artifact import errors
 from artifact.manifest import is_digest
 from artifact.store import Call, Content, File, Revision
+from registry import refusals, sigv4
 from registry import s3_shapes as s
-from registry import sigv4
-from registry.exchange import Exchange, Gone
+from registry.exchange import Exchange
 from registry.hub import MAX_NAMES
 
 _CODES: dict[str, tuple[int, str]] = {
@@ -48,6 +48,7 @@ _TABLE: dict[type[errors.AirlockError], tuple[int, str]] = {
     errors.Unsupported: (405, "MethodNotAllowed"),
     errors.Conflict: (409, "OperationAborted"),
     errors.RangeInvalid: (416, "InvalidRange"),
+    errors.Throttled: (503, "SlowDown"),
     errors.Unavailable: (503, "ServiceUnavailable"),
     errors.Invalid: (400, "InvalidRequest"),
     errors.TooLarge: (400, "InvalidRequest"),
@@ -64,35 +65,21 @@ class S3Door:
 
     async def __call__(self, x: Exchange) -> None:
         """Answers in S3's shapes."""
-        try:
-            await self._serve(x)
-        except Gone:
-            await x.gone()
-        except errors.AirlockError as error:
-            if x.started:
-                raise
-            await self._refuse(x, error)
+        await x.serve(self._serve(x), lambda error: self._refuse(x, error))
 
     def _own(self, x: Exchange, headers: Mapping[str, str] | None = None) -> dict[str, str]:
         return {"x-amz-request-id": x.note["request_id"], "x-amz-id-2": self.instance, **(headers or {})}
 
     async def _refuse(self, x: Exchange, error: errors.AirlockError) -> None:
-        status, code = _CODES.get(error.reason) or next((form for cls, form in _TABLE.items() if isinstance(error, cls)), (500, "InternalError"))
-        headers = self._own(x, XML | {"cache-control": "no-store"})
+        status, code = _CODES.get(error.reason) or refusals.form(_TABLE, error, (500, "InternalError"))
+        headers = self._own(x, XML | {"cache-control": "no-store"} | refusals.headers(status, error))
         if status == 405:
             headers["allow"] = "GET, HEAD"
-        elif status == 416 and "total" in error.ids:
-            headers["content-range"] = f"bytes */{error.ids['total']}"
-        if isinstance(error, errors.Throttled):
-            code = "SlowDown"
-        if status == 503:
-            headers["retry-after"] = error.ids.get("retry_after", "5")
-        words = error.what + (f"; {error.do}" if error.do else "")
         more = [("Resource", x.path[:1024]), ("RequestId", x.note["request_id"]), ("HostId", self.instance)]
         if error.reason == "region":
             more.insert(0, ("Region", self.region))
             headers["x-amz-bucket-region"] = self.region
-        await x.answer(status, headers, s.refusal(code, words, more))
+        await x.answer(status, headers, s.refusal(code, refusals.words(error), more))
 
     # ---- who calls, and for what
 
@@ -107,15 +94,15 @@ class S3Door:
         fields = s.fields(query)
         part = next((name for name in sorted(fields) if name in s.PARTS), None)
         if part:
-            await x.call(lambda call: x.guard.whoami(call), signed)
+            await x.call(x.guard.whoami, signed)
             raise errors.Unsupported(f"this face of the registry has no {part}", expected="objects and their listings", reason="part")
         if not bucket and not key:
-            me = await x.call(lambda call: x.guard.whoami(call), signed)
+            me = await x.call(x.guard.whoami, signed)
             await x.answer(200, self._own(x, XML), s.buckets(str(me["org"]), list(self.buckets)))
             return
         keys = self.buckets.get(bucket)
         if keys is None:
-            await x.call(lambda call: x.guard.ping(call), signed)
+            await x.call(x.guard.ping, signed)
             raise errors.NotFound(f"there is no bucket {bucket[:100]!r}", expected=", ".join(sorted(self.buckets)), reason="bucket")
         if key:
             await self._object(x, signed, keys.wanted(key))
@@ -127,7 +114,7 @@ class S3Door:
     async def _bucket(self, x: Exchange, signed: sigv4.Signed | None, bucket: str, keys: s.Encoded | s.Plain, fields: Mapping[str, str]) -> None:
         headers = self._own(x, XML | {"x-amz-bucket-region": self.region})
         if x.method == "HEAD" or "location" in fields:
-            await x.call(lambda call: x.guard.ping(call), signed)
+            await x.call(x.guard.ping, signed)
             inside = "" if self.region == "us-east-1" else s.text(self.region)  # S3's own word for its first region is none
             await x.answer(200, headers, b"" if x.method == "HEAD" else s.document("LocationConstraint", inside))
             return

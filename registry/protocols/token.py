@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from urllib.parse import parse_qsl
 
 from artifact import errors
-from registry.exchange import Exchange, Gone
+from registry import refusals
+from registry.exchange import Exchange
 from registry.tokens import parse_scopes
 
 PATHS = ("/token", "/proxy_auth")
@@ -33,19 +34,15 @@ class TokenDoor:
 
     async def __call__(self, x: Exchange) -> None:
         """Answers in JSON; a client that left gets nothing."""
-        try:
-            if x.method in ("GET", "HEAD"):
-                await self._answer(x, [v for k, v in x.query if k == "scope"], None)
-            elif x.method == "POST":
-                await self._post(x)
-            else:
-                await self._refuse(x, errors.Unsupported(f"{x.method} is not served here", expected="GET or POST"), 405)
-        except Gone:
-            await x.gone()
-        except errors.AirlockError as error:
-            if x.started:
-                raise
-            await self._refuse(x, error)
+        await x.serve(self._serve(x), lambda error: self._refuse(x, error))
+
+    async def _serve(self, x: Exchange) -> None:
+        if x.method in ("GET", "HEAD"):
+            await self._answer(x, [v for k, v in x.query if k == "scope"], None)
+        elif x.method == "POST":
+            await self._post(x)
+        else:
+            await self._refuse(x, errors.Unsupported(f"{x.method} is not served here", expected="GET or POST"), 405)
 
     async def _post(self, x: Exchange) -> None:
         if x.headers.get("content-type", "").split(";")[0].strip().lower() != FORM:
@@ -76,18 +73,15 @@ class TokenDoor:
         await x.json(200, doc, {"cache-control": "no-store"})
 
     async def _refuse(self, x: Exchange, error: errors.AirlockError, status: int = 0) -> None:
-        found, code = next((form for cls, form in _TABLE.items() if isinstance(error, cls)), (400, "UNSUPPORTED"))
+        found, code = refusals.form(_TABLE, error, (400, "UNSUPPORTED"))
         status = status or found
-        headers = {"cache-control": "no-store"}
+        headers = {"cache-control": "no-store"} | refusals.headers(status, error)
         if status == 401:
             headers["www-authenticate"] = f'Basic realm="{x.base_url}"'
         if status == 405:
             headers["allow"] = "GET, POST"
-        if status in (429, 503):
-            headers["retry-after"] = error.ids.get("retry_after", "5")
         detail = {"reason": error.reason, "expected": error.expected, "do": error.do}
-        message = error.what + (f"; {error.do}" if error.do else "")
-        doc: dict[str, object] = {"errors": [{"code": code, "message": message, "detail": detail}]}
+        doc: dict[str, object] = {"errors": [{"code": code, "message": refusals.words(error), "detail": detail}]}
         if error.reason == "unsupported_grant_type":
             doc["error"] = error.reason  # the form of RFC 6749 section 5.2
         await x.json(status, doc, headers)
