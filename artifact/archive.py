@@ -44,10 +44,7 @@ def parts_of(name: str) -> tuple[str, ...]:
 
 def entries(reader: Reader) -> Iterator[tuple[Head, tuple[str, ...]]]:
     """Headers in order; whoever takes one reads or skips its content before the next."""
-    while True:
-        head = _head(reader)
-        if head is None:
-            return
+    while (head := _head(reader)) is not None:
         yield head, parts_of(head.name)
 
 
@@ -143,21 +140,13 @@ class Reader:
         return bytes(out)
 
     def skip(self, count: int) -> None:
-        """Passes over `count` bytes."""
-        while count > 0:
-            if not self._more():
-                raise self.bad("is truncated")
-            step = min(count, len(self._have) - self._at)
-            self._at += step
-            count -= step
+        """Passes over `count` bytes; raises Invalid where the archive ends before."""
+        if self._over(count):
+            raise self.bad("is truncated")
 
     def pad(self, size: int) -> None:
         """Passes over the rest of the last block of content; where the archive ends in it that is its end, as umoci's and to Go's reader."""
-        count = -size % BLOCK
-        while count and self._more():
-            step = min(count, len(self._have) - self._at)
-            self._at += step
-            count -= step
+        self._over(-size % BLOCK)
 
     def block(self) -> bytes | None:
         """The next header block, None where the archive ends: with blocks of zeros, or between two entries."""
@@ -183,6 +172,14 @@ class Reader:
         self._have, self._at = b"", 0
         for _ in self._parts:
             pass
+
+    def _over(self, count: int) -> int:
+        """Passes over at most `count` bytes and says how many of them are not there."""
+        while count > 0 and self._more():
+            step = min(count, len(self._have) - self._at)
+            self._at += step
+            count -= step
+        return count
 
     def _more(self) -> bool:
         while self._at >= len(self._have):

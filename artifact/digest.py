@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import struct
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from artifact.errors import Invalid, Mismatch, Unsupported
@@ -53,23 +54,23 @@ class _Buffer(ctypes.Structure):
     )
 
 
-class Hasher:
+class Hasher(ABC):
     """A running digest over bytes [0, offset); `state()` continues it elsewhere."""
 
     algorithm: str
     offset: int
 
+    @abstractmethod
     def update(self, view: bytes | bytearray | memoryview) -> None:
         """Appends bytes; the interpreter lock is released while they are hashed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hexdigest(self) -> str:
         """Lower-case hex of the digest so far; the hasher can go on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state(self) -> bytes:
         """The portable state of bytes [0, offset) (docs/adr/0002), b"" where it cannot be exported."""
-        raise NotImplementedError
 
     def digest(self) -> str:
         """`sha256:` and hexdigest()."""

@@ -232,7 +232,7 @@ class Doctor:
         else:
             self.note("models", OK, f"this key sees {len(names)}{' or more' if len(names) == 100 else ''}: {', '.join(map(clean, names[:3]))}")
         if self.case.model:
-            self._manifest(self.case.model)
+            self._manifest()
         name, ref = self._asked() if self.case.model else (names[0] if names else "", "main")
         if name:
             self._file(name, ref)
@@ -241,13 +241,14 @@ class Doctor:
         found = parse_reference(self.case.model, "main")
         return found.name, found.ref
 
-    def _manifest(self, model: str) -> None:
+    def _manifest(self) -> None:
+        """The manifest of the model that is asked for, as container clients read it."""
         name, ref = self._asked()
         try:
             transport = self._transport(self.case.registry)
             accept = {"Accept": ", ".join(MANIFEST_TYPES)}
             raw = transport.take(transport.request("GET", f"/v2/{name}/manifests/{quote(ref)}", headers=accept), 4 << 20)
-            self.note("model.oci", OK, f"{model}: a manifest of {len(raw)} bytes")
+            self.note("model.oci", OK, f"{self.case.model}: a manifest of {len(raw)} bytes")
         except AirlockError as error:
             self.refused("model.oci", error)
 
@@ -344,10 +345,11 @@ def _object(answer: Answer) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def exit_code(lines: list[Line], general: int = 9) -> int:
-    """0 without a failed line; else the code of the first one's reason, `general` where it has none of its own."""
+def exit_code(lines: list[Line]) -> int:
+    """0 without a failed line; else the code of the first one's reason, or that of whatever is not available where it has none of its own."""
     first = next((line for line in lines if line.state == FAIL), None)
     if first is None:
         return 0
     refusals = ("model.oci", "model.hub", "ngc.model", "ngc.key", "key")
-    return EXIT_CODES.get(first.reason, DENIED if first.check in refusals and first.reason not in ("unavailable", "connection") else general)
+    denied = first.check in refusals and first.reason not in ("unavailable", "connection")
+    return EXIT_CODES.get(first.reason, DENIED if denied else Unavailable.exit_code)

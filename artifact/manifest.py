@@ -187,7 +187,8 @@ def _finite(text: str) -> float:
     return value
 
 
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """The object of a JSON text, as object_pairs_hook; raises ValueError for a key that is there twice."""
     out = dict(pairs)
     if len(out) != len(pairs):
         raise ValueError("duplicate key")
@@ -212,7 +213,7 @@ def parse_json(raw: bytes, what: str, limit: int = MAX_MANIFEST_BYTES) -> dict[s
     if deepest > 512:  # a bound on brackets, strings included: safe for the recursive parser, generous for real documents
         raise Invalid(f"{what} is nested too deeply", expected="a depth of at most 512")
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=_no_constant, parse_float=_finite)
         if b"\\u" in raw:
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # an escaped lone surrogate is text that no file system or database takes
     except (ValueError, RecursionError) as error:

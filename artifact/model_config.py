@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from artifact.errors import Invalid, TooLarge
-from artifact.manifest import check_path, parse_json
+from artifact.manifest import check_path, no_duplicates, parse_json
 from artifact.profile import MAX_EXCLUDED, Memory, Quantization
 
 CONFIG, MODELOPT, INDEX = "config.json", "hf_quant_config.json", "model.safetensors.index.json"
@@ -269,15 +269,8 @@ def _json(raw: bytes, what: str, limit: int) -> dict[str, object]:
     """A flat JSON object of many entries: parse_json's rules but its count of brackets, which costs a second here; the parser bounds depth itself."""
     if len(raw) > limit:
         raise TooLarge(f"{what} has {len(raw)} bytes", expected=f"at most {limit}")
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            raise ValueError("duplicate key")
-        return out
-
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
         raise Invalid(f"{what} is not valid JSON: {str(error)[:120]}", expected="one UTF-8 JSON object without duplicate keys") from error
     if not isinstance(value, dict):

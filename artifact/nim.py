@@ -166,9 +166,11 @@ def parse(raw: bytes) -> NimManifest:
     if len(entries) > MAX_PROFILES:
         raise TooLarge(f"the model manifest has {len(entries)} profiles", expected=f"at most {MAX_PROFILES}")
     profiles = tuple(_profile(name, entry, at) for name, entry, at in entries)
-    if len({p.id for p in profiles}) != len(profiles):
-        twice = next(p.id for i, p in enumerate(profiles) if any(q.id == p.id for q in profiles[:i]))
-        raise _bad(f"profile {twice[:80]}", "each id once")
+    seen: set[str] = set()
+    for profile in profiles:
+        if profile.id in seen:
+            raise _bad(f"profile {profile.id[:80]}", "each id once")
+        seen.add(profile.id)
     return NimManifest(shape, profiles)
 
 

@@ -6,7 +6,6 @@ Must not: believe that a name is there because the manifest says so, or fetch a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import quote
 
 from artifact.errors import Denied, NotFound
 from artifact.layers import Found, Source, find_manifest
@@ -121,7 +120,7 @@ class Models:
         for row in refs if isinstance(refs, list) else []:
             if row.get("ref") == version:
                 return str(row["digest"])
-        raise NotFound(f"{repo} has no {quote(version)}", reason="revision")
+        raise NotFound(f"{repo} has no {version}", reason="revision")
 
 
 def image_name(text: str, host: str) -> Reference:

@@ -14,10 +14,11 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import urllib3
 from cryptography import x509
@@ -34,30 +35,24 @@ ENDS_SOON_S = 14 * 86400
 T = TypeVar("T")
 
 
-class _Job(threading.Thread, Generic[T]):
-    """Work in a thread of its own, since a resolver knows no deadline; what it gives or raises is kept."""
-
-    def __init__(self, work: Callable[[], T]) -> None:
-        super().__init__(daemon=True)
-        self.work, self.given, self.error = work, list[T](), list[Exception]()
-
-    def run(self) -> None:
-        try:
-            self.given.append(self.work())
-        except Exception as error:  # noqa: BLE001 - raised again where it is waited for
-            self.error.append(error)
-
-
 def within(seconds: float, work: Callable[[], T]) -> T:
-    """What `work` gives, or TimeoutError when that takes longer; what it raises is raised here."""
-    job = _Job(work)
-    job.start()
-    job.join(seconds)
-    if job.error:
-        raise job.error[0]
-    if not job.given:
+    """What `work` gives, or TimeoutError when that takes longer; what it raises is raised here.
+
+    A resolver knows no deadline, so the work has a thread of its own: a daemon, which an executor's is not, or the program's end would wait for it.
+    """
+    given: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            given.set_result(work())
+        except Exception as error:  # noqa: BLE001 - the top of a thread: raised again where it is waited for
+            given.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    wait([given], seconds)
+    if not given.done():
         raise TimeoutError(f"not within {seconds:g} s")
-    return job.given[0]
+    return given.result()
 
 
 @dataclass
