@@ -24,23 +24,14 @@ import secrets
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from web_host import Host, Refused, Server, Shared
+
 LFS = ("*.safetensors", "*.bin", "*.gguf", "*.onnx", "*.pt", "*.h5")
 DATE = "2026-01-01T00:00:00.000Z"
-SLICE = 256 * 1024
-
-
-class Refused(Exception):
-    """An answer other than success: status, error code, message, further headers."""
-
-    def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message = status, code, message
-        self.headers = {k.replace("_", "-"): v for k, v in headers.items()}
 
 
 class Repo:
@@ -88,7 +79,7 @@ class Repo:
         prefix = below + "/" if below else ""
         inside = [n for n in nodes if n["path"].startswith(prefix) and (recursive or "/" not in n["path"][len(prefix) :])]
         if below and not inside:
-            raise Refused(404, "EntryNotFound", f"{below} does not exist", X_Repo_Commit=self.commit)
+            raise Refused(404, f"{below} does not exist", "EntryNotFound", X_Repo_Commit=self.commit)
         return inside
 
     def info(self, blobs: bool) -> dict:
@@ -111,38 +102,16 @@ class Repo:
         }  # fmt: skip
 
 
-class Hub(ThreadingHTTPServer):
-    """What both listeners share: repositories, token, log, throttle and the tickets of the second host."""
+class Hub(Shared):
+    """What both hosts share: repositories, token, and the tickets of the second host."""
 
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, port: int, handler: type, options: argparse.Namespace) -> None:
-        super().__init__(("127.0.0.1", port), handler)
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options.log, options.throttle)
         self.options = options
         self.cdn_port = 0
         self.tickets: dict[str, tuple[Path, float]] = {}
-        self.log_lock = threading.Lock()
-        self.pace_lock = threading.Lock()
         self.streams = threading.Semaphore(options.streams or 1000)
-        self.due = time.monotonic()
         self.asked = itertools.count(1)
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hung up is not worth a traceback."""
-
-    def log_line(self, entry: dict) -> None:
-        if self.options.log:
-            with self.log_lock, open(self.options.log, "a") as out:
-                out.write(json.dumps(entry) + "\n")
-
-    def pace(self, count: int) -> None:
-        if not self.options.throttle:
-            return
-        with self.pace_lock:
-            self.due = max(self.due, time.monotonic()) + count / self.options.throttle
-            wait = self.due - time.monotonic()
-        time.sleep(max(0.0, wait))
 
     def repo(self, repo_id: str) -> Repo:
         root = Path(self.options.root)
@@ -150,65 +119,30 @@ class Hub(ThreadingHTTPServer):
             found = folder.relative_to(root).as_posix()
             if folder.is_dir() and found.lower() == repo_id.lower():
                 return Repo(folder, found)
-        raise Refused(404, "RepoNotFound", "Repository not found")
+        raise Refused(404, "Repository not found", "RepoNotFound")
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Host):
     """The Hub's own origin: metadata, and small files or redirects."""
 
-    protocol_version = "HTTP/1.1"
-    server: Hub
-    sent, status, body_left = 0, 0, 0
+    host = "hub"
 
-    def log_message(self, *args: object) -> None:
-        """The log file is written at the end of each request instead."""
+    @property
+    def hub(self) -> Hub:
+        assert isinstance(self.server.shared, Hub)
+        return self.server.shared
 
-    def do_GET(self) -> None:
-        self.answer()
+    def refuse(self, refused: Refused) -> None:
+        headers = {"X-Error-Message": refused.words} | refused.headers
+        if refused.code:
+            headers["X-Error-Code"] = refused.code
+        self.reply(refused.status, json.dumps({"error": refused.words}).encode(), headers)
 
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def do_POST(self) -> None:
-        self.answer()
-
-    def answer(self) -> None:
-        self.sent = self.status = 0
-        try:
-            self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            try:
-                self.route()
-            except Refused as refused:
-                headers = {"X-Error-Message": refused.message} | refused.headers
-                if refused.code:
-                    headers["X-Error-Code"] = refused.code
-                self.reply(refused.status, json.dumps({"error": refused.message}).encode(), headers)
-        except (ConnectionError, TimeoutError):
-            self.close_connection = True
-        finally:
-            url = urlsplit(self.path)
-            entry = {"host": "hub" if type(self) is Handler else "cdn", "method": self.command, "path": unquote(url.path), "query": url.query}
-            entry |= {"range": self.headers.get("Range"), "status": self.status, "sent": self.sent}
-            entry |= {"authorization": "Authorization" in self.headers, "agent": self.headers.get("User-Agent", "")}
-            self.server.log_line(entry)
+    def noted(self) -> dict:
+        return {"authorization": "Authorization" in self.headers, "agent": self.headers.get("User-Agent", "")}
 
     def start(self, status: int, length: int | None, headers: dict[str, str]) -> None:
-        self.status = status
-        self.send_response(status)
-        for key, value in ({"X-Request-Id": secrets.token_hex(4), "Content-Type": "application/json"} | headers).items():
-            self.send_header(key, value)
-        if length is None:
-            self.send_header("Connection", "close")
-            self.close_connection = True
-        else:
-            self.send_header("Content-Length", str(length))
-        self.end_headers()
-
-    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.start(status, len(body), headers or {})
-        if self.command != "HEAD":
-            self.wfile.write(body)
-            self.sent += len(body)
+        super().start(status, length, {"X-Request-Id": secrets.token_hex(4)} | headers)
 
     def send_file(self, file: Path, headers: dict[str, str], flaws: tuple[str, ...] = ()) -> None:
         size = file.stat().st_size
@@ -217,7 +151,7 @@ class Handler(BaseHTTPRequestHandler):
         if match:
             lo, hi, status = int(match[1]), min(size, int(match[2]) + 1 if match[2] else size), 206
             if lo >= size or lo >= hi:
-                raise Refused(416, "", "Requested range not satisfiable", Content_Range=f"bytes */{size}")
+                raise Refused(416, "Requested range not satisfiable", Content_Range=f"bytes */{size}")
             headers["Content-Range"] = f"bytes {lo}-{hi - 1}/{size}"
         headers |= {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
         if "encode" in flaws:
@@ -227,25 +161,17 @@ class Handler(BaseHTTPRequestHandler):
         self.start(status, None if "endless" in flaws else hi - lo, headers)
         if self.command == "HEAD":
             return
-        with self.server.streams, file.open("rb") as source:
+        with self.hub.streams, file.open("rb") as source:
             source.seek(lo)
-            while self.sent < hi - lo or "endless" in flaws:
-                block = source.read(min(SLICE, hi - lo - self.sent)) if self.sent < hi - lo else bytes(SLICE)
-                if "stall" in flaws:
-                    source.seek(1 - len(block), 1)
-                    block = block[:1]
-                    time.sleep(1.0)
-                self.server.pace(len(block))
-                self.wfile.write(block)
-                self.sent += len(block)
+            self.pour(source, hi - lo, "endless" in flaws, "stall" in flaws)
 
     def caller(self) -> str:
         """The user that a valid token stands for, empty without one; refuses a wrong token."""
         given = self.headers.get("Authorization", "")
         if not given:
             return ""
-        if not self.server.options.token or given != f"Bearer {self.server.options.token}":
-            raise Refused(401, "", "Invalid credentials in Authorization header")
+        if not self.hub.options.token or given != f"Bearer {self.hub.options.token}":
+            raise Refused(401, "Invalid credentials in Authorization header")
         return "tester"
 
     def route(self) -> None:
@@ -258,7 +184,7 @@ class Handler(BaseHTTPRequestHandler):
         user = self.caller()
         if path == "/api/whoami-v2":
             if not user:
-                raise Refused(401, "", "Invalid username or password.")
+                raise Refused(401, "Invalid username or password.")
             token = {"displayName": "test", "role": "read"}
             doc = {
                 "type": "user",
@@ -278,23 +204,23 @@ class Handler(BaseHTTPRequestHandler):
         match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if match and self.command in ("GET", "HEAD"):
             return self.resolve(self.visible(unquote(match[1]), user), unquote(match[2]), unquote(match[3]), user)
-        raise Refused(404, "", "Not found")
+        raise Refused(404, "Not found")
 
     def visible(self, repo_id: str, user: str) -> Repo:
-        repo = self.server.repo(repo_id)
+        repo = self.hub.repo(repo_id)
         if repo.meta.get("private") and not user:
-            raise Refused(401, "RepoNotFound", "Repository not found")
+            raise Refused(401, "Repository not found", "RepoNotFound")
         return repo
 
     def at(self, repo: Repo, revision: str) -> None:
         known = {"main": repo.commit, repo.commit: repo.commit, "refs/heads/main": repo.commit} | repo.meta.get("refs", {})
         if known.get(revision or "main") != repo.commit:
-            raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def gate(self, repo: Repo, user: str) -> None:
         if repo.meta.get("gated") and not (user and repo.meta.get("accepted", True)):
             text = f"Access to model {repo.id} is restricted and you are not in the authorized list."
-            raise Refused(403 if user else 401, "GatedRepo", text)
+            raise Refused(403 if user else 401, text, "GatedRepo")
 
     def api(self, repo: Repo, verb: str, revision: str, rest: str, query: dict[str, list[str]], user: str) -> None:
         def flag(name: str) -> bool:
@@ -313,7 +239,7 @@ class Handler(BaseHTTPRequestHandler):
             doc = [{"id": repo.commit, "title": "initial", "message": "", "date": DATE, "authors": [{"user": "alice"}]}]
         elif verb == "auth-check":
             if repo.meta.get("no_auth_check"):
-                raise Refused(404, "", "Not found")
+                raise Refused(404, "Not found")
             self.gate(repo, user)
             doc = {}
         elif verb == "paths-info":
@@ -322,7 +248,7 @@ class Handler(BaseHTTPRequestHandler):
             doc = [repo.node(p) for p in wanted if p in repo.paths]
         else:
             nodes = repo.tree(rest, flag("recursive"))
-            limit = min(int(query.get("limit", ["1000"])[0]), self.server.options.page)
+            limit = min(int(query.get("limit", ["1000"])[0]), self.hub.options.page)
             cursor = int(query.get("cursor", ["0"])[0])
             doc = nodes[cursor : cursor + limit]
             if cursor + limit < len(nodes):
@@ -335,19 +261,19 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, repo: Repo, revision: str, path: str, user: str) -> None:
         self.at(repo, revision)
         self.gate(repo, user)
-        if self.server.options.busy and next(self.server.asked) % self.server.options.busy == 0:
-            raise Refused(429, "", "Too many requests", Retry_After="1", RateLimit='"resolvers";r=0;t=1')
+        if self.hub.options.busy and next(self.hub.asked) % self.hub.options.busy == 0:
+            raise Refused(429, "Too many requests", Retry_After="1", RateLimit='"resolvers";r=0;t=1')
         if path not in repo.paths:
-            raise Refused(404, "EntryNotFound", "Entry not found", X_Repo_Commit=repo.commit)
+            raise Refused(404, "Entry not found", "EntryNotFound", X_Repo_Commit=repo.commit)
         node, file = repo.node(path), repo.folder / path
         etag = node["lfs"]["oid"] if "lfs" in node else node["oid"]
         headers = {"X-Repo-Commit": repo.commit, "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(node["size"]), "ETag": f'"{etag}"'}
         headers["Content-Disposition"] = f'inline; filename="{quote(path.rsplit("/", 1)[-1])}";'
         elsewhere = repo.meta.get("redirect", {}).get(path)
-        if not elsewhere and "lfs" in node and self.server.options.redirect:
+        if not elsewhere and "lfs" in node and self.hub.options.redirect:
             ticket = secrets.token_hex(16)
-            self.server.tickets[ticket] = (file, time.monotonic() + self.server.options.url_ttl)
-            elsewhere = f"http://127.0.0.1:{self.server.cdn_port}/cdn/{quote(repo.id)}/{quote(path)}?X-Amz-Signature={ticket}&X-Amz-Expires={self.server.options.url_ttl}"
+            self.hub.tickets[ticket] = (file, time.monotonic() + self.hub.options.url_ttl)
+            elsewhere = f"http://127.0.0.1:{self.hub.cdn_port}/cdn/{quote(repo.id)}/{quote(path)}?X-Amz-Signature={ticket}&X-Amz-Expires={self.hub.options.url_ttl}"
         if elsewhere:
             headers.pop("ETag")
             return self.reply(302, b"", headers | {"Location": elsewhere})
@@ -358,13 +284,14 @@ class Handler(BaseHTTPRequestHandler):
 class Cdn(Handler):
     """The second origin: signed URLs only, and like an object store it refuses a request that carries Authorization."""
 
+    host = "cdn"
+
     def route(self) -> None:
         if "Authorization" in self.headers:
-            raise Refused(400, "", "Only one auth mechanism allowed")
-        hub: Hub = self.server.hub  # type: ignore[attr-defined]
-        file, until = hub.tickets.get(parse_qs(urlsplit(self.path).query).get("X-Amz-Signature", [""])[0], (None, 0.0))
+            raise Refused(400, "Only one auth mechanism allowed")
+        file, until = self.hub.tickets.get(parse_qs(urlsplit(self.path).query).get("X-Amz-Signature", [""])[0], (None, 0.0))
         if file is None or time.monotonic() > until:
-            raise Refused(403, "", "Request has expired")
+            raise Refused(403, "Request has expired")
         self.send_file(file, {"ETag": '"not-the-content-hash-12"'})
 
 
@@ -382,9 +309,9 @@ def main() -> None:
     options.add_argument("--streams", type=int, default=0, help="bodies sent at once")
     options.add_argument("--busy", type=int, default=0, help="answer every n-th request for a file with 429 and Retry-After")
     chosen = options.parse_args()
-    hub, cdn = Hub(chosen.port, Handler, chosen), Hub(0, Cdn, chosen)
-    hub.cdn_port, cdn.hub = cdn.server_port, hub  # type: ignore[attr-defined]
-    cdn.streams, cdn.log_lock, cdn.pace_lock = hub.streams, hub.log_lock, hub.pace_lock
+    shared = Hub(chosen)
+    hub, cdn = Server(chosen.port, Handler, shared), Server(0, Cdn, shared)
+    shared.cdn_port = cdn.server_port
     threading.Thread(target=cdn.serve_forever, daemon=True).start()
     print(f"listening on http://127.0.0.1:{hub.server_port} cdn http://127.0.0.1:{cdn.server_port}", flush=True)
     try:

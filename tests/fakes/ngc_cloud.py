@@ -31,52 +31,31 @@ import ssl
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote
+
+from web_host import SLICE, Host, Refused, Server, Shared
 
 DATE = "2026-01-01T00:00:00.000Z"
-SLICE = 256 * 1024
 INDEX = "application/vnd.oci.image.index.v1+json"
 CODES = {400: "INVALID_REQUEST", 401: "UNAUTHORIZED", 402: "PAYMENT_REQUIRED", 403: "FORBIDDEN", 404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED",
          412: "INVALID_REQUEST", 416: "INVALID_REQUEST", 429: "TOO_MANY_REQUESTS", 451: "FORBIDDEN", 503: "SERVICE_UNAVAILABLE"}  # fmt: skip
 
 
-class Refused(Exception):
-    """An answer other than success."""
-
-    def __init__(self, status: int, words: str, code: str = "", **headers: str) -> None:
-        super().__init__(words)
-        self.status, self.words, self.code = status, words, code or CODES.get(status, "UNKNOWN")
-        self.headers = {k.replace("_", "-"): v for k, v in headers.items()}
-
-
-class Cloud:
-    """What the four hosts share: the folder, tokens, signed URLs and the log."""
+class Cloud(Shared):
+    """What the four hosts share: the folder, tokens and signed URLs."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options.log, options.throttle)
         self.options, self.root = options, Path(options.root)
         self.tokens: dict[str, tuple[str, float]] = {}
         self.tickets: dict[str, tuple[Path, float, dict]] = {}
-        self.lock, self.due = threading.Lock(), time.monotonic()
         self.places: dict[str, str] = {}
         self.calmed: set[Path] = set()
         self.hashes: dict[tuple[str, int, int], str] = {}
 
     def told(self) -> dict:
         return json.loads((self.root / "cloud.json").read_text())
-
-    def note(self, entry: dict) -> None:
-        if self.options.log:
-            with self.lock, open(self.options.log, "a") as out:
-                out.write(json.dumps(entry) + "\n")
-
-    def pace(self, count: int) -> None:
-        if self.options.throttle:
-            with self.lock:
-                self.due = max(self.due, time.monotonic()) + count / self.options.throttle
-                wait = self.due - time.monotonic()
-            time.sleep(max(0.0, wait))
 
     def sha256(self, file: Path) -> str:
         stat = file.stat()
@@ -98,70 +77,23 @@ class Cloud:
         return word
 
 
-class Host(BaseHTTPRequestHandler):
-    """One of the hosts: reading, answering and logging."""
+class Ngc(Host):
+    """One of the hosts; a refusal has NGC's envelope."""
 
-    protocol_version = "HTTP/1.1"
-    cloud: Cloud
-    host = ""
-    sent, status = 0, 0
+    do_PUT = Host.answer
 
-    def log_message(self, *args: object) -> None:
-        """The log file is written at the end of each request instead."""
-
-    def answer(self) -> None:
-        self.sent = self.status = 0
-        url = urlsplit(self.path)
-        self.parts = [unquote(p) for p in url.path.split("/") if p]
-        self.query = parse_qs(url.query, keep_blank_values=True)
-        try:
-            self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            try:
-                self.route()
-            except Refused as refused:
-                self.refuse(refused)
-        except (ConnectionError, TimeoutError, ssl.SSLError):
-            self.close_connection = True
-        finally:
-            given = self.headers.get("Authorization", "")
-            entry = {
-                "host": self.host,
-                "method": self.command,
-                "path": unquote(url.path),
-                "query": url.query,
-                "status": self.status,
-                "sent": self.sent,
-            }
-            self.cloud.note(
-                entry | {"authorization": given.partition(" ")[0], "range": self.headers.get("Range"), "guest": "X-NGC-Guest-Token" in self.headers}
-            )
-
-    do_GET = do_HEAD = do_POST = do_PUT = answer
-
-    def route(self) -> None:
-        raise Refused(404, "no such route")
+    @property
+    def cloud(self) -> Cloud:
+        assert isinstance(self.server.shared, Cloud)
+        return self.server.shared
 
     def refuse(self, refused: Refused) -> None:
-        status = {"statusCode": refused.code, "statusDescription": refused.words, "requestId": secrets.token_hex(8), "serverId": "fake"}
+        code = refused.code or CODES.get(refused.status, "UNKNOWN")
+        status = {"statusCode": code, "statusDescription": refused.words, "requestId": secrets.token_hex(8), "serverId": "fake"}
         self.reply(refused.status, json.dumps({"requestStatus": status}).encode(), refused.headers)
 
-    def start(self, status: int, length: int | None, headers: dict[str, str]) -> None:
-        self.status = status
-        self.send_response(status)
-        for key, value in ({"Content-Type": "application/json"} | headers).items():
-            self.send_header(key, value)
-        if length is None:
-            self.send_header("Connection", "close")
-            self.close_connection = True
-        else:
-            self.send_header("Content-Length", str(length))
-        self.end_headers()
-
-    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.start(status, len(body), headers or {})
-        if self.command != "HEAD":
-            self.wfile.write(body)
-            self.sent += len(body)
+    def noted(self) -> dict:
+        return {"authorization": self.headers.get("Authorization", "").partition(" ")[0], "guest": "X-NGC-Guest-Token" in self.headers}
 
     def say(self, **doc: object) -> None:
         self.reply(
@@ -187,11 +119,7 @@ class Host(BaseHTTPRequestHandler):
         end = min(hi, lo + flaws["cut"]) if "cut" in flaws else hi
         with file.open("rb") as source:
             source.seek(lo)
-            while self.sent < end - lo or flaws.get("endless"):
-                block = source.read(min(SLICE, end - lo - self.sent)) if self.sent < end - lo else bytes(SLICE)
-                self.cloud.pace(len(block))
-                self.wfile.write(block)
-                self.sent += len(block)
+            self.pour(source, end - lo, bool(flaws.get("endless")))
         self.close_connection = self.close_connection or end < hi
         return None
 
@@ -205,7 +133,7 @@ class Host(BaseHTTPRequestHandler):
         return key if kind == "Basic" and user == "$oauthtoken" else ""
 
 
-class Authn(Host):
+class Authn(Ngc):
     """The token service of legacy keys."""
 
     host = "authn"
@@ -222,7 +150,7 @@ class Authn(Host):
         self.reply(200, json.dumps({"token": self.cloud.token(self.basic()), "expires_in": int(self.cloud.options.token_life)}).encode())
 
 
-class Files(Host):
+class Files(Ngc):
     """The second host: signed URLs only, and like an object store it refuses a request that carries Authorization."""
 
     host = "files"
@@ -243,7 +171,7 @@ class Files(Host):
         return self.send_file(file, flaws)
 
 
-class Api(Host):
+class Api(Ngc):
     """NGC's API."""
 
     host = "api"
@@ -512,7 +440,7 @@ class Api(Host):
         raise Refused(404, "no such route")
 
 
-class Nvcr(Host):
+class Nvcr(Ngc):
     """nvcr.io: its challenge names neither service nor scope and its body is HTML; an expired token is sent to another realm, which is of no use."""
 
     host = "nvcr"
@@ -592,14 +520,6 @@ def pages(total: int, size: int, index: int) -> dict:
     return {"index": index, "size": size, "totalPages": max(1, -(-total // size)), "totalResults": total}
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hung up is not worth a traceback."""
-
-
 def main() -> None:
     """Starts the four hosts, prints where they are as one JSON line, and serves until it is killed."""
     options = argparse.ArgumentParser(description="a stand-in NGC")
@@ -612,7 +532,7 @@ def main() -> None:
     options.add_argument("--throttle", type=int, default=0, help="bytes a second, all connections together")
     cloud = Cloud(options.parse_args())
     for host in (Api, Authn, Files, Nvcr):
-        server = Server(("127.0.0.1", 0), type(host.__name__, (host,), {"cloud": cloud}))
+        server = Server(0, host, cloud)
         if cloud.options.cert:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(cloud.options.cert, cloud.options.cert_key)
