@@ -96,7 +96,7 @@ class HubDoor:
         if word in ("", "revision"):
             await self._info(x, at, names, ref if word else x.param("revision", "main"))
         elif word == "tree":
-            await self._list(x, at, names, rest[0], "/".join(rest[1:]).strip("/"))
+            await self._list(x, names, rest)
         elif word == "paths-info":
             await self._paths(x, names, ref)
         elif word == "refs":
@@ -142,7 +142,7 @@ class HubDoor:
         items = page["items"] if isinstance(page["items"], list) else []
         shown = [(str(i["display"]).removeprefix("hf/"), i) for i in items if i["kind"] == "model"]
         found = [(i, n) for i, n in shown if search in i.casefold() and author in ("", i.split("/")[0].casefold())]
-        headers = {"link": f'<{self._next(x, limit, page["after"])}>; rel="next"'} if page["after"] else {}
+        headers = {"link": f'<{self._next(x, x.raw_parts, limit, page["after"])}>; rel="next"'} if page["after"] else {}
         same = {"tags": [], "downloads": 0, "likes": 0}
         listed = [{"_id": "0", "id": i, "modelId": i, "private": n["visibility"] != "public", **same} for i, n in found]
         await x.json(200, listed, headers)
@@ -175,7 +175,8 @@ class HubDoor:
         found = await x.call(work, ask=_ask(names, ref))
         await x.json(200, found, _warning(x))
 
-    async def _list(self, x: Exchange, at: hub.Place, names: Sequence[str], ref: str, prefix: str) -> None:
+    async def _list(self, x: Exchange, names: Sequence[str], rest: Sequence[str]) -> None:
+        ref, prefix = rest[0], "/".join(rest[1:]).strip("/")
         recursive, expand = (x.param(word).lower() in ("true", "1") for word in ("recursive", "expand"))
         limit, start = max(1, x.number("limit", _PAGE, _PAGE)), x.number("cursor", 0, 10**9)
         revision, files = await x.call(lambda call: self._files(x, call, names, ref), ask=_ask(names, ref))
@@ -183,16 +184,17 @@ class HubDoor:
         if prefix and not nodes:
             raise errors.NotFound(f"no folder {prefix[:200]!r} in this revision", reason="entry", commit=revision.commit)
         headers = {"x-repo-commit": revision.commit}
-        if start + limit < len(nodes):
-            headers["link"] = f'<{self._next(x, limit, start + limit)}>; rel="next"'
+        if start + limit < len(nodes):  # of the same commit, wherever the branch is by then
+            here = [*x.raw_parts[: -len(rest)], revision.commit, *rest[1:]]
+            headers["link"] = f'<{self._next(x, here, limit, start + limit)}>; rel="next"'
         page = nodes[start : start + limit]
         await x.json(200, hub.expanded(page, revision) if expand else page, headers)
 
     @staticmethod
-    def _next(x: Exchange, limit: int, cursor: object) -> str:
-        """The absolute URL of the next page, on the base by which the client knows us."""
+    def _next(x: Exchange, parts: Sequence[str], limit: int, cursor: object) -> str:
+        """The absolute URL of the next page, by its decoded path segments, on the base by which the client knows us."""
         keep = [(k, v) for k, v in x.query if k not in ("cursor", "limit")]
-        return f"{x.base_url}{quote(x.path)}?{urlencode([*keep, ('limit', limit), ('cursor', str(cursor))])}"
+        return f"{x.base_url}{'/'.join(quote(part, safe='') for part in parts)}?{urlencode([*keep, ('limit', limit), ('cursor', str(cursor))])}"
 
     async def _paths(self, x: Exchange, names: Sequence[str], ref: str) -> None:
         await x.call(lambda call: self._find(x, call, names, ref), ask=_ask(names, ref))  # no body is read for who may not see the revision

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import socket
-from urllib.parse import urlencode
+from pathlib import Path
+from urllib.parse import urlencode, urlsplit
 
 import pytest
 
@@ -15,7 +16,9 @@ from artifact.errors import Invalid
 from artifact.manifest import COMMIT, FACTS_TYPE, SOURCE, build_model, canonical_json, digest_of, hub_name
 from artifact.store import Descriptor, File
 from mirror import plan
-from tests.contracts.doors import MANIFEST, Door
+from tests.contracts.doors import MANIFEST, Answer, Door, new_site, serving
+from tests.contracts.stores import s3_url
+from tests.services import rgw
 
 pytestmark = pytest.mark.server
 COMMIT_ID = "0123456789abcdef0123456789abcdef01234567"
@@ -95,14 +98,83 @@ def test_tree(door: Door, model: str) -> None:
     assert (missing.status, missing.headers["x-error-code"], missing.headers["x-repo-commit"]) == (404, "EntryNotFound", COMMIT_ID)
 
 
-def test_tree_by_pages(door: Door, model: str) -> None:
-    url, seen = f"/api/models/{model}/tree/main?recursive=true&limit=3", []
+def pages(door: Door, url: str, prefix: str = "") -> list[str]:
+    """The paths on all pages of a listing, each under the endpoint that the first was asked at."""
+    seen: list[str] = []
     while url:
         found = door.ask("GET", url)
+        assert found.status == 200, (url, found.body)
         seen += [n["path"] for n in found.json()]
-        link = re.match(rf'<{re.escape(door.url)}([^>]+)>; rel="next"$', found.headers.get("link", ""))
+        told = found.headers.get("link", "")
+        link = re.match(rf'<{re.escape(door.url)}({re.escape(prefix)}/api/[^>]+)>; rel="next"$', told)
+        assert link or not told, told
         url = link.group(1) if link else ""
+    return seen
+
+
+def test_tree_by_pages(door: Door, model: str) -> None:
+    seen = pages(door, f"/api/models/{model}/tree/main?recursive=true&limit=3")
     assert len(seen) == 7 and len(set(seen)) == 7
+
+
+PLACES = [("/acme", "acme/placed"), ("/acme", "placed"), ("/v1/hf", "acme/placed"), ("/v1/hf/acme", "acme/placed"), ("/v1/hf/acme", "placed")]
+
+
+@pytest.fixture(scope="module")
+def placed(door: Door) -> str:
+    """A model with a branch whose name has a slash and with names that need encoding."""
+    push(door, "acme/placed", {**FILES, "a b%25/\u00fc+.txt": b"1", "a b%25/z#?.txt": b"2"}, commit="b" * 40)
+    assert door.ask("POST", "/api/models/acme/placed/branch/dev%2Fx", "{}", Content_Type="application/json").status == 200
+    return "acme/placed"
+
+
+@pytest.mark.parametrize(("prefix", "repo_id"), PLACES)
+def test_an_endpoint_with_a_path_answers_as_the_root_does(door: Door, placed: str, prefix: str, repo_id: str) -> None:
+    def told(method: str, before: str, name: str, path: str, body: str | None, who: str) -> tuple[int, bytes, dict[str, str]]:
+        found: Answer = door.ask(method, f"{before}{path.format(name)}", body, who, **({"Content_Type": "application/json"} if body else {}))
+        return found.status, found.body, {k: v for k, v in found.headers.items() if k not in ("date", "x-request-id")}
+
+    base, paths = "/api/models/{}", json.dumps({"paths": ["config.json", "sub", "none"]})
+    asked: list[tuple[str, str, str | None]] = [("GET", base + path, None) for path in ("", "?blobs=true", "/auth-check", "/commits/dev%2Fx")]
+    asked += [("GET", base + path, None) for path in ("/refs", "/refs?include_prs=1", "/commits/main", f"/commits/{'b' * 40}", "/commits/none")]
+    asked += [("GET", base + path, None) for path in ("/tree/main", "/tree/dev%2Fx/sub", "/tree/main?recursive=true&expand=true", "/tree/main/none")]
+    asked += [("POST", base + f"/paths-info/{ref}", paths) for ref in ("main", "dev%2Fx", "none")]
+    files = ("main/config.json", "dev%2Fx/model.safetensors", f"{'b' * 40}/a%20b%2525/%C3%BC%2B.txt", "main/none.txt", "none/config.json")
+    asked += [(method, "/{}/resolve/" + path, None) for method in ("GET", "HEAD") for path in files]
+    statuses = set()
+    for method, path, body in asked:
+        for who in ("acme", "other"):
+            here = told(method, prefix, repo_id, path, body, who)
+            assert here == told(method, "", placed, path, body, who), (method, path, who)
+            statuses.add(here[0])
+    assert statuses == {200, 404}
+    sent = door.ask("GET", f"{prefix}/api/models/{repo_id}/xet-write-token/main")
+    assert sent.status == 307 and sent.headers["location"].startswith(f"{door.url}{prefix}/api/")
+
+
+@pytest.mark.parametrize(("prefix", "repo_id"), [("", "acme/placed"), *PLACES])
+@pytest.mark.parametrize("ref", ["main", "dev%2Fx", "refs%2Fheads%2Fdev%2Fx", "b" * 40])
+def test_the_next_page_is_below_the_same_endpoint(door: Door, placed: str, prefix: str, repo_id: str, ref: str) -> None:
+    url = f"{prefix}/api/models/{repo_id}/tree/{ref}"
+    whole = pages(door, f"{url}?recursive=true")
+    assert len(whole) == 10 and pages(door, f"{url}?recursive=true&limit=4", prefix) == whole
+    assert pages(door, f"{url}/a%20b%2525?limit=1&expand=true", prefix) == ["a b%25/z#?.txt", "a b%25/\u00fc+.txt"]
+    models = door.ask("GET", f"{prefix}/api/models?limit=1&search=plac").headers["link"]
+    assert models.startswith(f"<{door.url}{prefix}/api/models?search=plac&limit=1&cursor=")
+
+
+def test_the_store_is_where_every_endpoint_leads(tmp_path: Path) -> None:
+    env = {"AIRLOCK_BLOBS": s3_url(tmp_path, public=rgw.shared().http.replace("127.0.0.1", "localhost"))}
+    with serving(tmp_path / "data", new_site(tmp_path / "data", **env), **env) as door:
+        push(door, "acme/placed", FILES)
+        seen = set()
+        for prefix, repo_id in (("", "acme/placed"), *PLACES):
+            sent = door.ask("GET", f"{prefix}/{repo_id}/resolve/main/model.safetensors")
+            assert (sent.status, sent.headers["x-repo-commit"], sent.body) == (307, COMMIT_ID, b"")
+            seen.add((urlsplit(sent.headers["location"]).netloc, urlsplit(sent.headers["location"]).path, sent.headers["etag"]))
+            head = door.ask("HEAD", f"{prefix}/{repo_id}/resolve/main/model.safetensors")
+            assert head.status == 200 and head.headers["etag"] == sent.headers["etag"] and "location" not in head.headers
+        assert len(seen) == 1 and next(iter(seen))[0].startswith("localhost:")
 
 
 def test_paths_info(door: Door, model: str) -> None:
