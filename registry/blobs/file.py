@@ -58,9 +58,7 @@ class FileBlobs(BlobStore):
     def stat(self, location: str) -> int | None:
         """Size in bytes, None when absent."""
         try:
-            return self._path(location).stat().st_size
-        except FileNotFoundError:
-            return None
+            return _size(self._path(location))
         except OSError as error:
             raise _unavailable(error, "read", self._blobs) from error
 
@@ -94,12 +92,12 @@ class FileBlobs(BlobStore):
 
     def walk(self, after: str = "") -> Iterator[tuple[str, int]]:
         """Locations with sizes, in byte order, from behind `after`."""
-        for algorithm in sorted(p.name for p in self._blobs.iterdir()):
-            for shard in sorted(p.name for p in (self._blobs / algorithm).iterdir()):
+        for algorithm in ("sha256", "sha512"):  # a probe's file, or a file system's lost+found, may lie beside them
+            for shard in _names(self._blobs / algorithm):
                 if f"{algorithm}/{shard}/\U0010ffff" <= after:
                     continue
-                for path in sorted((self._blobs / algorithm / shard).iterdir()):
-                    location = f"{algorithm}/{shard}/{path.name}"
+                for name in _names(self._blobs / algorithm / shard):
+                    location = f"{algorithm}/{shard}/{name}"
                     if location > after and _LOCATION.match(location) and (size := self.stat(location)) is not None:  # None: deleted since
                         yield location, size
 
@@ -237,7 +235,7 @@ class FileWriter(BlobWriter):
         location = location_of(digest, generation)
         target = self._blobs / location
         try:
-            if target.exists() and target.stat().st_size == self.offset:
+            if _size(target) == self.offset:
                 self.discard()  # an existing object is a valid object: one digest, one copy
                 return location
             self._trim()
@@ -263,6 +261,21 @@ class FileWriter(BlobWriter):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def _names(folder: Path) -> list[str]:
+    """The names in a folder, sorted; none in what is no folder."""
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _open_locked(path: Path, create: bool) -> int:

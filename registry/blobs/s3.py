@@ -358,12 +358,17 @@ class S3Blobs(BlobStore):
         for item in self.multiparts(key):
             if item["Key"] == key:
                 self.abort(key, item["UploadId"])
-        for item in list(self.listing(f"partial/{upload_id}/hint+")):
-            hint = json.loads(self.get(item["Key"], 0, item["Size"]))
+        for hint in self._hints(list(self.listing(f"partial/{upload_id}/hint+"))):
             self.abort(hint["key"], hint["multipart"])
         if self.size_of(key) is not None and upload_id not in self.staged():
             self.ask("delete_object", key)
         self.erase(f"partial/{upload_id}/")
+
+    def _hints(self, found: list[dict[str, Any]]) -> Iterator[dict[str, str]]:
+        """What the notes of a listing say; one that is gone since is of an upload that has ended."""
+        for item in found:
+            with suppress(NotFound):
+                yield json.loads(self.get(item["Key"], 0, item["Size"]))
 
     def sweep(self, keep: Collection[str], older_than: float) -> int:
         """Removes what uploads left behind before `older_than` (seconds since 1970), but for those in `keep`; returns how many things went."""
@@ -373,7 +378,7 @@ class S3Blobs(BlobStore):
             return [i["Key"] for i in found if i["LastModified"].timestamp() < older_than and _owner(i["Key"]) not in keep]
 
         hints = [i for i in self.listing("partial/") if "/hint+" in i["Key"] and _owner(i["Key"]) in keep]
-        kept = {json.loads(self.get(i["Key"], 0, i["Size"]))["multipart"] for i in hints}
+        kept = {hint["multipart"] for hint in self._hints(hints)}
         gone = 0
         for item in [i for folder in ("uploads/", "blobs/", "probe/") for i in self.multiparts(folder)]:
             if item["Initiated"].timestamp() < older_than and item["UploadId"] not in kept and _owner(item["Key"]) not in keep:

@@ -259,10 +259,10 @@ def test_a_walk_passes_over_what_goes_meanwhile(store: BlobStore) -> None:
 
 
 class Ending:
-    """Uploads that are kept: none; each is at its end, published or discarded, in the moment between being found and being judged."""
+    """Uploads that are kept (or none of them); each is at its end, published or discarded, in the moment between being found and being judged."""
 
-    def __init__(self, writers: dict[str, BlobWriter], raw: bytes) -> None:
-        self.writers, self.raw = writers, raw
+    def __init__(self, writers: dict[str, BlobWriter], raw: bytes, kept: bool = False) -> None:
+        self.writers, self.raw, self.kept = writers, raw, kept
 
     def __contains__(self, upload_id: object) -> bool:
         writer = self.writers.pop(str(upload_id), None)
@@ -270,7 +270,7 @@ class Ending:
             writer.publish(digest_of(self.raw), len(self.writers))
         elif writer is not None:
             writer.discard()
-        return False
+        return self.kept
 
     def __iter__(self) -> Iterator[str]:
         return iter(())
@@ -290,6 +290,17 @@ def test_a_sweep_passes_over_uploads_that_end_meanwhile(store: BlobStore) -> Non
     assert len(list(store.walk())) == 2 and store.sweep((), time.time() + 60) == 0
     for place, size in store.walk():
         assert size == 1000 and whole(store.open(place)) == raw
+
+
+def test_a_sweep_passes_over_kept_uploads_that_end_meanwhile(store: BlobStore) -> None:
+    """Each was announced by its digest and has sent parts: on S3 a note tells whose they are, and goes with the upload."""
+    raws = [os.urandom(SEVERAL_PARTS) for _ in range(2)]
+    writers: dict[str, BlobWriter] = {}
+    for i, raw in enumerate(raws):
+        writers[f"upload-000{i}"] = store.writer(f"upload-000{i}", digest_of(raw))
+        writers[f"upload-000{i}"].write(raw)
+    assert store.sweep(Ending(writers, raws[0], kept=True), time.time() + 60) == 0 and not writers
+    assert {store.digest_of(place) for place, _ in store.walk()} == {digest_of(raws[0])}
 
 
 @pytest.mark.parametrize("size", [1000, SEVERAL_PARTS])
