@@ -15,8 +15,11 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+
+from tests.fakes import nvml as stand_in
 
 ROOT = Path(__file__).resolve().parent.parent
 AIRLOCK = Path(sys.executable).parent / "airlock"
@@ -24,11 +27,17 @@ ENGINE = ROOT / "build" / "engines" / "vllm"
 READY_S = 60
 
 
-def missing(what: str) -> None:
+def missing(what: str) -> NoReturn:
     """Skips for an absent component on a developer's machine; fails under CI, where everything must be there."""
     if os.environ.get("CI"):
         pytest.fail(f"{what} is missing, and CI is set")
-    pytest.skip(f"{what} is missing; do: make system engine")
+    pytest.skip(f"{what} is missing; do: make system-full engine, and test as root")
+
+
+def need_root() -> None:
+    """Skips, or fails under CI, where the tests may neither mount nor become another user."""
+    if os.geteuid() != 0:
+        missing("root")
 
 
 def airlock(*argv: str, check: bool = True, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
@@ -185,6 +194,12 @@ def tool() -> Callable[[str], str]:
         found = shutil.which(name) or shutil.which(name, path=str(AIRLOCK.parent))
         if not found:
             missing(name)
-        return str(found)
+        return found
 
     return find
+
+
+@pytest.fixture(scope="session")
+def nvml(tool: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the stand-in libnvidia-ml.so.1, which a C compiler builds here."""
+    return stand_in.build(tool("cc"), tmp_path_factory.mktemp("nvml"))

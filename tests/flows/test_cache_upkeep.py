@@ -23,7 +23,7 @@ from artifact.errors import Unavailable
 from artifact.manifest import digest_of
 from artifact.store import File
 from runtime import upkeep
-from tests.conftest import ROOT
+from tests.conftest import ROOT, need_root
 from tests.flows.test_runtime_cache import KEY, Node, blobs_asked, node  # noqa: F401 - the fixture
 
 pytestmark = pytest.mark.server
@@ -285,8 +285,7 @@ def test_offline_with_a_key_and_complete_files_no_connection_is_opened(node: Nod
 
 
 def test_a_warm_start_works_in_a_network_namespace_without_an_interface(node: Node) -> None:  # noqa: F811
-    if os.geteuid() != 0:
-        pytest.fail("no root in CI") if os.environ.get("CI") else pytest.skip("a network namespace needs root")
+    need_root()
     assert node.run("serve").returncode == 36
     argv = ["unshare", "-n", *node.command("serve")]
     env = node.env | {"AIRLOCK_OFFLINE": "1", "AIRLOCK_HOST": "0.0.0.0", "AIRLOCK_REGISTRY": "https://registry.site"}

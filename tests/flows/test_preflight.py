@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, missing, need_root
 from tests.flows.test_runtime_cache import SEED_LINE, Node, node  # noqa: F401 - the fixture
 
 pytestmark = pytest.mark.server
@@ -28,9 +28,8 @@ def report(done: subprocess.CompletedProcess[str]) -> LINES:
 
 
 def inside(node: Node, script: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:  # noqa: F811
-    """Runs the command in a mount namespace of its own, behind what `script` mounts there; CI has root, elsewhere there is nothing to mount with."""
-    if os.geteuid() != 0:
-        pytest.fail("no root in CI") if os.environ.get("CI") else pytest.skip("mounts need root")
+    """Runs the command in a mount namespace of its own, behind what `script` mounts there."""
+    need_root()
     line = f"set -e\n{script}\nexec {shlex.join(argv)}"
     command = ["unshare", "-m", "--propagation", "private", "sh", "-c", line]
     return subprocess.run(command, env=node.env | env, capture_output=True, text=True, timeout=120, cwd=ROOT)
@@ -82,8 +81,7 @@ def test_the_registry_away_counts_only_where_the_cache_lacks_something(node: Nod
 @pytest.fixture
 def open_cache() -> Iterator[Path]:
     """A directory of root's that any user reaches; below pytest's own no other user gets, and each new run closes that again."""
-    if os.geteuid() != 0:
-        pytest.fail("no root in CI") if os.environ.get("CI") else pytest.skip("becoming another user needs root")
+    need_root()
     folder = Path(tempfile.mkdtemp(prefix="airlock-cache-", dir="/var/tmp"))
     folder.chmod(0o755)
     yield folder
@@ -99,8 +97,9 @@ def test_a_cache_of_another_user_is_told_with_the_chown(node: Node, open_cache: 
     alone = subprocess.run(
         node.command("preflight", "--no-registry"), env=node.env, capture_output=True, text=True, user=1000, group=1000, timeout=60, cwd=ROOT
     )
-    if "No module named" not in alone.stderr and "Permission denied" not in alone.stderr:  # where uid 1000 can run this environment
-        assert alone.returncode == 38 and "serving as 1000:1000" in alone.stdout, alone
+    if "No module named" in alone.stderr or "Permission denied" in alone.stderr:
+        missing("an environment of Python that uid 1000 can run")
+    assert alone.returncode == 38 and "serving as 1000:1000" in alone.stdout, alone
     os.chown(open_cache, 1000, 1000)
     good = node.run("preflight", "--as", "1000:1000")
     assert good.returncode == 0, good.stdout
@@ -146,7 +145,7 @@ mkdir -p {stage}/root/opt/nim/.cache {stage}/root/opt/nim/cache"""
     enter = ["chroot", f"{stage}/root", "env", "-C", str(ROOT), "-u", "NIM_CACHE_PATH"]
     refused = inside(node, top, *enter, *node.command("serve"))
     if refused.returncode == 99:
-        pytest.skip("this kernel mounts no overlay over its root")
+        missing("a kernel that mounts an overlay over this root")
     assert refused.returncode == 38 and "/opt/nim/.cache is no volume but the container's own layer (overlay)" in refused.stderr, refused.stderr
     assert "-v /opt/nim-cache:/opt/nim/.cache" in refused.stderr
     meant = inside(node, top, *enter, "AIRLOCK_EPHEMERAL_CACHE=1", *node.command("serve"))
@@ -191,8 +190,9 @@ sys.exit(done.returncode)
 @pytest.mark.slow
 @pytest.mark.parametrize("word", ["preflight", "serve", "check-cache-env"])
 def test_a_file_system_that_never_answers_is_named(node: Node, word: str) -> None:  # noqa: F811
-    if os.geteuid() != 0 or not Path("/dev/fuse").exists():
-        pytest.fail("no root in CI") if os.environ.get("CI") and os.geteuid() else pytest.skip("a mount needs root and /dev/fuse")
+    need_root()
+    if not Path("/dev/fuse").exists():
+        missing("/dev/fuse")
     node.cache.mkdir(parents=True)
     argv = ["unshare", "-m", sys.executable, "-c", HANG, str(node.cache), *node.command(word)]
     done = subprocess.run(argv, env=node.env, capture_output=True, text=True, timeout=60, check=False)

@@ -25,7 +25,7 @@ from artifact.manifest import EMPTY_BYTES, EMPTY_DIGEST, FACTS_TYPE, MANIFEST, P
 from artifact.profile import Pin
 from artifact.store import Descriptor, File
 from runtime import weights
-from tests.fakes.nvml import build
+from tests.conftest import need_root
 from tests.fakes.site import Site
 
 pytestmark = pytest.mark.server
@@ -246,8 +246,7 @@ def test_what_is_no_file_at_a_blobs_path_is_told_before_anything_is_fetched(node
 
 def as_user(work: Callable[[], str]) -> str:
     """What `work` says as uid 1000."""
-    if os.geteuid() != 0:
-        pytest.fail("no root in CI") if os.environ.get("CI") else pytest.skip("another user needs root")
+    need_root()
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -426,16 +425,13 @@ def test_list_model_profiles_as_json(node: Node) -> None:
     assert doc["incompatible"][0]["reason"].startswith("it needs 2 GPU(s)")
 
 
-def test_one_h100_changes_the_explained_choice_and_a_broken_driver_ends_it(node: Node, tmp_path: Path) -> None:
+def test_one_h100_changes_the_explained_choice_and_a_broken_driver_ends_it(node: Node, nvml: Path, tmp_path: Path) -> None:
     node.profiles.append({"tags": {"llm_engine": "vllm", "precision": "fp8", "tp": "1", "gpu": "H100"}})
     node.files["config.json"] = b'{"model_type":"llama","quantization_config":{"quant_method":"fp8"}}'
     node.publish()
-    library = build(tmp_path)
-    if library is None:
-        pytest.fail("no C compiler for the NVML stand-in") if os.environ.get("CI") else pytest.skip("no C compiler")
     config = tmp_path / "gpus.cfg"
     config.write_text("gpu\ntotal=85520809984\nfree=84900000000\ndevice_id=0x233010DE\nmig=0\n")
-    env = {"LD_LIBRARY_PATH": str(library), "FAKE_NVML_CONFIG": str(config)}
+    env = {"LD_LIBRARY_PATH": str(nvml), "FAKE_NVML_CONFIG": str(config)}
     started = node.run("serve", **env)
     assert started.returncode == 36, started.stderr
     assert "(vllm-h100-fp8-tp1): expected: the only compatible profile of 3; on GPU 0 (1x NVIDIA H100 80GB HBM3)" in started.stderr

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, need_root
 from tests.flows.test_runtime_cache import Node, node
 
 __all__ = ["node"]
@@ -82,8 +82,7 @@ def test_without_any_engine_the_start_is_refused_with_each_reason_and_weights_ca
 @pytest.fixture
 def of_1000(node: Node) -> Iterator[Node]:
     """The node's files where uid 1000 reads them: below pytest's own no other user gets."""
-    if os.geteuid() != 0:
-        pytest.fail("no root in CI") if os.environ.get("CI") else pytest.skip("becoming another user needs root")
+    need_root()
     folder = Path(tempfile.mkdtemp(prefix="airlock-node-", dir="/var/tmp"))
     shutil.copytree(node.folder, folder, dirs_exist_ok=True)
     for path in (folder, *folder.rglob("*")):

@@ -8,11 +8,10 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from artifact.manifest import INDEX, MANIFEST, parse_manifest
 from artifact.push import push_blob
 from artifact.remote import RemoteRegistry
 from tests.fakes.blobhost import BlobHost
+from tests.fakes.registry import registry
 
 SMALL = 1_000_000
 
@@ -354,32 +354,10 @@ def test_model_push_help_and_mistakes(host: BlobHost, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def debian_registry(tmp_path: Path) -> Iterator[str]:
-    program = shutil.which("docker-registry")
-    if not program:
-        if os.environ.get("CI"):
-            pytest.fail("docker-registry is not installed (Debian package docker-registry)")
-        pytest.skip("docker-registry is not installed")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    config = tmp_path / "registry.yml"
-    config.write_text(
-        f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {tmp_path}/reg}}}}\nhttp: {{addr: 127.0.0.1:{port}}}\n"
-    )
-    with (tmp_path / "registry.log").open("wb") as log:
-        child = subprocess.Popen([program, "serve", str(config)], stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        child.terminate()
-        child.wait(10)
+def debian_registry(tool: Callable[[str], str], tmp_path: Path) -> Iterator[str]:
+    tool("docker-registry")
+    with registry(tmp_path / "registry") as running:
+        yield running.url
 
 
 @pytest.mark.server

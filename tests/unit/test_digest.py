@@ -12,8 +12,14 @@ import pytest
 
 from artifact import digest
 from artifact.errors import Invalid, Mismatch, Unsupported
+from tests.conftest import missing
 
-exporting = pytest.mark.skipif(not digest.can_export() and not os.environ.get("CI"), reason="this Python has no libcrypto with SHA256_* symbols")
+
+@pytest.fixture
+def exporting() -> None:
+    """For what carries a state on."""
+    if not digest.can_export():
+        missing("a libcrypto with SHA256_* symbols in this Python")
 
 
 @pytest.mark.parametrize("data", [b"", b"abc", b"x" * 63, b"x" * 64, b"x" * 65, os.urandom(100_003)])
@@ -26,7 +32,7 @@ def test_agrees_with_hashlib(data: bytes) -> None:
         assert hasher.offset == len(data)
 
 
-@exporting
+@pytest.mark.usefixtures("exporting")
 def test_continues_at_every_offset_of_two_blocks() -> None:
     data = os.urandom(500)
     for cut in range(200):
@@ -37,7 +43,7 @@ def test_continues_at_every_offset_of_two_blocks() -> None:
         assert second.hexdigest() == hashlib.sha256(data).hexdigest()
 
 
-@exporting
+@pytest.mark.usefixtures("exporting")
 def test_the_state_is_the_documented_one() -> None:
     hasher = digest.new()
     hasher.update(b"a" * 64 + b"rest")
@@ -48,7 +54,7 @@ def test_the_state_is_the_documented_one() -> None:
     assert digest.new().state()[:4].hex() == "6a09e667"
 
 
-@exporting
+@pytest.mark.usefixtures("exporting")
 def test_another_process_continues() -> None:
     hasher = digest.new()
     hasher.update(b"a" * 1000)
@@ -60,7 +66,7 @@ def test_another_process_continues() -> None:
     assert out.stdout.strip() == hashlib.sha256(b"a" * 1000 + b"b" * 77).hexdigest()
 
 
-@exporting
+@pytest.mark.usefixtures("exporting")
 @pytest.mark.parametrize("change", [lambda s: s[:39], lambda s: s + b"x", lambda s: s[:-1], lambda s: s[:32] + b"\xff" * 8 + s[40:]])
 def test_hostile_states_are_refused(change) -> None:  # type: ignore[no-untyped-def]
     hasher = digest.new()
@@ -69,7 +75,7 @@ def test_hostile_states_are_refused(change) -> None:  # type: ignore[no-untyped-
         digest.new(state=change(hasher.state()), offset=70)
 
 
-@exporting
+@pytest.mark.usefixtures("exporting")
 def test_a_state_of_another_offset_is_refused() -> None:
     hasher = digest.new()
     hasher.update(b"a" * 70)

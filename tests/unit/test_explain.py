@@ -20,7 +20,7 @@ from runtime import hosts
 from runtime.commands import explain
 from runtime.profiles import Selection, Wanted, select
 from tests.conftest import ROOT
-from tests.fakes.nvml import HOSTS, LATE, build, host
+from tests.fakes.nvml import HOSTS, LATE, host
 
 LISTS = sorted(p.stem for p in (ROOT / "tests/golden/profiles").glob("*.json"))
 RUN = "import sys; from runtime.commands.explain import main; sys.exit(main(sys.argv[1:]))"
@@ -72,19 +72,10 @@ def test_gb10_and_the_2_0_6_list() -> None:
     assert "nvfp4 runs weight-only here: hardware for it begins with compute capability 10.0, this GPU has 8.0" in a100["vllm-nvfp4-tp1"].notes
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the stand-in libnvidia-ml.so.1."""
-    folder = build(tmp_path_factory.mktemp("nvml"))
-    if folder is None:
-        pytest.fail("no C compiler for the NVML stand-in") if os.environ.get("CI") else pytest.skip("no C compiler")
-    return folder
-
-
-def run(library: Path, tmp_path: Path, config: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+def run(nvml: Path, tmp_path: Path, config: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
     """`explain` in a process of its own, on a host of the stand-in."""
     (tmp_path / "gpus.cfg").write_text(config)
-    env = {"PATH": os.environ["PATH"], "LD_LIBRARY_PATH": str(library), "FAKE_NVML_CONFIG": str(tmp_path / "gpus.cfg")} | env
+    env = {"PATH": os.environ["PATH"], "LD_LIBRARY_PATH": str(nvml), "FAKE_NVML_CONFIG": str(tmp_path / "gpus.cfg")} | env
     for engine in ("vllm", "tensorrt_llm", "sglang"):  # programs that are there, so that the hardware alone decides
         for program in ("vllm", "trtllm-serve", "python"):
             (tmp_path / engine / "bin").mkdir(parents=True, exist_ok=True)
@@ -97,9 +88,9 @@ def run(library: Path, tmp_path: Path, config: str, *argv: str, **env: str) -> s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in HOSTS if n != "gb10x1"])
-def test_a_detected_host_is_judged_as_the_described_one(library: Path, tmp_path: Path, name: str) -> None:
+def test_a_detected_host_is_judged_as_the_described_one(nvml: Path, tmp_path: Path, name: str) -> None:
     file = str(ROOT / "tests/golden/profiles/llama-3.1-70b.json")
-    done = run(library, tmp_path, HOSTS[name], "--profiles", file, "--json")
+    done = run(nvml, tmp_path, HOSTS[name], "--profiles", file, "--json")
     seen = json.loads(done.stdout)
     facts = hosts.named(name)
     told = json.loads(explain.as_json(select(profiles("llama-3.1-70b").profiles, facts), facts, "x"))
@@ -109,22 +100,22 @@ def test_a_detected_host_is_judged_as_the_described_one(library: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_the_worked_example_replayed(library: Path, tmp_path: Path) -> None:
+def test_the_worked_example_replayed(nvml: Path, tmp_path: Path) -> None:
     """8x H100 NVL, one of which answers late: the start fails naming it and never takes TP4; with TP8 pinned it waits and takes TP8."""
     argv = ("--profiles", str(ROOT / "tests/golden/profiles/llama-3.1-70b.json"), "--json")
-    late = run(library, tmp_path, LATE.format(ms=2500), *argv, AIRLOCK_GPU_DEADLINE_S="1")
+    late = run(nvml, tmp_path, LATE.format(ms=2500), *argv, AIRLOCK_GPU_DEADLINE_S="1")
     told = json.loads(late.stderr.splitlines()[-1])
     assert late.returncode == 34 and late.stdout == ""
     assert "nvmlDeviceGetMemoryInfo of GPU 7 (GPU-00000000-0000-0000-0000-000000000007, 00000000:17:00.0)" in told["what"]
     pin = "trtllm-h100_nvl-fp8-tp8-latency"
-    pinned = run(library, tmp_path, LATE.format(ms=2500), *argv, AIRLOCK_GPU_DEADLINE_S="1", NIM_MODEL_PROFILE=pin)
+    pinned = run(nvml, tmp_path, LATE.format(ms=2500), *argv, AIRLOCK_GPU_DEADLINE_S="1", NIM_MODEL_PROFILE=pin)
     assert pinned.returncode == 0 and "still waiting for nvmlDeviceGetMemoryInfo of GPU 7" in pinned.stderr
     out = json.loads(pinned.stdout)
     best = next(r for r in out["profiles"] if r["profile_id"] == out["selected"])
     assert out["standing"] == "pinned" and pin in best["names"] and len(best["gpus"]) == 8
-    seven = run(library, tmp_path, host(*["h100-nvl"] * 7), *argv, NIM_MODEL_PROFILE=pin)
+    seven = run(nvml, tmp_path, host(*["h100-nvl"] * 7), *argv, NIM_MODEL_PROFILE=pin)
     assert seven.returncode == 30 and json.loads(seven.stdout)["selected"] is None
-    expected = run(library, tmp_path, host(*["h100-nvl"] * 7), *argv, AIRLOCK_EXPECT_PROFILE=pin)
+    expected = run(nvml, tmp_path, host(*["h100-nvl"] * 7), *argv, AIRLOCK_EXPECT_PROFILE=pin)
     assert expected.returncode == 51 and "it needs 8 GPU(s) (tp x pp); 7 present" in expected.stderr
 
 

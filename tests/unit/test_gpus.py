@@ -17,7 +17,7 @@ import pytest
 from artifact.errors import Invalid
 from runtime import gpus, hosts, visible
 from runtime.node import Gpu
-from tests.fakes.nvml import BROKEN, HOSTS, LATE, build
+from tests.fakes.nvml import BROKEN, HOSTS, LATE
 
 TWO = """driver=550.163.01
 cuda=12040
@@ -47,15 +47,6 @@ except AirlockError as error:
 Node = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the stand-in libnvidia-ml.so.1."""
-    folder = build(tmp_path_factory.mktemp("nvml"))
-    if folder is None:
-        pytest.fail("no C compiler for the NVML stand-in") if os.environ.get("CI") else pytest.skip("no C compiler")
-    return folder
-
-
 def probe(env: dict[str, str], deadline: float = 20, patience: float = 0) -> dict[str, Any]:
     """What a fresh process detects: the loader reads LD_LIBRARY_PATH only when a process starts."""
     command = [sys.executable, "-c", PROBE, str(deadline), str(patience)]
@@ -64,14 +55,14 @@ def probe(env: dict[str, str], deadline: float = 20, patience: float = 0) -> dic
 
 
 @pytest.fixture
-def node(library: Path, tmp_path: Path) -> Node:
+def node(nvml: Path, tmp_path: Path) -> Node:
     """Detection on a node with the stand-in and a configuration (None: no file, as a driver that is not loaded)."""
 
     def detect(config: str | None, deadline: float = 20, patience: float = 0) -> dict[str, Any]:
         path = tmp_path / "gpus.cfg"
         if config is not None:
             path.write_text(config)
-        return probe({"LD_LIBRARY_PATH": str(library), "FAKE_NVML_CONFIG": str(path)}, deadline, patience)
+        return probe({"LD_LIBRARY_PATH": str(nvml), "FAKE_NVML_CONFIG": str(path)}, deadline, patience)
 
     return detect
 
@@ -105,9 +96,9 @@ os._exit(0)
 
 
 @pytest.mark.slow
-def test_a_driver_that_hangs_holds_no_connection_of_the_front(library: Path, tmp_path: Path) -> None:
+def test_a_driver_that_hangs_holds_no_connection_of_the_front(nvml: Path, tmp_path: Path) -> None:
     (tmp_path / "gpus.cfg").write_text(LATE.format(ms=8000))
-    env = {"LD_LIBRARY_PATH": str(library), "FAKE_NVML_CONFIG": str(tmp_path / "gpus.cfg")}
+    env = {"LD_LIBRARY_PATH": str(nvml), "FAKE_NVML_CONFIG": str(tmp_path / "gpus.cfg")}
     done = subprocess.run([sys.executable, "-c", HELD], env=env, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "b'' True", done.stderr
 
@@ -134,7 +125,7 @@ def test_a_failing_library_is_an_error_and_never_a_cpu_node(node: Node, config: 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("library")  # it needs a compiler too
+@pytest.mark.usefixtures("nvml")  # it needs a compiler too
 @pytest.mark.parametrize("kind", ["damaged", "incomplete", "unreadable"])
 def test_a_library_that_does_not_load_is_no_cpu_node(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "libnvidia-ml.so.1"
