@@ -23,7 +23,7 @@ import pytest
 import yaml
 from blake3 import blake3
 
-from tests.conftest import missing
+from tests.conftest import missing, need_root
 from tests.contracts.ngc import FILES, PLUS, fill, new_ngc_site, ngc_serving
 from tests.contracts.nim_images import PLACE, SHAPE1, Entry, nim_layers, push_image, tar
 from tests.flows.test_fake_ngc import contents
@@ -250,8 +250,8 @@ def test_the_tree_survives_a_copy_with_its_links(server: Operated, tmp_path: Pat
     assert served(start(tmp_path / "carried")) == wanted()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
 def test_owner_and_modes(server: Operated, tmp_path: Path) -> None:
+    need_root()
     cache = tmp_path / "cache"
     told = exported(server, cache, umask=0o077)
     assert told["owned"] and told["owner"] == "1000:2000"
@@ -266,8 +266,8 @@ def test_owner_and_modes(server: Operated, tmp_path: Path) -> None:
     assert exported(server, other, OTHER, "--owner", "0:0")["owner"] == "0:0" and other.stat().st_gid == 0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="owners are root's to give")
 def test_a_directory_of_others_keeps_its_owner_and_mode(server: Operated, tmp_path: Path) -> None:
+    need_root()
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o1777)
@@ -286,8 +286,8 @@ def test_a_commit_that_is_none_names_no_folder(server: Operated, tmp_path: Path)
     assert (repo / "snapshots" / "main" / "config.json").read_bytes() == b"{}"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another")
 def test_whoever_is_not_root_is_told_what_to_do(server: Operated, tmp_path: Path) -> None:
+    need_root()
     for parent in (tmp_path, *tmp_path.parents[:2]):
         parent.chmod(parent.stat().st_mode | 0o055)
     mine = tmp_path / "mine"
@@ -390,8 +390,8 @@ def test_kill_9_leaves_nothing_that_looks_whole_and_the_next_run_goes_on(server:
     assert served(start(cache)) == wanted() and not (cache / ".airlock-export").exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts")
 def test_no_room_is_told_before_anything_is_fetched(server: Operated, tmp_path: Path) -> None:
+    need_root()
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(small)], check=False, capture_output=True).returncode:
