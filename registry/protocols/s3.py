@@ -137,12 +137,12 @@ class S3Door:
             here = replace(call, redirect=False)
             name = x.guard.revisions.first(here, wanted.names)
             revision, file = x.guard.file(here, name, wanted.ref, wanted.path)
+            if "if-match" in x.headers and not _matches(x.headers["if-match"], file):
+                raise errors.Invalid("the object is another one now", expected=_etag(file), reason="precondition")
             unchanged = x.method == "HEAD" or _matches(x.headers.get("if-none-match", ""), file)
             return revision, file, None if unchanged else x.guard.read(here, name, file.digest)
 
         revision, file, content = await x.call(work, signed, _ask(wanted))
-        if "if-match" in x.headers and not _matches(x.headers["if-match"], file):
-            raise errors.Invalid("the object is another one now", expected=_etag(file), reason="precondition")
         headers = self._own(x, {"etag": _etag(file), "last-modified": formatdate(revision.at, usegmt=True), "accept-ranges": "bytes"})
         headers |= {"content-type": "application/octet-stream"}
         if _matches(x.headers.get("if-none-match", ""), file):
