@@ -88,12 +88,14 @@ def holding(path: Path) -> Iterator[None]:
 
 
 def in_use(held: Held, now: float) -> bool:
-    """Whether a process holds the model, on this host or, where the file system carries locks, on another."""
+    """Whether a process holds the model, on this host or, where the file system carries locks, on another; or used it since it was listed."""
     try:
         fd = os.open(held.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return False
     try:
+        if os.fstat(fd).st_mtime > held.used:  # by a start, which holds it once its engine is planned
+            return True
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -133,7 +135,10 @@ def evict(cache: Path, enough: Callable[[int], bool], *, dry: bool = False) -> E
         mine = held.sizes | {held.digest: disk.size(held.digest) or 0} if held.files else {}
         if not dry:
             aside = held.path.with_name(f".{held.path.name}.{os.getpid()}.old")
-            held.path.rename(aside)
+            try:
+                held.path.rename(aside)
+            except FileNotFoundError:  # another container evicted it, or a start builds it anew
+                continue
             shutil.rmtree(aside, ignore_errors=True)
         for digest in mine.keys() - needed:
             freed += disk.size(digest) or 0

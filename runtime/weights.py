@@ -147,17 +147,17 @@ def _noted(note: Path, repo: str, ref: str) -> tuple[str, str]:
 def _small(source: Source | None, disk: Disk, repo: str, digest: str, size: int) -> bytes:
     """A small blob by digest: from the cache, else from the registry, verified in both cases."""
     place.blob(disk, digest)
-    if disk.size(digest) is not None:
-        try:
-            return disk.read(digest, MAX_MANIFEST_BYTES)
-        except Mismatch:
-            if source is None:
-                raise
-            _drop(disk, digest)
-    if source is None:
-        raise NotFound(
-            f"{digest} of {repo} is not in the cache", expected="a cache that was filled completely", do="start while the registry answers"
-        )
+    try:
+        return disk.read(digest, MAX_MANIFEST_BYTES)
+    except NotFound as error:
+        if source is None:
+            raise NotFound(
+                f"{digest} of {repo} is not in the cache", expected="a cache that was filled completely", do="start while the registry answers"
+            ) from error
+    except Mismatch:
+        if source is None:
+            raise
+        _drop(disk, digest)
     if size > MAX_MANIFEST_BYTES:
         raise Invalid(f"{digest} of {repo} is too large", expected=f"at most {MAX_MANIFEST_BYTES} bytes")
     raw = bytearray()
@@ -275,7 +275,10 @@ def _present(disk: Disk, file: File, stamps: place.Stamps) -> str:
     if size == file.size and stamps.holds(file.digest, path):
         return "stamped"
     if size == file.size:
-        fd = disk.open(file.digest)
+        try:
+            fd = disk.open(file.digest)
+        except NotFound:  # another start on this cache found it damaged, or an eviction took it
+            return "absent"
         try:
             if hash_fd(fd, 0, size, file.digest.split(":", 1)[0]) == file.digest:
                 return "hashed"

@@ -82,7 +82,7 @@ def verify(cache: Path, args: argparse.Namespace) -> int:
     objects = list(disk.walk())
     names = {f.digest: f"{held.name}: {f.path}" for held in upkeep.models(cache) for f in held.files}
     progress = Progress(sum(count for _, count in objects), "verify", sys.stderr)
-    bad = [digest for digest, count in objects if upkeep.damaged(disk, digest, count, progress.add)]
+    bad = [digest for digest, count in objects if upkeep.damaged(disk, digest, count, progress.add) and disk.size(digest) is not None]  # not evicted
     progress.close()
     for digest in bad if args.repair else ():
         disk.delete(digest)

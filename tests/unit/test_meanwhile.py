@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from artifact.manifest import digest_of
+import pytest
+
+from artifact.disk import Disk
+from artifact.manifest import build_model, digest_of
+from artifact.store import Descriptor, File
 from registry.blobs.file import FileBlobs, location_of
+from runtime import cache as place
+from runtime import upkeep, weights
+from runtime.commands import cache as command
+
+AGES_AGO = 1_700_000_000
 
 
 def stored(blobs: FileBlobs, raw: bytes) -> str:
@@ -22,3 +37,67 @@ def test_a_walk_passes_over_what_is_no_folder_of_objects(tmp_path: Path) -> None
     (tmp_path / "blobs" / "lost+found").mkdir(mode=0o000)
     (tmp_path / "blobs" / "sha256" / "note").write_text("of the operator")
     assert list(blobs.walk()) == [(place, 3)] and place == location_of(digest_of(b"abc"))
+
+
+# ---- the runtime's cache, which several containers share
+
+
+def cached(cache: Path, name: str, raw: bytes, used: float) -> Path:
+    """A model in the cache, last used at that time: its directory."""
+    disk = Disk(cache)
+    file = File("model.safetensors", disk.put(raw), len(raw))
+    digest = disk.put(build_model([file], Descriptor("application/json", disk.put(b"{}"), 2), {}))
+    folder = cache / "models" / name / digest[7:19]
+    disk.link(file.digest, folder / file.path)
+    os.utime(folder, (used, used))
+    return folder
+
+
+def at_the_first(moment: Callable[[], object]) -> Callable[[int], bool]:
+    """What an eviction asks, once it has listed the models: never enough, and at the first time it happens."""
+    waiting = [moment]
+    return lambda freed: bool(waiting and waiting.pop()()) and False
+
+
+def test_two_evictions_at_one_time(tmp_path: Path) -> None:
+    old, new = cached(tmp_path, "acme/old", b"old" * 1000, AGES_AGO), cached(tmp_path, "acme/new", b"new" * 1000, AGES_AGO + 1)
+    done = upkeep.evict(tmp_path, at_the_first(lambda: shutil.rmtree(old)))
+    assert [name.partition("@")[0] for name in done.models] == ["acme/new"] and not done.busy
+    assert not new.exists() and list((tmp_path / "models" / "acme").rglob("*.safetensors")) == []
+
+
+def test_an_eviction_spares_a_model_that_a_start_used_since_it_was_listed(tmp_path: Path) -> None:
+    old, new = cached(tmp_path, "acme/old", b"old" * 1000, AGES_AGO), cached(tmp_path, "acme/new", b"new" * 1000, AGES_AGO + 1)
+    done = upkeep.evict(tmp_path, at_the_first(lambda: place.touch(old)))
+    assert [name.partition("@")[0] for name in done.busy] == ["acme/old"] and old.is_dir() and not new.exists()
+
+
+def test_what_was_evicted_since_it_was_listed_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cached(tmp_path, "acme/old", b"old" * 1000, AGES_AGO)
+
+    class Evicting(io.StringIO):
+        """The terminal, which is asked what it is when all objects are listed and none is read."""
+
+        def isatty(self) -> bool:
+            upkeep.evict(tmp_path, lambda freed: False)
+            return False
+
+    monkeypatch.setattr(sys, "stderr", Evicting())
+    assert command.verify(tmp_path, argparse.Namespace(json=False, repair=False)) == 0
+    assert "3 object(s) read, 0 damaged" in capsys.readouterr().out
+
+
+def test_a_file_that_another_start_found_damaged_is_fetched_again(tmp_path: Path) -> None:
+    disk, raw = Disk(tmp_path), b"abc" * 1000
+    digest = disk.put(raw)
+
+    class Dropping(place.Stamps):
+        """Asked between the look at a file's size and its opening."""
+
+        def holds(self, digest: str, path: Path) -> bool:
+            disk.delete(digest)
+            return super().holds(digest, path)
+
+    assert weights._present(disk, File("model.safetensors", digest, len(raw)), Dropping(tmp_path / "stamps")) == "absent"
