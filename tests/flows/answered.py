@@ -7,8 +7,10 @@ so only its verbs and subresources can be gaps. 405 and 501 are gaps at every do
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from registry.routes import route
@@ -74,3 +76,14 @@ def unanswered(lines: Iterable[Mapping[str, Any]]) -> list[str]:
         if line["status"] in NO_VERB or (line["status"] == 404 and not known):
             out.append(f"{line['method']} {line['path']} -> {line['status']}")
     return out
+
+
+def accessed(log: Path, door: str = "") -> list[dict[str, Any]]:
+    """The access lines of a server's log, or those of one listener beside the main one."""
+    lines = (json.loads(line) for line in log.read_text().splitlines() if line.startswith("{"))
+    return [line for line in lines if line.get("log") == "airlock.access" and (not door or line.get("door") == door)]
+
+
+def gaps(log: Path) -> list[str]:
+    """The requests that no route of ours took among all that a server's log has."""
+    return unanswered(accessed(log))

@@ -19,6 +19,7 @@ import yaml
 
 from tests.conftest import airlock
 from tests.contracts.ngc import FILES, fill, new_ngc_site, ngc_serving
+from tests.flows.answered import gaps
 from tests.flows.test_clients import layout
 from tests.operated import Operated, operated
 from tests.services.clients import client
@@ -68,6 +69,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Given]:
         done = found.run(*push, f"--dest-cert-dir={certs(found)}", f"oci:{folder}/layout:1", f"docker://{found.place}/{IMAGE}:1")
         assert done.returncode == 0, done.stderr
         yield found
+        assert gaps(server.log) == [], "a probe that no route took"
 
 
 def certs(given: Given) -> Path:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.conftest import airlock
+from tests.flows.answered import gaps
 from tests.flows.test_clients import layout
 from tests.flows.test_oci_clients import USER, Ran, find, run, short, start, stop, well
 from tests.flows.test_tls_clients import PLACE, Apart, apart
@@ -36,6 +37,7 @@ def digest(apart: Apart, short: Path) -> Iterator[str]:
         argv = [find("skopeo"), "--insecure-policy", "copy", "--preserve-digests", f"--dest-creds={USER}:{apart.door.keys['pusher']}"]
         well(apart.run(short, *argv, "--dest-tls-verify=false", f"oci:{short}/layout:1", f"docker://{PLACE}/{image}"))
     yield found
+    assert gaps(apart.door.log) == [], "a probe that no route took"
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.contracts.ngc import FILES, fill, new_ngc_site, ngc_serving
+from tests.flows.answered import accessed, gaps
 from tests.operated import Operated, operated
 
 pytestmark = pytest.mark.server
@@ -32,6 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
         door.push("acme/plain", "1", PLAIN)
     with operated(data, keys, AIRLOCK_TLS="self-signed", AIRLOCK_NGC="127.0.0.1:0") as found:
         yield found
+        assert gaps(found.log) == [], "a probe that no route took"
 
 
 def play(server: Operated, folder: Path, name: str, who: str = "acme", **env: str) -> tuple[int, str, list[str]]:
@@ -47,8 +48,7 @@ def play(server: Operated, folder: Path, name: str, who: str = "acme", **env: st
 
 def lines(server: Operated) -> list[str]:
     time.sleep(0.05)
-    found = [line for line in map(json.loads, server.log.read_text().splitlines()) if line["log"] == "airlock.access" and line.get("door") == "ngc"]
-    return [f"{line['method']} {'/dl' if line['path'].startswith('/dl/') else line['path']} {line['status']}" for line in found]
+    return [f"{line['method']} {'/dl' if line['path'].startswith('/dl/') else line['path']} {line['status']}" for line in accessed(server.log, "ngc")]
 
 
 def held(folder: Path) -> dict[str, bytes]:

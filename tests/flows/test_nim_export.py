@@ -26,6 +26,7 @@ from blake3 import blake3
 from tests.conftest import missing, need_root
 from tests.contracts.ngc import FILES, PLUS, fill, new_ngc_site, ngc_serving
 from tests.contracts.nim_images import PLACE, SHAPE1, Entry, nim_layers, push_image, tar
+from tests.flows.answered import gaps
 from tests.flows.test_fake_ngc import contents
 from tests.flows.test_ngc_flow import NIM as NIM_IMAGE
 from tests.flows.test_ngc_flow import imported, mirrored
@@ -112,6 +113,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
     places = {"AIRLOCK_NGC": "127.0.0.1:0", "AIRLOCK_S3": "127.0.0.1:0"}
     with operated(data, keys, AIRLOCK_TLS="self-signed", **places) as found:
         yield found
+        assert gaps(found.log) == [], "a probe that no route took"
 
 
 LABEL = "com.nvidia.nim.model_download_protocol"

@@ -24,6 +24,7 @@ import pytest
 from tests.conftest import missing
 from tests.contracts.doors import Door, new_site, serving, sha
 from tests.contracts.oci_client import Client
+from tests.flows.answered import accessed, gaps
 from tests.flows.test_memory import Peak
 
 pytestmark = [pytest.mark.server, pytest.mark.full, pytest.mark.timeout(900)]
@@ -47,6 +48,7 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
     data = tmp_path_factory.mktemp("images") / "data"
     with serving(data, new_site(data)) as found:
         yield found
+        assert gaps(found.log) == [], "a probe that no route took"
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +133,6 @@ def raw_of(door: Door, repo: str, ref: str, who: str = "acme") -> tuple[bytes, s
     return found.body, found.get("content-type")
 
 
-def requests(door: Door) -> list[dict[str, object]]:
-    return [e for e in map(json.loads, (ln for ln in door.log.read_text().splitlines() if ln.startswith("{"))) if e.get("log") == "airlock.access"]
-
-
 # ---- docker
 
 
@@ -165,12 +163,12 @@ def test_docker_pushes_pulls_and_runs(door: Door, docker: Callable[..., Ran]) ->
     name = f"{host(door)}/acme/docker/bb:1"
     assert "Login Succeeded" in well(docker("login", "-u", USER, "--password-stdin", host(door), given=door.keys["acme"], who="acme"))
     well(docker("tag", "bb:1", name))
-    seen = len(requests(door))
+    seen = len(accessed(door.log))
     pushed = well(docker("push", name, who="acme"))
     raw, media_type = raw_of(door, "acme/docker/bb", "1")
     found = re.search(r"digest: (sha256:[0-9a-f]{64})", pushed)
     assert found and found[1] == sha(raw) and media_type == "application/vnd.docker.distribution.manifest.v2+json"
-    log = requests(door)[seen:]
+    log = accessed(door.log)[seen:]
     puts = [e for e in log if e["method"] == "PUT"]
     assert puts and all(e["status"] == 201 for e in puts), puts
     for layer in json.loads(raw)["layers"]:  # row 22: docker looks for each layer right after it was stored

@@ -25,7 +25,7 @@ from botocore.exceptions import ClientError
 
 from tests.conftest import RegistryServer, airlock
 from tests.contracts.stores import s3_url
-from tests.flows.answered import unanswered
+from tests.flows.answered import accessed, unanswered
 from tests.flows.story import MODEL, Story, random_model
 from tests.flows.test_clients import contents
 from tests.flows.test_ngcsdk import Sdk, step
@@ -84,7 +84,7 @@ class Site:
 
     def lines(self) -> list[dict[str, Any]]:
         time.sleep(0.2)
-        return [line for line in self.server.lines() if line["log"] == "airlock.access"]
+        return accessed(self.server.log)
 
 
 def pull(site: Site, door: str, name: str, ref: str, out: Path, who: str = "") -> tuple[bool, str]:
