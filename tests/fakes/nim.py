@@ -61,8 +61,9 @@ class Answer:
         """The answer, where it is one; raises Failed with the words that users know."""
         if self.status in (200, 206):
             return self
-        words = {401: BAD_KEY, 402: f"HTTP status client error (402) for url ({self.url})", 403: FORBIDDEN}
-        raise Failed(f"{words.get(self.status, f'HTTP status client error ({self.status}) for url ({self.url})')} [{self.told()}]")
+        otherwise = f"HTTP status client error ({self.status} {http.client.responses.get(self.status, '')}) for url ({self.url})"
+        words = {401: BAD_KEY, 403: FORBIDDEN}.get(self.status, otherwise)
+        raise Failed(f"{words} [{self.told()}]")
 
 
 class Nim:

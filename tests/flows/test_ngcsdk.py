@@ -8,7 +8,6 @@ import re
 import ssl
 import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.contracts.doors import Door
-from tests.contracts.ngc import BUNDLE, FILES, fill, new_ngc_site, ngc_serving, push_image
-from tests.flows.answered import unanswered
+from tests.contracts.ngc import BUNDLE, FILES, MIRRORED, fill, new_ngc_site, ngc_serving, push_image
+from tests.flows.answered import accessed, unanswered
 from tests.operated import Operated, operated
 from tests.services.clients import client
 
@@ -57,7 +56,7 @@ class Sdk:
     def lines(self) -> list[dict[str, Any]]:
         """The access lines of the NGC listener so far."""
         time.sleep(0.05)
-        return [line for line in self.server.lines() if line["log"] == "airlock.access" and line.get("door") == "ngc"]
+        return accessed(self.server.log, "ngc")
 
     def requests(self) -> list[str]:
         """Method and path of the requests of the last run; of a ticket only that it is one."""
@@ -176,11 +175,10 @@ def test_refusals_as_the_user_reads_them(sdk: Sdk, tmp_path: Path) -> None:
     assert "could not be found" in out[6][1], out
 
 
-def terms(server: Operated, **body: str) -> None:
-    """Says under what terms the mirrored model may be read."""
-    request = urllib.request.Request(f"{server.url}/airlock/v1/terms", json.dumps({"name": "ngc/nim/meta/llama", **body}).encode())
-    request.add_header("Authorization", f"Bearer {server.keys['root']}")
-    urllib.request.urlopen(request, timeout=30, context=ssl.create_default_context(cafile=str(server.data / "tls" / "cert.pem"))).close()
+def terms(server: Operated, name: str = MIRRORED, **body: str) -> None:
+    """Says under what terms a model may be read."""
+    done = server.ask("POST", "/airlock/v1/terms", json.dumps({"name": name, **body}), "root")
+    assert done.status == 200, done.body
 
 
 def test_terms_and_blocks_as_the_user_reads_them(sdk: Sdk, tmp_path: Path) -> None:

@@ -11,15 +11,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 import pytest
 from blake3 import blake3
 
 from tests.conftest import airlock
 from tests.contracts.ngc import PLUS, fill, new_ngc_site, ngc_serving
-from tests.flows.answered import unanswered
+from tests.flows.answered import accessed, gaps
+from tests.flows.test_ngcsdk import terms
 from tests.operated import Operated, operated
 
 pytestmark = pytest.mark.server
@@ -50,7 +56,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
         door.push(PARAMS, "1", {"config.json": b'{"p":1}'})
     with operated(data, keys, AIRLOCK_TLS="self-signed", AIRLOCK_NGC="127.0.0.1:0", **S3) as found:
         yield found
-        assert unanswered(line for line in found.lines() if line["log"] == "airlock.access") == [], "a probe that no route took"
+        assert gaps(found.log) == [], "a probe that no route took"
 
 
 def place(server: Operated) -> str:
@@ -60,7 +66,7 @@ def place(server: Operated) -> str:
 
 def lines(server: Operated) -> list[dict[str, Any]]:
     time.sleep(0.05)
-    return [line for line in server.lines() if line["log"] == "airlock.access" and line.get("door") == "ngc"]
+    return accessed(server.log, "ngc")
 
 
 def start(server: Operated, folder: Path, who: str | None = "low", what: dict[str, Any] | None = None, **env: str) -> tuple[int, str, list[str]]:
@@ -140,7 +146,7 @@ def s3(server: Operated, style: str = "virtual") -> dict[str, str]:
 
 def asked_s3(server: Operated) -> list[dict[str, Any]]:
     time.sleep(0.1)
-    return [line for line in server.lines() if line["log"] == "airlock.access" and line.get("door") == "s3"]
+    return accessed(server.log, "s3")
 
 
 @pytest.mark.parametrize("style", ["path", "virtual"])
@@ -166,42 +172,80 @@ def test_the_s3_override_refuses_as_the_others(server: Operated, tmp_path: Path)
     assert status == 1 and "SignatureDoesNotMatch" in said
 
 
-def fallback(server: Operated, folder: Path, who: str) -> tuple[int, str, list[str]]:
-    """The container asks for a model whose listing answers 401, then by the two routes that it falls back to."""
-    return start(server, folder, who, PLAY_PAGED="1")
-
-
 def test_a_refused_key_gets_nothing_by_the_fallback_either(server: Operated, tmp_path: Path) -> None:
-    status, said, asked = fallback(server, tmp_path, "expired")
+    status, said, asked = start(server, tmp_path, "expired", PLAY_PAGED="1")
     assert status == 1 and "Authentication Error" in said and cached(tmp_path) == {}
     assert {a.rpartition(" ")[2] for a in asked} == {"401"} and any("checksums.blake3" in a for a in asked)
 
 
-def test_the_fallback_of_an_allowed_key(server: Operated, tmp_path: Path) -> None:
-    """The listing is kept from the client, as where a key's organisation is administered elsewhere; both fallback routes answer all the same."""
-    code = (
-        "import runpy, sys, urllib.parse as u\n"
-        "ns = runpy.run_path(sys.argv[1], run_name='fake')\n"
-        "real = ns['Nim'].fetch\n"
-        "def fetch(self, url, *a, **k):\n"
-        "    got = real(self, url, *a, **k)\n"
-        "    if u.urlsplit(url).path.endswith('/files'):\n"
-        "        got.status = 400\n"
-        "    return got\n"
-        "ns['Nim'].fetch = fetch\n"
-        "sys.argv = sys.argv[1:]\n"
-        "sys.exit(ns['main']())\n"
-    )
-    (tmp_path / "fallback.py").write_text(code)
-    (tmp_path / "m.json").write_text(json.dumps(manifest()))
-    given = {"NGC_API_ENDPOINT": place(server), "NIM_MODEL_PROFILE": PROFILE, "NIM_CACHE_PATH": str(tmp_path / "cache"), "PLAY_PAGED": "1"}
-    given |= {"NIM_SDK_USE_NATIVE_TLS": "1", "SSL_CERT_FILE": str(server.data / "tls" / "cert.pem"), "NGC_API_KEY": server.keys["low"]}
-    argv = [sys.executable, "-P", str(tmp_path / "fallback.py"), str(NIM), str(tmp_path / "m.json")]
-    before = len(lines(server))
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=given, check=False)
-    assert (done.returncode, cached(tmp_path)) == (0, WHOLE), done.stderr
-    paths = [line["path"] for line in lines(server)[before:]]
-    assert sum(path.endswith("checksums.blake3") for path in paths) == 2 and sum("/versions/" in path for path in paths) == 2 + len(WHOLE)
+@contextmanager
+def unlisted(server: Operated, status: int) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """A host before the registry that refuses listings in NGC's words and passes on the rest: what leads a container there, and what it was asked."""
+    asked: list[str] = []
+    ngc = replace(server, port=int(place(server).rpartition(":")[2]))
+    refusal = {"requestStatus": {"statusCode": "INVALID_REQUEST", "statusDescription": "Org contex missing"}}
+
+    class Front(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            listing = urlsplit(self.path).path.endswith("/files")
+            found = None if listing else ngc.ask("GET", self.path, None, None, Authorization=self.headers["Authorization"])
+            self.send_response(found.status if found else status)
+            self.end_headers()
+            self.wfile.write(found.body if found else json.dumps(refusal).encode())
+            asked.append(urlsplit(self.path).path.partition("/models/")[2])
+
+        def log_message(self, *_: object) -> None:
+            """The test reads what was asked."""
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Front)
+    Thread(target=httpd.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield {"NGC_API_ENDPOINT": f"127.0.0.1:{httpd.server_port}", "NGC_API_SCHEME": "http", "PLAY_PAGED": "1"}, asked
+    finally:
+        httpd.shutdown()
+        httpd.server_close()
+
+
+@pytest.mark.parametrize("status", [400, 401])
+def test_the_fallback_of_a_refused_listing(server: Operated, tmp_path: Path, status: int) -> None:
+    """Each model's listing, its sums, then each of its files with the key: the same bytes as by the listing."""
+    with unlisted(server, status) as (env, asked):
+        code, said, passed = start(server, tmp_path, **env)
+    assert (code, cached(tmp_path)) == (0, WHOLE), said
+    files = {"engine/versions/fp8-1.0/files": [quote(path) for path in WEIGHTS], "params/versions/1/files": ["config.json"]}
+    wanted = [f"{base}/{path}" for base, paths in files.items() for path in ("checksums.blake3", *paths)]
+    assert sorted(asked) == sorted(["engine/fp8-1.0/files", "params/1/files", *wanted])
+    assert len(passed) == len(wanted) and all(a.endswith(" 200") for a in passed)
+
+
+TERMS = [
+    ({"license": "the vendor's"}, "412 Precondition Failed", "nobody here has accepted"),
+    ({"blocked": "a court"}, "451 Unavailable For Legal Reasons", "a court"),
+]
+
+
+@pytest.mark.parametrize(("terms_of", "status", "words"), TERMS)
+def test_terms_and_a_block_reach_the_user_by_every_way(server: Operated, tmp_path: Path, terms_of: dict[str, str], status: str, words: str) -> None:
+    """Neither is a reason to fall back; what is refused by the listing is refused by the fallback's routes and the overrides; the rest arrives."""
+    rest = {path: data for path, data in WHOLE.items() if "params" in path}
+    terms(server, ENGINE, **terms_of)
+    try:
+        with unlisted(server, 400) as (front, _):
+            ways = {"listing": {}, "pages": {"PLAY_PAGED": "1"}, "fallback": front}
+            ways |= {kind: {"NIM_REPOSITORY_OVERRIDE": f"{kind}://{place(server)}/"} for kind in ("https", "jfrog")}
+            for way, env in ways.items():
+                (folder := tmp_path / way).mkdir()
+                code, said, asked = start(server, folder, **env)
+                assert (code, cached(folder)) == (1, rest), (way, said)
+                assert f"HTTP status client error ({status}) for url (http" in said and words in said and "Traceback" not in said, (way, said)
+                assert way == "fallback" or not any("/versions/" in a for a in asked), (way, asked)
+        (folder := tmp_path / "s3").mkdir()
+        code, said, _ = start(server, folder, None, **s3(server))
+        assert (code, cached(folder)) == (1, rest) and "AccessDenied" in said and words in said, said
+    finally:
+        terms(server, ENGINE, license="", blocked="")
+    (folder := tmp_path / "lifted").mkdir()
+    assert start(server, folder)[0] == 0 and cached(folder) == WHOLE
 
 
 @pytest.mark.parametrize(
@@ -210,9 +254,9 @@ def test_the_fallback_of_an_allowed_key(server: Operated, tmp_path: Path) -> Non
         (None, "", "requires an API key, but none was found"),
         ("expired", "", "Authentication Error"),
         ("nothing", "ngc://nim/meta/engine:fp8-1.0?file=config.json", "Permission error"),
-        ("low", "ngc://nim/meta/paid:1?file=config.json", "(402)"),
-        ("low", "ngc://nim/meta/absent:1?file=config.json", "(404)"),
-        ("low", "ngc://nim/meta/engine:9?file=config.json", "(404)"),
+        ("low", "ngc://nim/meta/paid:1?file=config.json", "(402 Payment Required)"),
+        ("low", "ngc://nim/meta/absent:1?file=config.json", "(404 Not Found)"),
+        ("low", "ngc://nim/meta/engine:9?file=config.json", "(404 Not Found)"),
     ],
 )
 def test_refusals_as_the_container_tells_them(server: Operated, tmp_path: Path, who: str | None, uri: str, words: str) -> None:
