@@ -171,17 +171,19 @@ def _facts(path: Path) -> dict[str, object]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """A file or a tree of plain files, private to this user."""
-    if not source.exists():
-        return
-    if source.is_dir():
-        target.mkdir(mode=0o700, exist_ok=True)
-        for entry in sorted(source.iterdir()):
-            if not entry.is_symlink() and not entry.name.endswith((".lock", PARTIAL_SUFFIX)):
-                _copy(entry, target / entry.name)
-        return
-    shutil.copyfile(source, target, follow_symlinks=False)
-    target.chmod(0o600)
+    """A file or a tree of plain files, private to this user, without what others are about to write and what they removed since it was listed."""
+    try:
+        if source.is_dir():
+            target.mkdir(mode=0o700, exist_ok=True)
+            for entry in sorted(source.iterdir()):
+                if not entry.is_symlink() and not entry.name.startswith(".") and not entry.name.endswith(PARTIAL_SUFFIX):
+                    _copy(entry, target / entry.name)
+            return
+        shutil.copyfile(source, target, follow_symlinks=False)
+        target.chmod(0o600)
+    except FileNotFoundError:
+        if os.path.lexists(source):  # what is missing is the backup's own folder
+            raise
 
 
 def _copy_sqlite(source: Path, target: Path) -> None:

@@ -6,16 +6,21 @@ import argparse
 import io
 import os
 import shutil
+import sqlite3
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PosixPath
 
 import pytest
 
 from artifact.disk import Disk
 from artifact.manifest import build_model, digest_of
 from artifact.store import Descriptor, File
+from registry.backup import backup
 from registry.blobs.file import FileBlobs, location_of
+from registry.home import Home
+from registry.settings import Settings
 from runtime import cache as place
 from runtime import upkeep, weights
 from runtime.commands import cache as command
@@ -37,6 +42,30 @@ def test_a_walk_passes_over_what_is_no_folder_of_objects(tmp_path: Path) -> None
     (tmp_path / "blobs" / "lost+found").mkdir(mode=0o000)
     (tmp_path / "blobs" / "sha256" / "note").write_text("of the operator")
     assert list(blobs.walk()) == [(place, 3)] and place == location_of(digest_of(b"abc"))
+
+
+class Vanishing(PosixPath):
+    """A path of which others remove what was prepared, and what an import has judged, as soon as they were looked at."""
+
+    def is_dir(self) -> bool:
+        found = super().is_dir()
+        if self.parent.name == "next":
+            self.unlink()
+        elif self.name.startswith(".state."):
+            shutil.rmtree(self)
+        return found
+
+
+def test_a_backup_beside_a_rotation_and_an_import(tmp_path: Path) -> None:
+    home = Home.open(tmp_path / "data", create=True)
+    home.keys.prepare("pepper")
+    (home.path / "trust" / "sender" / ".state.alone").mkdir(parents=True)
+    (home.path / "trust" / "sender" / ".state.alone" / "root.json").write_text("{}")
+    (home.path / "trust" / "sender" / "1.root.json").write_text("{}")
+    sqlite3.connect(home.database_path).execute("CREATE TABLE a (b)")
+    made = backup(replace(Settings.load(home.path), data=Vanishing(home.path)), tmp_path / "kept", 1_800_000_000, "1")
+    secrets = {f"secrets/{name}" for name in ("pepper", "release.pem", "lease.pem", "audit.pem", "entitlement.pem")}
+    assert made["files"].keys() == {"registry.db", "site.json", "trust/sender/1.root.json", *secrets}  # type: ignore[attr-defined]
 
 
 # ---- the runtime's cache, which several containers share
