@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import socket
 import time
@@ -14,11 +15,14 @@ from urllib.parse import quote
 
 import boto3
 import pytest
+from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth
+from botocore.awsrequest import AWSRequest
 from botocore.config import Config
+from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
 
 from tests.contracts.doors import Answer, Door
-from tests.contracts.ngc import NgcDoor, ngc_serving
+from tests.contracts.ngc import NgcDoor, fill, new_ngc_site, ngc_serving
 
 DOMAIN = "s3.airlock.test"
 BUCKET = "nim-bucket"
@@ -71,6 +75,15 @@ def s3_serving(data: Path, keys: dict[str, str], **env: str) -> Iterator[S3Door]
         yield S3Door(ngc.main, ngc, int(line.rsplit(":", 1)[1]))
 
 
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Door]:
+    """One with the models of tests/contracts/ngc.py, for all tests of a module."""
+    data = tmp_path_factory.mktemp("s3") / "data"
+    with s3_serving(data, new_ngc_site(data)) as found:
+        fill(found.ngc, data)
+        yield found
+
+
 def named(patch: pytest.MonkeyPatch) -> None:
     """The site's name server: every host below the domain is this one."""
     real = socket.getaddrinfo
@@ -87,9 +100,36 @@ def key_of(name: str, ref: str, path: str) -> str:
     return quote(f"{name}:{ref}?file={path}", safe="")
 
 
+KEY = key_of("nim/meta/llama", "fp16", "config.json")
+OBJECT = f"/{BUCKET}/{quote(KEY)}"
+
+
 def refused(call: Any, **given: Any) -> tuple[int, str, str]:
     """Status, code and message of a call that must fail."""
     with pytest.raises(ClientError) as caught:
         call(**given)
     error = caught.value.response
     return error["ResponseMetadata"]["HTTPStatusCode"], error["Error"]["Code"], error["Error"].get("Message", "")
+
+
+def signed(
+    door: S3Door,
+    path: str = OBJECT,
+    *,
+    method: str = "GET",
+    pair: tuple[str, str] | None = None,
+    region: str = "us-east-1",
+    at: float = 0.0,
+    url: int = 0,
+    **headers: str,
+) -> tuple[str, dict[str, str]]:
+    """Path and headers of a request that botocore's own signer signed, at another time where it is said; a URL of `url` seconds where it is set."""
+    access, secret = pair or door.pair("low")
+    request = AWSRequest(method, f"{door.url}{path}", headers={k.replace("_", "-"): v for k, v in headers.items()})
+    when = datetime.datetime.fromtimestamp(time.time() + at, datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+    kind = S3SigV4QueryAuth(Credentials(access, secret), "s3", region, url) if url else S3SigV4Auth(Credentials(access, secret), "s3", region)
+    request.context["timestamp"] = when
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("botocore.auth.get_current_datetime", lambda *a, **k: datetime.datetime.strptime(when, "%Y%m%dT%H%M%SZ"))
+        kind.add_auth(request)
+    return request.url.removeprefix(door.url), dict(request.headers.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,19 +15,13 @@ from registry import tables as t
 from registry.settings import Settings
 from registry.wiring import open_site
 from tests.conftest import airlock
-from tests.contracts.ngc import MIRRORED, fill, new_ngc_site
-from tests.contracts.s3 import BUCKET, S3Door, key_of, s3_serving
+from tests.contracts.doors import sha
+from tests.contracts.ngc import FILES, MIRRORED
+from tests.contracts.s3 import S3Door, door, signed
 
 pytestmark = pytest.mark.server
-LICENSE, WHO = "NVIDIA AI Product Agreement", "Ada Lovelace <ada@example.org>"
-
-
-@pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Door]:
-    data = tmp_path_factory.mktemp("terms") / "data"
-    with s3_serving(data, new_ngc_site(data)) as found:
-        fill(found.ngc, data)
-        yield found
+__all__ = ["door"]  # a fixture
+LICENSE, WHO, CONFIG = "NVIDIA AI Product Agreement", "Ada Lovelace <ada@example.org>", FILES["config.json"]
 
 
 @pytest.fixture(autouse=True)
@@ -42,23 +37,27 @@ def say(door: S3Door, status: int = 200, who: str = "root", name: str = MIRRORED
 
 
 def told(door: S3Door) -> dict[str, tuple[int, str, str]]:
-    """What each door says of the same model to the same key: status, code, words."""
+    """What each door says of the same model to the same key: status, code, words; the file that it gives, where it does, is that one."""
     out: dict[str, tuple[int, str, str]] = {}
-    oci = door.main.ask("GET", f"/v2/{MIRRORED}/manifests/fp16", None, "low")
-    out["oci"] = (oci.status, oci.code, oci.json()["errors"][0]["message"]) if oci.status != 200 else (200, "", "")
-    hub = door.main.ask("HEAD", f"/{MIRRORED}/resolve/fp16/config.json", None, "low")
-    out["hub"] = hub.status, hub.headers.get("x-error-code", ""), hub.headers.get("x-error-message", "")
+    given: list[bytes] = []
+    for kind, path in (("oci", "manifests/fp16"), ("oci blob", f"blobs/{sha(CONFIG)}")):
+        oci = door.main.ask("GET", f"/v2/{MIRRORED}/{path}", None, "low")
+        out[kind] = (oci.status, oci.code, oci.json()["errors"][0]["message"]) if oci.status != 200 else (200, "", "")
+    given.append(oci.body)
+    for kind, method in (("hub", "HEAD"), ("hub file", "GET")):
+        hub = door.main.ask(method, f"/{MIRRORED}/resolve/fp16/config.json", None, "low")
+        out[kind] = hub.status, hub.headers.get("x-error-code", ""), hub.headers.get("x-error-message", "")
+    given.append(hub.body)
     for kind, path in (("ngc", "fp16/files"), ("ngc file", "versions/fp16/files/config.json")):
         ngc = door.ngc.ask("GET", f"/v2/org/nim/team/meta/models/llama/{path}", None, "low")
         status = ngc.json()["requestStatus"] if ngc.status != 200 else {"statusCode": "", "statusDescription": ""}
         out[kind] = ngc.status, status["statusCode"], status["statusDescription"]
-    client = door.client("low")
-    try:
-        client.get_object(Bucket=BUCKET, Key=key_of("nim/meta/llama", "fp16", "config.json"))
-        out["s3"] = 200, "", ""
-    except client.exceptions.ClientError as error:
-        got = error.response
-        out["s3"] = got["ResponseMetadata"]["HTTPStatusCode"], got["Error"]["Code"], got["Error"]["Message"]
+    given.append(ngc.body)
+    s3 = door.ask("GET", signed(door, url=60)[0])
+    error = ET.fromstring(s3.body if s3.status != 200 else b"<Error><Code/><Message/></Error>")
+    out["s3"] = s3.status, error.findtext("Code", ""), error.findtext("Message", "")
+    given.append(s3.body)
+    assert [raw == CONFIG for raw in given] == [out[kind][0] == 200 for kind in ("oci blob", "hub file", "ngc file", "s3")]
     return out
 
 
@@ -66,30 +65,35 @@ def codes(found: dict[str, tuple[int, str, str]]) -> dict[str, tuple[int, str]]:
     return {kind: answer[:2] for kind, answer in found.items()}
 
 
-OPEN = dict.fromkeys(("oci", "hub", "ngc", "ngc file", "s3"), (200, ""))
+def shut(ngc: int) -> dict[str, tuple[int, str]]:
+    """The refusal at every door, for which NGC has a status of its own."""
+    hub, own = (403, "GatedRepo"), (ngc, "FORBIDDEN")
+    denied = {"oci": (403, "DENIED"), "oci blob": (403, "DENIED"), "s3": (403, "AccessDenied")}
+    return denied | {"hub": hub, "hub file": hub, "ngc": own, "ngc file": own}
+
+
+OPEN = dict.fromkeys(shut(0), (200, ""))
 
 
 def test_a_licence_that_nobody_accepted(door: S3Door) -> None:
     assert codes(told(door)) == OPEN
     assert say(door, license=LICENSE)["accepted_by"] == ""
     found = told(door)
-    shut = {"oci": (403, "DENIED"), "hub": (403, "GatedRepo"), "ngc": (412, "FORBIDDEN"), "ngc file": (412, "FORBIDDEN"), "s3": (403, "AccessDenied")}
-    assert codes(found) == shut
+    assert codes(found) == shut(412)
     assert all(LICENSE in words and "--accepted-by" in words for _, _, words in found.values()), found
     row = door.main.ask("GET", f"/airlock/v1/catalog/{MIRRORED}", None, "low").json()
     assert (row["entitled"], row["reason"], row["unaccepted"]) == (False, "license_unaccepted", LICENSE)
     accepted = say(door, accepted_by=WHO)
     assert accepted["accepted_by"] == WHO and accepted["accepted_at"] > 0 and codes(told(door)) == OPEN
     say(door, license="another licence")
-    assert codes(told(door)) == shut, "what was accepted was the other one"
+    assert codes(told(door)) == shut(412), "what was accepted was the other one"
 
 
 def test_a_block_by_the_law(door: S3Door) -> None:
     ticket = door.ngc.get("/v2/org/nim/team/meta/models/llama/fp16/files", "low")["urls"][0]
     say(door, license=LICENSE, accepted_by=WHO, blocked="export control: not for region X")
     found = told(door)
-    shut = {"oci": (403, "DENIED"), "hub": (403, "GatedRepo"), "ngc": (451, "FORBIDDEN"), "ngc file": (451, "FORBIDDEN"), "s3": (403, "AccessDenied")}
-    assert codes(found) == shut and all("export control: not for region X" in words for _, _, words in found.values()), found
+    assert codes(found) == shut(451) and all("export control: not for region X" in words for _, _, words in found.values()), found
     assert door.ngc.bytes_of(ticket).status == 451, "a URL that was given before ends too"
     assert door.main.ask("GET", f"/v2/{MIRRORED}/manifests/fp16", None, "root").status == 403, "nobody reads it, its administrator neither"
     listed = door.client("low").list_objects_v2(Bucket="models", Prefix=MIRRORED)

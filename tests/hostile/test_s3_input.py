@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import http.client
 import json
 import re
@@ -13,28 +12,16 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth
-from botocore.awsrequest import AWSRequest
-from botocore.credentials import Credentials
 
 from registry.home import Home
 from registry.sigv4 import secret_of
 from tests.contracts.doors import Answer
-from tests.contracts.ngc import FILES, MIRRORED, fill, new_ngc_site
-from tests.contracts.s3 import BUCKET, S3Door, key_of, refused, s3_serving
+from tests.contracts.ngc import FILES, MIRRORED
+from tests.contracts.s3 import BUCKET, KEY, OBJECT, S3Door, door, refused, signed
 
 pytestmark = pytest.mark.server
-KEY = key_of("nim/meta/llama", "fp16", "config.json")
-OBJECT = f"/{BUCKET}/{quote(KEY)}"
+__all__ = ["door"]  # a fixture
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-
-
-@pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Door]:
-    data = tmp_path_factory.mktemp("s3") / "data"
-    with s3_serving(data, new_ngc_site(data)) as found:
-        fill(found.ngc, data)
-        yield found
 
 
 @pytest.fixture(autouse=True)
@@ -42,29 +29,6 @@ def no_throttle(door: S3Door) -> Iterator[None]:
     """Failed logins are slowed down by network: each test begins with a minute of its own where it makes any."""
     yield
     assert not [line for line in door.lines() if line["status"] >= 500 and line["status"] not in (501, 503)]
-
-
-def signed(
-    door: S3Door,
-    path: str = OBJECT,
-    *,
-    method: str = "GET",
-    pair: tuple[str, str] | None = None,
-    region: str = "us-east-1",
-    at: float = 0.0,
-    url: int = 0,
-    **headers: str,
-) -> tuple[str, dict[str, str]]:
-    """Path and headers of a request that botocore's own signer signed, at another time where it is said; a URL of `url` seconds where it is set."""
-    access, secret = pair or door.pair("low")
-    request = AWSRequest(method, f"{door.url}{path}", headers={k.replace("_", "-"): v for k, v in headers.items()})
-    when = datetime.datetime.fromtimestamp(time.time() + at, datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
-    kind = S3SigV4QueryAuth(Credentials(access, secret), "s3", region, url) if url else S3SigV4Auth(Credentials(access, secret), "s3", region)
-    request.context["timestamp"] = when
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("botocore.auth.get_current_datetime", lambda *a, **k: datetime.datetime.strptime(when, "%Y%m%dT%H%M%SZ"))
-        kind.add_auth(request)
-    return request.url.removeprefix(door.url), dict(request.headers.items())
 
 
 def send(door: S3Door, path: str, headers: dict[str, str], method: str = "GET", body: Any = None) -> Answer:
@@ -216,7 +180,7 @@ def test_the_wrong_region_and_service(door: S3Door) -> None:
     ],
 )
 def test_other_credentials(door: S3Door, authorization: str, code: str) -> None:
-    when = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+    when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     found = send(door, OBJECT, {"Authorization": authorization, "x-amz-date": when, "x-amz-content-sha256": EMPTY})
     assert told(found) == (400, code)
 
