@@ -11,6 +11,7 @@ import hmac
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -221,18 +222,15 @@ def _sync(folder: Path) -> None:
 
 
 def write_new(path: Path, raw: bytes, mode: int) -> None:
-    """Writes a file that appears whole or not at all and never replaces one: two processes that create at once agree on the first."""
+    """Writes a file that appears whole or not at all and never replaces one: those who create at once agree on the first."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")  # containers that share the folder may share the pid
     try:
-        with os.fdopen(fd, "wb") as out:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode), "wb") as out:
             out.write(raw)
             out.flush()
             os.fsync(out.fileno())
-        try:
+        with suppress(FileExistsError):
             os.link(temporary, path)
-        except FileExistsError:
-            return
     finally:
         temporary.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -228,9 +229,9 @@ class Sequencer:
 
     def _keep(self, note: str) -> None:
         """Replaces the file outside the database."""
-        temporary = self._file.with_name(f".{FILE}.{os.getpid()}.{threading.get_ident()}.partial")
+        temporary = self._file.with_name(f".{FILE}.{os.getpid()}.{secrets.token_hex(4)}.partial")
         try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             with os.fdopen(fd, "wb") as out:
                 out.write(note.encode())
                 out.flush()

@@ -8,10 +8,8 @@ from __future__ import annotations
 import datetime
 import hashlib
 import ipaddress
-import os
 import socket
 import ssl
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from artifact.errors import Invalid, NotFound, Unavailable
+from registry.keyring import write_new
 from registry.settings import Settings
 
 DAYS = 397  # the longest that common clients accept
@@ -162,20 +161,11 @@ def _read(path: Path, what: str) -> bytes:
 
 
 def _write(path: Path, raw: bytes, mode: int) -> None:
-    """Writes a file that appears whole and never replaces one: two servers that start at once agree on the first."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Writes a file that never replaces one: two servers that start at once agree on the first."""
     try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode), "wb") as out:
-            out.write(raw)
-            out.flush()
-            os.fsync(out.fileno())
-        with suppress(FileExistsError):
-            os.link(temporary, path)
+        write_new(path, raw, mode)
     except OSError as error:
         raise Unavailable(f"{path} cannot be written: {error.strerror}", do="let this user write the data directory") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Certificate:

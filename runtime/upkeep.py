@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import secrets
 import shutil
 import threading
 import time
@@ -134,7 +135,7 @@ def evict(cache: Path, enough: Callable[[int], bool], *, dry: bool = False) -> E
         needed = {d for other in left for d in (other.digest, *other.sizes)}
         mine = held.sizes | {held.digest: disk.size(held.digest) or 0} if held.files else {}
         if not dry:
-            aside = held.path.with_name(f".{held.path.name}.{os.getpid()}.old")
+            aside = held.path.with_name(f".{held.path.name}.{os.getpid()}.{secrets.token_hex(4)}.old")
             try:
                 held.path.rename(aside)
             except FileNotFoundError:  # another container evicted it, or a start builds it anew

@@ -8,7 +8,9 @@ import os
 import shutil
 import sqlite3
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path, PosixPath
 
@@ -20,6 +22,7 @@ from artifact.store import Descriptor, File
 from registry.backup import backup
 from registry.blobs.file import FileBlobs, location_of
 from registry.home import Home
+from registry.keyring import write_new
 from registry.settings import Settings
 from runtime import cache as place
 from runtime import upkeep, weights
@@ -66,6 +69,22 @@ def test_a_backup_beside_a_rotation_and_an_import(tmp_path: Path) -> None:
     made = backup(replace(Settings.load(home.path), data=Vanishing(home.path)), tmp_path / "kept", 1_800_000_000, "1")
     secrets = {f"secrets/{name}" for name in ("pepper", "release.pem", "lease.pem", "audit.pem", "entitlement.pem")}
     assert made["files"].keys() == {"registry.db", "site.json", "trust/sender/1.root.json", *secrets}  # type: ignore[attr-defined]
+
+
+def test_those_who_make_one_secret_at_once_agree_on_the_first(tmp_path: Path) -> None:
+    """Threads here, as in the field two containers over one volume: both are process 1."""
+    path, start = tmp_path / "secrets" / "pepper", threading.Barrier(8)
+    texts = [bytes([65 + i]) * 1_000_000 for i in range(8)]
+
+    def make(raw: bytes) -> None:
+        start.wait()
+        write_new(path, raw, 0o600)
+
+    for _ in range(5):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(make, texts))
+        assert path.read_bytes() in texts and list(path.parent.iterdir()) == [path]
+        path.unlink()
 
 
 # ---- the runtime's cache, which several containers share
