@@ -150,14 +150,20 @@ class Rebuild:
                 return
             for row in rows:
                 after = row.digest
-                if row.location and self._blobs.stat(row.location) == row.size:
+                if self._here(row.location, row.size):
                     continue
-                report.missing_count += 1
                 with self._catalog.writing() as conn:
-                    held = (b.digest == row.digest, b.location == row.location, b.state == READY)
-                    conn.execute(update(t.blob).where(*held).values(state=MISSING))
+                    held = (b.digest == row.digest, b.location == row.location)
+                    same = conn.execute(select(b.digest).where(*held).with_for_update()).first()
+                    if not same or self._here(row.location, row.size):  # removed since it was read, or published: the bytes come before the row
+                        continue
+                    conn.execute(update(t.blob).where(*held, b.state == READY).values(state=MISSING))
+                    report.missing_count += 1
                     if len(report.missing) < MAX_LISTED:
                         report.missing[row.digest] = _needed_by(conn, row.digest)
+
+    def _here(self, location: str, size: int) -> bool:
+        return bool(location) and self._blobs.stat(location) == size
 
 
 def _added(conn: Connection, table: Table, row: dict[str, object]) -> int:

@@ -15,18 +15,23 @@ from dataclasses import replace
 from pathlib import Path, PosixPath
 
 import pytest
+from sqlalchemy import delete, select
 
 from artifact.disk import Disk
 from artifact.manifest import build_model, digest_of
 from artifact.store import Descriptor, File
+from registry import tables as t
 from registry.backup import backup
 from registry.blobs.file import FileBlobs, location_of
 from registry.home import Home
 from registry.keyring import write_new
+from registry.links import add_blob
+from registry.rebuild import Rebuild
 from registry.settings import Settings
 from runtime import cache as place
 from runtime import upkeep, weights
 from runtime.commands import cache as command
+from tests.site import BACKENDS, running_site
 
 AGES_AGO = 1_700_000_000
 
@@ -69,6 +74,42 @@ def test_a_backup_beside_a_rotation_and_an_import(tmp_path: Path) -> None:
     made = backup(replace(Settings.load(home.path), data=Vanishing(home.path)), tmp_path / "kept", 1_800_000_000, "1")
     secrets = {f"secrets/{name}" for name in ("pepper", "release.pem", "lease.pem", "audit.pem", "entitlement.pem")}
     assert made["files"].keys() == {"registry.db", "site.json", "trust/sender/1.root.json", *secrets}  # type: ignore[attr-defined]
+
+
+class Lost(FileBlobs):
+    """A store in which, once bytes were found to be gone, something happens before anybody acts on that."""
+
+    moment: Callable[[], object] | None = None
+
+    def stat(self, location: str) -> int | None:
+        found = super().stat(location)
+        if found is None and self.moment is not None:
+            moment, self.moment = self.moment, None
+            moment()
+        return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rebuild_reports_nothing_that_was_removed_or_published_meanwhile(tmp_path: Path, backend: str) -> None:
+    raw = b"abc" * 1000
+    with running_site(tmp_path / "site", backend) as site:
+        blobs = Lost(tmp_path / "store")
+        place = stored(blobs, raw)
+        blobs.delete(place)
+        with site.catalog.writing() as conn:
+            add_blob(conn, digest_of(raw), len(raw), place)
+
+        def remove() -> None:
+            with site.catalog.writing() as conn:
+                conn.execute(delete(t.blob))
+
+        for moment, left in ((lambda: stored(blobs, raw), ["ready"]), (remove, [])):
+            blobs.delete(place)
+            blobs.moment = moment
+            assert Rebuild(site.catalog, blobs, site.audit, 86400).run(1.0).missing_count == 0 and blobs.moment is None
+            with site.catalog.reading() as conn:
+                assert conn.execute(select(t.blob.c.state)).scalars().all() == left
 
 
 def test_those_who_make_one_secret_at_once_agree_on_the_first(tmp_path: Path) -> None:
