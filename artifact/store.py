@@ -111,11 +111,8 @@ class Page:
     after: str = ""
 
 
-class Upload(ABC):
-    """A resumable write of one blob; every request ends by commit or suspend."""
-
-    id: str
-    offset: int
+class Poured(ABC):
+    """What a request's body is poured into."""
 
     def expect(self, size: int) -> None:
         """Says how many bytes this request brings, before they are read; raises Denied where they may not come."""
@@ -123,15 +120,22 @@ class Upload(ABC):
 
     @abstractmethod
     def write(self, view: bytes | memoryview) -> None:
-        """Appends bytes at `offset`; raises Unavailable when the disk is full."""
+        """Appends bytes; raises Unavailable when the disk is full."""
+
+    @abstractmethod
+    def suspend(self) -> None:
+        """Makes the bytes so far durable, so that another process can go on behind them."""
+
+
+class Upload(Poured):
+    """A resumable write of one blob from `offset` on; every request ends by commit or suspend."""
+
+    id: str
+    offset: int
 
     @abstractmethod
     def commit(self, digest: str, size: int | None = None) -> Descriptor:
         """Makes the bytes visible under `digest`, or raises Mismatch and keeps nothing."""
-
-    @abstractmethod
-    def suspend(self) -> None:
-        """Makes the bytes so far durable, so that another process can resume at `offset`."""
 
     @abstractmethod
     def cancel(self) -> None:

@@ -17,11 +17,12 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 from urllib.parse import parse_qsl, unquote
 
 from artifact.errors import AirlockError, Invalid, RangeInvalid, TooLarge, Unavailable
-from artifact.store import Call, Content, Upload
+from artifact.store import Call, Content, Poured
 from registry.heads import heads
 from registry.intake import take
 
@@ -214,7 +215,7 @@ class Exchange:
             raise Gone("the client took too long") from error
         return b"".join(held)
 
-    async def pour(self, upload: Upload, most: int | None = None) -> None:
+    async def pour(self, upload: Poured, most: int | None = None) -> None:
         """Streams the body into an upload, hashing and writing in a thread, one batch in flight; suspends it when anything goes wrong."""
         self.scope[POURING] = True
         length = self.headers.get("content-length", "")
@@ -222,7 +223,7 @@ class Exchange:
             if length.isascii() and length.isdigit():
                 await self.io(lambda: upload.expect(int(length)))
             await self._pour(upload, most)
-        except BaseException:
+        except BaseException:  # a cancelled request too keeps the bytes that came
             self.scope[POURING] = False
             with suppress(AirlockError):
                 await self.io(upload.suspend)
@@ -230,7 +231,7 @@ class Exchange:
         finally:
             self.scope[POURING] = False
 
-    async def _pour(self, upload: Upload, most: int | None) -> None:
+    async def _pour(self, upload: Poured, most: int | None) -> None:
         with self.scope.get("extensions", {}).get(BODY, {}).get("lend", nullcontext)() as loan:
             if loan is None:
                 await self._pour_pieces(upload, most)
@@ -256,7 +257,7 @@ class Exchange:
             if not running.done():
                 await asyncio.wait({running})
 
-    async def _pour_pieces(self, upload: Upload, most: int | None) -> None:
+    async def _pour_pieces(self, upload: Poured, most: int | None) -> None:
         flying: asyncio.Future[None] | None = None
         batch: list[bytes] = []
         size = total = 0
@@ -416,7 +417,7 @@ class Exchange:
         sent = 0
         try:
             while sent < size and not left.done():
-                piece = await self.io(lambda at=sent: read(at))  # type: ignore[misc]
+                piece = await self.io(partial(read, sent))
                 if not piece:
                     raise Unavailable("the stored object is shorter than its size")
                 sent += len(piece)
@@ -432,7 +433,7 @@ class Exchange:
             pass
 
 
-def _writes(upload: Upload, batch: list[bytes]) -> Callable[[], None]:
+def _writes(upload: Poured, batch: list[bytes]) -> Callable[[], None]:
     def work() -> None:
         for piece in batch:
             upload.write(piece)

@@ -17,7 +17,7 @@ from urllib.parse import urlencode
 from artifact import errors
 from artifact.card import head_of, hub_warnings, load_yaml
 from artifact.manifest import check_digest, check_name, check_path, content_kind, digest_of, parse_json
-from artifact.store import Call, Change, File, Upload
+from artifact.store import Call, Change, File, Poured, Upload
 from registry import hub
 from registry.exchange import Exchange, Gone
 from registry.revising import MAX_CHANGES
@@ -319,7 +319,7 @@ class HubWriter:
             await x.json(200, {})
 
     @staticmethod
-    async def _pour(x: Exchange, upload: Upload, size: int) -> None:
+    async def _pour(x: Exchange, upload: Poured, size: int) -> None:
         try:
             await x.pour(upload, size)
         except errors.RangeInvalid as error:
@@ -372,12 +372,11 @@ class HubWriter:
         raise errors.NotFound("this registry serves no Xet", do="set HF_HUB_DISABLE_XET=1", reason="revision")
 
 
-class _Rest(Upload):
+class _Rest(Poured):
     """An upload whose first bytes are here already: they are read and not written again."""
 
     def __init__(self, upload: Upload, skip: int) -> None:
         self._upload, self._skip = upload, skip
-        self.id, self.offset = upload.id, upload.offset
 
     def expect(self, size: int) -> None:
         """Says how many new bytes come."""
@@ -391,17 +390,9 @@ class _Rest(Upload):
         if skipped < size:
             self._upload.write(memoryview(view)[skipped:])
 
-    def commit(self, digest: str, size: int | None = None) -> None:  # type: ignore[override]
-        """Never: a part is no whole."""
-        raise NotImplementedError
-
     def suspend(self) -> None:
         """Makes the bytes so far durable."""
         self._upload.suspend()
-
-    def cancel(self) -> None:
-        """Forgets the upload."""
-        self._upload.cancel()
 
 
 def part_size(size: int) -> int:
