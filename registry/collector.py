@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -198,7 +199,7 @@ class Collector:
             return
         walk, until, seen = self._library.blobs.walk(), report.at + self._library.uploads.ttl_s, 0
         while page := [(place, size, self._library.blobs.digest_of(place)) for place, size in islice(walk, BATCH)]:
-            report.adopted += retried(self._engine, lambda conn, page=page: adopt(conn, page, until))  # type: ignore[misc]
+            report.adopted += retried(self._engine, partial(adopt, places=page, until=until))
             seen += len(page)
             progress("store", seen)
             if self._stop.is_set():
@@ -225,7 +226,7 @@ class Collector:
                 gone.append(location)
                 report.removed_bytes += size
             progress("unlinked", len(gone))
-            retried(self._engine, lambda conn, gone=gone, stuck=stuck: _settle(conn, gone, stuck, report.at))  # type: ignore[misc]
+            retried(self._engine, partial(_settle, gone=gone, stuck=stuck, now=report.at))
             report.removed += len(gone)
             report.failed += len(stuck)
             progress("bytes", report.removed)
@@ -246,7 +247,7 @@ class Collector:
                 rule = rule_for(rules, model_of(name))
                 repo = self._library.catalog.repository(name) if rule else None
                 while rule and repo and not self._stop.is_set() and self._wanted(repo, rule, pins, report.at):
-                    done = retried(self._engine, lambda conn, repo=repo, rule=rule, pins=pins: self._retain(conn, repo, rule, pins, report.at))  # type: ignore[misc]
+                    done = retried(self._engine, partial(self._retain, repo=repo, rule=rule, pins=pins, now=report.at))
                     report.retained += [_told(name, item, None) for item in done]
                     report.tags += sum(1 for item in done if item.tag)
                     progress("retention", len(report.retained))

@@ -204,8 +204,8 @@ class Front:
                         return await self._answer(request, asked, owner, began)
                 # It waits for a place of its own, without a client that could go away; the room of its body is its own too.
                 body, task = responses.start(asked, self.stored, owner, lambda: self._in_background(asked, str(request["id"])))
-                task.add_done_callback(lambda _, mine=held: mine.free())  # type: ignore[misc]
-                held = self.gate.hold()
+                its, held = held, self.gate.hold()
+                task.add_done_callback(lambda _: its.free())
                 return web.json_response(body)
             finally:
                 self.in_flight -= 1

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -313,15 +314,11 @@ def _fetch(source: Source | None, disk: Disk, model: Pin, files: list[File], log
     progress = copy.Progress(total, model.name, sys.stderr) if show else None
     try:
         for file in files:
-            copy.fetch(_ranges(source, model.name, file.digest), file.digest, file.size, disk, progress, workers)
+            copy.fetch(partial(source.stream, model.name, file.digest), file.digest, file.size, disk, progress, workers)
             log(f'Downloaded filename: {file.path} to blob: "{disk.path(file.digest)}"')
     finally:
         if progress:
             progress.close()
-
-
-def _ranges(source: Source, repo: str, digest: str) -> Callable[[int, int], Iterator[bytes]]:
-    return lambda lo, hi: source.stream(repo, digest, lo, hi)
 
 
 def _intact(target: Path, files: tuple[File, ...], disk: Disk) -> bool:

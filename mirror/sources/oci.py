@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from artifact import copy
 from artifact.disk import Disk
@@ -116,7 +117,7 @@ def pins(source: Metered, repo: str, manifest: Manifest, disk: Disk) -> tuple[Pi
         if layer.size > MAX_MANIFEST_BYTES:
             raise TooLarge(f"the profile document of {repo} has {layer.size} bytes", expected=f"at most {MAX_MANIFEST_BYTES}")
         if disk.size(layer.digest) is None:
-            copy.fetch(lambda lo, hi, d=layer.digest: source.stream(repo, d, lo, hi), layer.digest, layer.size, disk)  # type: ignore[misc]
+            copy.fetch(partial(source.stream, repo, layer.digest), layer.digest, layer.size, disk)
         found.update(dict.fromkeys(references(disk.read(layer.digest, MAX_MANIFEST_BYTES), layer.media_type)))
     if len(found) > MAX_REFERENCES:
         raise TooLarge(f"the profiles of {repo} refer to {len(found)} things", expected=f"at most {MAX_REFERENCES}")
