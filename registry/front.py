@@ -80,7 +80,7 @@ class Front:
             self._open[task] = scope
         try:
             await self._answer(scope, taken, counted, seen)
-        except Exception:
+        except Exception:  # what comes here broke an answer that had begun: counted, and raised to the server, which cuts the connection
             note |= {"error": "internal", "fault": note.get("fault") or "internal"}
             raise
         finally:

@@ -76,7 +76,7 @@ class S3Writer(BlobWriter):
         try:
             if offset or state:
                 self._continue(state, offset)
-        except BaseException:
+        except BaseException:  # nobody else can close it: who asked for this writer gets none
             self._tail.close()
             raise
 

@@ -63,7 +63,7 @@ class Gate:
         try:
             async with asyncio.timeout(self._limits.queue_s):
                 await turn
-        except BaseException as error:
+        except BaseException as error:  # a client that left too must keep no turn
             if turn.done() and not turn.cancelled():  # it came at the same moment: given on
                 self._leave()
             else:
