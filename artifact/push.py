@@ -64,9 +64,8 @@ class _Slot:
     def __init__(self, folder: Path, key: str) -> None:
         self._path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.json"
         self._fd, self._ours = -1, False
-        with contextlib.suppress(
-            OSError
-        ):  # no place for a journal, or held by another push: then this one cannot be resumed, and is right all the same
+        # No place for a journal, or another push holds it: then this one cannot be resumed, and is right all the same.
+        with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -42,7 +42,6 @@ from artifact.store import Call, Content, Descriptor, Page, Registry, Upload
 from artifact.transport import CHUNK, ERROR_BYTES, Transport, check_range, clean, joined, origin
 
 NOBODY_CALL = Call(Principal())
-NO_CALL = NOBODY_CALL
 
 
 class RemoteRegistry(Transport, Registry):

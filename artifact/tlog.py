@@ -25,7 +25,6 @@ TILE = 1 << HEIGHT
 ED25519 = b"\x01"
 MAX_NOTE = 64 * 1024
 MAX_SIZE = 1 << 62
-MAX_PROOF = 64 * HASH
 Reader = Callable[[int, int], bytes]  # (height, index): the root of the leaves [index << height, (index + 1) << height)
 
 

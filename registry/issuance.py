@@ -142,7 +142,7 @@ class Issuance(Desk):
             has = people.grants(conn, 0, 1 << 31, key=row.id)
         return people.key_facts(row, has, call.now) | {"grants": [people.grant_facts(g) for g in has if not g.revoked_at]}
 
-    def _mine(self, conn: Connection, call: Call, held: Office, key_id: str) -> Any:
+    def _mine(self, conn: Connection, held: Office, key_id: str) -> Any:
         """A key that the caller administers, its organisation's row held; raises NotFound."""
         row = people.key_of(conn, key_id)
         if not held.site and row.org != held.administers:
@@ -156,7 +156,7 @@ class Issuance(Desk):
         key_id, held = text(body, "key_id"), self._admin(call, call.principal.org)
 
         def work(conn: Connection) -> Facts:
-            self._mine(conn, call, held, key_id)
+            self._mine(conn, held, key_id)
             new = self._entitlements.revoke(conn, key_id, call.now)
             if new:
                 self._audit.change(conn, call, "key_revoke", key_id, leases=leases.revoke_under(conn, call.now, key_ids=[key_id]))
@@ -177,7 +177,7 @@ class Issuance(Desk):
         held = self._admin(call, call.principal.org)
 
         def work(conn: Connection) -> Facts:
-            row = self._mine(conn, call, held, key_id)
+            row = self._mine(conn, held, key_id)
             people.open_org(conn, row.org)
             if row.type == FIRST:
                 raise Conflict("the key of the first start has no successor", do="airlock key create, with it", reason="first")
@@ -203,7 +203,7 @@ class Issuance(Desk):
         held = held if own else self._admin(call, call.principal.org)
 
         def work(conn: Connection) -> Facts:
-            row = people.key_of(conn, key_id) if own else self._mine(conn, call, held, key_id)
+            row = people.key_of(conn, key_id) if own else self._mine(conn, held, key_id)
             if row.revoked_at or 0 < row.expires <= call.now:
                 state = "revoked" if row.revoked_at else "expired"
                 raise Conflict(f"{key_id} is {state}", do="airlock key create", reason=f"key_{state}")

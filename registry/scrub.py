@@ -94,7 +94,7 @@ class Scrub:
         report = Report()
         cursor = "" if restart else self._begin(now)
         if not cursor:
-            self._manifests(report, now)
+            self._manifests(report)
         while not stop():
             page = self._page(cursor)
             if not page:
@@ -194,7 +194,7 @@ class Scrub:
         with self._catalog.reading() as conn:
             return tuple(conn.execute(found).scalars())
 
-    def _manifests(self, report: Report, now: float) -> None:
+    def _manifests(self, report: Report) -> None:
         """Compares each manifest's stored bytes with its digest; nothing can be quarantined here, as the database itself is damaged."""
         m, after = t.manifest.c, 0
         while True:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,13 +22,11 @@ def _text_of(given: str, what: str) -> str:
     """What an option says itself, or the file that it names; raises Invalid."""
     if "\n" in given or "+" in given:
         return given
-    try:
-        with Path(given).open("rb") as file:  # an export named by mistake may have gigabytes
-            raw = file.read(MAX_NOTE + 1)
-        if len(raw) <= MAX_NOTE:
+    with Path(given).open("rb") as file:  # an export named by mistake may have gigabytes
+        raw = file.read(MAX_NOTE + 1)
+    if len(raw) <= MAX_NOTE:
+        with suppress(UnicodeError):
             return raw.decode("utf-8")
-    except UnicodeError:
-        pass
     raise Invalid(f"{given[:200]} is no {what}", expected=f"a text file of at most {MAX_NOTE} bytes", reason="file")
 
 

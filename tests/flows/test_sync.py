@@ -16,7 +16,7 @@ import pytest
 
 from artifact.manifest import EMPTY_BYTES, FACTS_TYPE, MANIFEST, PROFILES_TYPE, build_manifest, build_model, digest_of
 from artifact.profile import build as build_profiles
-from artifact.remote import NO_CALL, RemoteRegistry
+from artifact.remote import NOBODY_CALL, RemoteRegistry
 from artifact.store import Descriptor, File
 from mirror.home import MirrorHome
 from mirror.records import Records
@@ -132,11 +132,11 @@ def push_image(remote: RemoteRegistry, repo: str, tag: str, seed: int, size: int
     descriptors = [{"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": digest_of(b), "size": len(b)} for b in layers]
     body = {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest_of(config), "size": len(config)}
     raw = json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "config": body, "layers": descriptors}).encode()
-    return remote.push(NO_CALL, repo, raw, MANIFEST, refs=(tag,)).digest
+    return remote.push(NOBODY_CALL, repo, raw, MANIFEST, refs=(tag,)).digest
 
 
 def push_blob(remote: RemoteRegistry, repo: str, blob: bytes) -> Descriptor:
-    upload = remote.upload(NO_CALL, repo)
+    upload = remote.upload(NOBODY_CALL, repo)
     upload.write(blob)
     return upload.commit(digest_of(blob))
 
@@ -148,13 +148,13 @@ def push_model(remote: RemoteRegistry, repo: str, tag: str, weights: bytes, prof
         push_blob(remote, repo, blob)
     files = [File("model.safetensors", digest_of(weights), len(weights))]
     raw = build_model(files, Descriptor(FACTS_TYPE, digest_of(facts), len(facts)), {"dev.airlock.source": f"push://{repo}"})
-    digest = remote.push(NO_CALL, repo, raw, MANIFEST, refs=(tag,)).digest
+    digest = remote.push(NOBODY_CALL, repo, raw, MANIFEST, refs=(tag,)).digest
     if profiles:
         document = build_profiles(repo, digest, PROFILES["profiles"], len(weights))  # type: ignore[arg-type]
         for blob in (EMPTY_BYTES, document):
             push_blob(remote, f"{repo}/profiles", blob)
         layer = Descriptor(PROFILES_TYPE, digest_of(document), len(document)).as_json()
-        remote.push(NO_CALL, f"{repo}/profiles", build_manifest(PROFILES_TYPE, [layer], {}), MANIFEST, refs=(tag,))
+        remote.push(NOBODY_CALL, f"{repo}/profiles", build_manifest(PROFILES_TYPE, [layer], {}), MANIFEST, refs=(tag,))
     return digest
 
 
@@ -193,14 +193,14 @@ def test_references_signatures_and_indexes_come_along(tmp_path: Path) -> None:
         child = push_image(remote, "library/app", "amd64", 3, 50_000)
         size = len(remote.read_manifest("library/app", child)[1])
         index = json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": [{"mediaType": MANIFEST, "digest": child, "size": size}]}).encode()
-        root = remote.push(NO_CALL, "library/app", index, INDEX, refs=("multi",)).digest
+        root = remote.push(NOBODY_CALL, "library/app", index, INDEX, refs=("multi",)).digest
         signature = push_image(remote, "library/app", f"{root.replace(':', '-')}.sig", 5, 1000)
         report_raw = build_manifest("application/x-report", [], {}, Descriptor(INDEX, root, len(index)))
         push_blob(remote, "library/app", EMPTY_BYTES)
-        referrer = remote.push(NO_CALL, "library/app", report_raw, MANIFEST).digest
+        referrer = remote.push(NOBODY_CALL, "library/app", report_raw, MANIFEST).digest
         listed = {"mediaType": MANIFEST, "digest": referrer, "size": len(report_raw), "artifactType": "application/x-report"}
         fallback = json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": [listed]}).encode()
-        remote.push(NO_CALL, "library/app", fallback, INDEX, refs=(root.replace(":", "-"),))
+        remote.push(NOBODY_CALL, "library/app", fallback, INDEX, refs=(root.replace(":", "-"),))
         plan = plan_file(
             tmp_path,
             {"source": f"oci://{running.host}/acme/tiny/profiles:1", "as": "team/only/profiles", "plain_http": True},
@@ -235,7 +235,7 @@ def test_a_referred_image_from_elsewhere(tmp_path: Path) -> None:
         for blob in (EMPTY_BYTES, document):
             push_blob(models, "acme/tiny/profiles", blob)
         layer = Descriptor(PROFILES_TYPE, digest_of(document), len(document)).as_json()
-        models.push(NO_CALL, "acme/tiny/profiles", build_manifest(PROFILES_TYPE, [layer], {}), MANIFEST, refs=("1",))
+        models.push(NOBODY_CALL, "acme/tiny/profiles", build_manifest(PROFILES_TYPE, [layer], {}), MANIFEST, refs=("1",))
         model = {"source": f"oci://{second.host}/acme/tiny:1", "as": "acme/tiny", "plain_http": True}
         alone = synced(plan_file(tmp_path, model), home, code=3)
         assert alone["items"][0]["error"]["reason"] == "reference" and MirrorHome.open(home).names() == []

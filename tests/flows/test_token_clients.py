@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from artifact.errors import Denied, NotFound, Unauthenticated
-from artifact.remote import NO_CALL, RemoteRegistry
+from artifact.remote import NOBODY_CALL, RemoteRegistry
 from mirror.home import MirrorHome
 from tests.conftest import AIRLOCK, missing
 from tests.contracts.doors import MANIFEST, Door, new_site, serving, sha
@@ -198,9 +198,9 @@ def test_our_own_client_follows_the_challenge(public: Door, door: Door) -> None:
         assert by_tokens.read_manifest("acme/keyed", "1")[1] == raw
         assert b"".join(by_tokens.stream("acme/keyed", sha(b"keyed"), 0, 5)) == b"keyed"
     assert len([s for s in asked(door)[mark:] if "/token" in s]) == 1, "one token for one scope"
-    upload = by_tokens.upload(NO_CALL, "acme/keyed")
+    upload = by_tokens.upload(NOBODY_CALL, "acme/keyed")
     upload.write(b"pushed by tokens")
-    assert upload.commit(sha(b"pushed by tokens")).digest and by_tokens.push(NO_CALL, "acme/keyed", raw, MANIFEST, refs=("2",))
-    assert by_tokens.refs(NO_CALL, "acme/keyed").items == ("1", "2") and "acme/keyed" in by_tokens.list(NO_CALL).items
-    by_tokens.delete(NO_CALL, "acme/keyed", "2")
-    assert by_tokens.refs(NO_CALL, "acme/keyed").items == ("1",)
+    assert upload.commit(sha(b"pushed by tokens")).digest and by_tokens.push(NOBODY_CALL, "acme/keyed", raw, MANIFEST, refs=("2",))
+    assert by_tokens.refs(NOBODY_CALL, "acme/keyed").items == ("1", "2") and "acme/keyed" in by_tokens.list(NOBODY_CALL).items
+    by_tokens.delete(NOBODY_CALL, "acme/keyed", "2")
+    assert by_tokens.refs(NOBODY_CALL, "acme/keyed").items == ("1",)
