@@ -24,7 +24,9 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from tests.conftest import RegistryServer, airlock
+from tests.contracts.doors import MANIFEST
 from tests.contracts.stores import s3_url
+from tests.contracts.test_hub_writing import commit, regular
 from tests.flows.answered import accessed, unanswered
 from tests.flows.story import MODEL, Story, random_model
 from tests.flows.test_clients import contents
@@ -36,6 +38,12 @@ from tests.services.clients import client
 pytestmark = pytest.mark.server
 SIZE = 24 * 1024 * 1024
 DOORS = ("oci", "oras", "hub", "ngc", "s3")
+# What the user of each client reads of a block: oras, hf and boto3's HEAD keep the reason to themselves, which tests/contracts/test_terms.py reads.
+BLOCKED = dict.fromkeys(DOORS, "{name} is blocked here by law or contract: a court") | {
+    "oras": "/v2/{name}/manifests/main: Forbidden",
+    "hub": "Access denied. Model '{name}' requires approval.",
+    "s3": "(403) when calling the HeadObject operation: Forbidden",
+}
 HF = Path(sys.executable).parent / "hf"
 ORAS = """
 import sys, oras.client
@@ -273,7 +281,7 @@ def test_each_door_refuses_alike(site: Site, tmp_path: Path, door: str) -> None:
         assert not done and contents(tmp_path / who) == {}, (who, said)
 
 
-def grown(site: Site, work: Callable[[], None]) -> int:
+def grown(site: Site, work: Callable[[], object]) -> int:
     """Bytes by which the store grew."""
     before = site.stored()[0]
     work()
@@ -290,7 +298,7 @@ def test_what_one_door_takes_the_others_show(site: Site, tmp_path: Path, way: st
         (source / path).write_bytes(data)
     key = site.keys["writer"]["key"]
 
-    def push(expect: int = 0) -> subprocess.CompletedProcess[str]:
+    def push(expect: int = 0) -> str:
         if way == "hub":
             env = {"HF_ENDPOINT": site.place("hub"), "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": key, "HF_HUB_DISABLE_XET": "1"}
             done = site.run(str(HF), "upload", name, str(source), ".", **env)
@@ -299,7 +307,7 @@ def test_what_one_door_takes_the_others_show(site: Site, tmp_path: Path, way: st
             airlock_bin = str(Path(sys.executable).parent / "airlock")
             done = site.run(airlock_bin, "model", "push", str(source), f"{name}:main", "--registry", site.place("oci"), **env)
         assert (done.returncode == 0) == (expect == 0), done.stdout + done.stderr
-        return done
+        return done.stdout + done.stderr
 
     assert grown(site, push) < 400_000, "the weights were there"
     for door in DOORS:
@@ -314,11 +322,19 @@ def test_what_one_door_takes_the_others_show(site: Site, tmp_path: Path, way: st
     assert {path: digests[path] for path in files} == {path: hashlib.sha256(data).hexdigest() for path, data in files.items()}
     assert site.ask("POST", "immutable", "writer", {"name": name, "immutable": True})["immutable"]
     (source / "note.txt").write_bytes(b"changed")
-    push(expect=1)
+    said = push(expect=1)
+    assert "the ref main is immutable here" in said, "the client tells why"
+    path = f"/v2/{name}/manifests/main"
+    raw = site.server.ask("GET", path, None, "writer").body
+    put = site.server.ask("PUT", path, raw + b" ", "writer", Content_Type=MANIFEST)
+    assert (put.status, put.code) == (403, "DENIED") and "immutable" in put.json()["errors"][0]["message"]
+    made = commit(site.server, name, regular("note.txt", b"changed"), who="writer")
+    assert (made.status, made.json()["reason"]) == (409, "immutable") and "immutable" in made.headers["x-error-message"]
     for door in ("hub", "s3"):
         done, said = pull(site, door, name, "main", tmp_path / f"{door}-again")
         assert done and contents(tmp_path / f"{door}-again")["note.txt"] == files["note.txt"], said
     assert site.ask("POST", "terms", "root", {"name": name, "blocked": "a court"})["blocked"]
-    for door in DOORS:
-        assert not pull(site, door, name, "main", tmp_path / f"{door}-blocked")[0], door
+    for door, words in BLOCKED.items():
+        done, said = pull(site, door, name, "main", tmp_path / f"{door}-blocked")
+        assert not done and contents(tmp_path / f"{door}-blocked") == {} and words.format(name=name) in said, (door, said)
     assert unanswered(site.lines()) == []
