@@ -17,13 +17,17 @@ def limits(path: Path) -> tuple[int, int]:
 
 def check(path: Path) -> list[str]:
     """One line per breach in one Python file."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+    except (UnicodeDecodeError, SyntaxError) as error:
+        return [f"{path}: no Python in UTF-8: {error}"]
     largest, longest = limits(path)
     found = []
     lines = sum(1 for line in text.splitlines() if line.strip())
     if lines > largest:
         found.append(f"{path}: {lines} non-blank lines, at most {largest}")
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > longest:
@@ -32,9 +36,11 @@ def check(path: Path) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Checks every Python file under the given folders; 1 when one is too large."""
-    roots = [Path(a) for a in argv] or [Path()]
-    files = sorted(f for root in roots for f in ([root] if root.is_file() else root.rglob("*.py")))
+    """Checks every Python file under the given folders; 1 when one is too large, 2 when there is none."""
+    files = sorted(f for root in map(Path, argv) for f in ([root] if root.is_file() else root.rglob("*.py")))
+    if not files:
+        print("usage: sizes.py FOLDER..., with Python files in them", file=sys.stderr)
+        return 2
     found = [line for f in files for line in check(f)]
     print("\n".join(found) if found else f"sizes: {len(files)} files within the limits")
     return 1 if found else 0

@@ -35,6 +35,21 @@ def test_a_function_at_the_limit_passes_and_one_line_more_fails(tmp_path: Path) 
     assert done.returncode == 1 and "f has 81 lines, at most 80" in done.stdout
 
 
+def test_what_cannot_be_read_is_told_beside_the_others(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_bytes(b"x = 1\n# \xff\n")
+    (tmp_path / "b.py").write_text("def f(:\n")
+    (tmp_path / "c.py").write_text(function(81))
+    done = sizes(tmp_path)
+    assert done.returncode == 1 and done.stderr == ""
+    assert "a.py: no Python in UTF-8" in done.stdout and "b.py: no Python in UTF-8" in done.stdout and "c.py:1: f has 81 lines" in done.stdout
+
+
+def test_without_a_file_to_look_at_nothing_passes(tmp_path: Path) -> None:
+    for paths in ((), (tmp_path,), (tmp_path / "absent",)):
+        done = sizes(*paths)
+        assert done.returncode == 2 and "usage: sizes.py FOLDER" in done.stderr
+
+
 def test_tests_may_be_larger(tmp_path: Path) -> None:
     file = tmp_path / "tests" / "a.py"
     file.parent.mkdir()
