@@ -192,7 +192,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         if served.process.poll() is None:
             served.process.send_signal(signal.SIGTERM)
             assert served.process.wait(30) == 0
-        end = time.monotonic() + 3
+        end = time.monotonic() + 20
         while not served.gone():
             assert time.monotonic() < end, [Path(f"/proc/{p}/cmdline").read_bytes() for p in served.seen if alive(p)]
             time.sleep(0.02)
@@ -274,7 +274,7 @@ class TestEachEngine:
         began = time.monotonic()
         served.process.send_signal(signal.SIGTERM)
         rest = answer.read()
-        assert served.process.wait(10) == 0 and time.monotonic() - began < 6
+        assert served.process.wait(20) == 0 and time.monotonic() - began < 20  # the stream alone would last 50 s
         assert b"data: [DONE]" not in rest and b'"error"' in rest
 
     def test_its_process_killed_mid_stream_is_told_and_it_comes_back_elsewhere(self, engine: str, serve: Serve) -> None:
@@ -291,7 +291,7 @@ class TestEachEngine:
         served.seen |= {int((tmp_path / "child").read_text()), *descendants(served.process.pid)}
         served.process.kill()
         served.process.wait()
-        end = time.monotonic() + 2
+        end = time.monotonic() + 20
         while not served.gone():
             assert time.monotonic() < end
             time.sleep(0.02)
@@ -316,11 +316,11 @@ class TestEachEngine:
         assert status == 36 and error["reason"] == "engine_failed" and "start_timeout" in error["what"]
 
     def test_one_that_never_gets_ready_is_ended_with_its_children(self, engine: str, serve: Serve, tmp_path: Path) -> None:
-        served = serve(engine, {"load_s": 600, "child": str(tmp_path / "child")}, wait=False, ready_s=2.0)
+        served = serve(engine, {"load_s": 600, "child": str(tmp_path / "child")}, wait=False, ready_s=5.0)
         served.wait((tmp_path / "child").exists)
         served.seen |= set(descendants(served.process.pid))
         status, error = served.end()
-        assert status == 36 and "was not ready within 2 s" in error["what"]
+        assert status == 36 and "was not ready within 5 s" in error["what"]
         assert served.gone() and not alive(int((tmp_path / "child").read_text()))
 
     def test_a_flood_of_log_hinders_nobody(self, engine: str, serve: Serve) -> None:
@@ -339,7 +339,7 @@ class TestEachEngine:
         began = time.monotonic()
         text = served.stream()
         assert text.endswith(b"data: [DONE]\n\n") and text.count(b"data: {") == 200
-        assert time.monotonic() - began < 10  # 1 s of pauses; each of 400 writes waits for at most a few reads of the log
+        assert time.monotonic() - began < 60  # 1 s of pauses, 600 s of log; each of 400 writes waits for at most a few reads of the log
         files = sorted(p.stat().st_size for p in served.folder.glob("engine.log*"))
         assert len(files) <= 2 and sum(files) < 200 << 20
 

@@ -32,10 +32,10 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 
 
 def test_live_at_once_ready_follows_the_engine(serve: Serve) -> None:
-    served = serve("--fake-load-s", "1.5", wait=False)
+    served = serve("--fake-load-s", "4", wait=False)
     began = time.monotonic()
     assert served.ask("GET", "/v1/health/live")[0] == 200
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 2
     assert served.ask("GET", "/v1/health/ready")[0] == 503
     status, body, _ = served.ask("POST", "/v1/chat/completions", CHAT)
     assert status == 503
@@ -212,7 +212,7 @@ def test_unhealthy_engine_turns_ready_off_and_is_restarted(serve: Serve, tmp_pat
     served = serve("--fake-health", str(flag))
     before = _engine_pid(served)
     flag.touch()
-    served.wait(lambda: not served.ready(), 2)
+    served.wait(lambda: not served.ready())
     served.wait(lambda: "airlock_engine_restarts_total 1" in served.ask("GET", "/metrics")[1])
     flag.unlink()
     served.wait(served.ready)
@@ -220,16 +220,15 @@ def test_unhealthy_engine_turns_ready_off_and_is_restarted(serve: Serve, tmp_pat
 
 
 def test_sigterm_drains_the_stream(serve: Serve) -> None:
-    served = serve("--fake-frames", "20", "--fake-frame-s", "0.05")
+    served = serve("--fake-frames", "60", "--fake-frame-s", "0.05")
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
     connection.request("POST", "/v1/chat/completions", json.dumps({**CHAT, "stream": True}))
     answer = connection.getresponse()
     first = answer.read(10)
     served.process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
-    assert not served.ready()
+    served.wait(lambda: not served.ready())
     assert (first + answer.read()).endswith(b"data: [DONE]\n\n")
-    assert served.process.wait(10) == 0
+    assert served.process.wait(20) == 0
 
 
 def test_sigterm_with_a_stream_longer_than_the_drain(serve: Serve, tmp_path: Path) -> None:
@@ -242,7 +241,7 @@ def test_sigterm_with_a_stream_longer_than_the_drain(serve: Serve, tmp_path: Pat
     served.process.send_signal(signal.SIGTERM)
     data = first + answer.read()
     assert b"[DONE]" not in data and b'"object": "error"' in data
-    assert served.process.wait(10) == 0
+    assert served.process.wait(20) == 0
     for pid in (engine, int(child.read_text())):
         assert _gone(pid), "a process of the engine's group is left"
 
@@ -259,7 +258,7 @@ def test_killed_front_takes_the_engine_with_it(serve: Serve) -> None:
     engine = _engine_pid(served)
     served.process.kill()
     served.process.wait()
-    end = time.monotonic() + 2
+    end = time.monotonic() + 20
     while not _gone(engine):
         assert time.monotonic() < end
         time.sleep(0.02)

@@ -33,15 +33,15 @@ def _smoke(port: int, *flags: str) -> tuple[int, str, str]:
 
 def test_a_run_is_recorded_and_half_its_speed_is_named(serve: Serve, tmp_path: Path) -> None:
     record, svg = tmp_path / "run.json", tmp_path / "run.svg"
-    fast = serve("--fake-frames", "30", "--fake-frame-s", "0.02")
-    status, out, err = _smoke(fast.port, "--slo", "ttft_p95_ms=2000,tok_s=20", "--record", str(record), "--svg", str(svg))
+    fast = serve("--fake-frames", "12", "--fake-frame-s", "0.05")  # pauses that a loaded machine adds little to
+    status, out, err = _smoke(fast.port, "--slo", "ttft_p95_ms=2000,tok_s=8", "--record", str(record), "--svg", str(svg))
     assert status == 0 and "target reached at 4 streams" in out and "expected: none recorded in this profile" in out, out + err
     assert "GPU memory: not told" in out and svg.read_text().startswith("<svg")
     doc: dict[str, Any] = json.loads(record.read_text())
     levels = doc["levels"]
-    assert [x["concurrency"] for x in levels] == [1, 4] and [x["requests"] for x in levels] == [3, 12] and levels[1]["tokens"] == 12 * 30
-    assert levels[1]["tok_s"] > 2 * levels[0]["tok_s"] and 15 < levels[0]["itl_p50_ms"] < 60 and doc["profile"] == "ab" * 32
-    slow = serve("--fake-frames", "30", "--fake-frame-s", "0.04")
+    assert [x["concurrency"] for x in levels] == [1, 4] and [x["requests"] for x in levels] == [3, 12] and levels[1]["tokens"] == 12 * 12
+    assert levels[1]["tok_s"] > 2 * levels[0]["tok_s"] and 40 < levels[0]["itl_p50_ms"] < 150 and doc["profile"] == "ab" * 32
+    slow = serve("--fake-frames", "12", "--fake-frame-s", "0.1")
     status, out, _ = _smoke(slow.port, "--baseline", str(record))
     assert status == 53 and "REGRESSION: tok_s at 4 streams" in out and "REGRESSION: itl_p95_ms at 1 streams" in out, out
     bar = 0.8 * levels[1]["tok_s"]

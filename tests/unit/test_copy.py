@@ -250,9 +250,10 @@ def test_push_is_resumed_by_another_process(host: BlobHost, tmp_path: Path) -> N
     assert child.poll() is None
     child.send_signal(signal.SIGKILL)
     child.wait()
-    time.sleep(0.3)  # the server notices the end of the connection
-    host.delay_s = 0
-    held = len(host.uploads["u0"])
+    host.delay_s, held = 0, -1
+    while held != len(host.uploads["u0"]):  # the server reads what was sent to its end
+        held = len(host.uploads["u0"])
+        time.sleep(0.3)
     assert held < size
     out = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60)
     assert int(out.stdout) == size - held

@@ -293,7 +293,7 @@ def test_no_bytes_are_a_document(raw: bytes | str) -> None:
 
 def test_reading_takes_little_time() -> None:
     token = d.sign(KEY, d.ENTITLEMENT, licence(models=[f"m{i}/" + "x" * 200 for i in range(100)])).head.token
-    begin = time.perf_counter()
+    begin = time.process_time()
     for _ in range(20):
         read(token)
-    assert (time.perf_counter() - begin) / 20 < 0.05
+    assert (time.process_time() - begin) / 20 < 0.05

@@ -100,21 +100,20 @@ def test_each_shape_of_an_engines_error(status: int, raw: bytes, told: str) -> N
 
 def test_the_gate_gives_places_in_order_and_counts_bytes() -> None:
     async def story() -> list[str]:
-        gate, said = Gate(Limits(requests=1, queued=3, queue_s=5, bodies_bytes=100)), list[str]()
+        gate, said, go = Gate(Limits(requests=1, queued=3, queue_s=5, bodies_bytes=100)), list[str](), asyncio.Event()
 
-        async def one(name: str, hold: float) -> None:
+        async def one(name: str) -> None:
             async with gate.place():
                 said.append(name)
-                await asyncio.sleep(hold)
+                await go.wait()
 
-        first = asyncio.create_task(one("a", 0.05))
+        first, *rest = [asyncio.create_task(one(name)) for name in ("a", "b", "c", "d")]
         await asyncio.sleep(0)
-        rest = [asyncio.create_task(one(name, 0.0)) for name in ("b", "c", "d")]
-        await asyncio.sleep(0.01)
         assert gate.waiting == 3
         with pytest.raises(Refused, match="full"):
-            await one("e", 0)
+            await one("e")
         rest[0].cancel()
+        go.set()
         await asyncio.gather(first, *rest, return_exceptions=True)
         assert (gate.active, gate.waiting, gate.refused) == (0, 0, 1)
         one_body, another = gate.hold(), gate.hold()

@@ -51,6 +51,6 @@ def test_the_access_line_of_a_path_with_a_secret_in_it() -> None:
 
 @pytest.mark.parametrize("piece", ["://a:", "://a:@", "://", "@", ":@", "?", "?key", "key", "?key="])
 def test_a_hostile_line_costs_no_more_than_its_length(piece: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     redacted(piece * 100_000)
-    assert time.monotonic() - began < 10  # where the time grows with the square, these are minutes
+    assert time.process_time() - began < 10  # where the time grows with the square, these are minutes

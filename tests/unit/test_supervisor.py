@@ -108,10 +108,10 @@ def test_status_zero_is_a_crash_and_children_die_with_it(tmp_path: Path) -> None
     code = "import subprocess,sys; print(subprocess.Popen([sys.executable,'-c','import time; time.sleep(99)'],stdout=2).pid, flush=True)"
     engine = _run(_launch(tmp_path, code), tmp_path)
     assert "kind='engine_died'" in engine.log.lines[-1]
-    child = int(engine.log.lines[0])
-    time.sleep(0.1)
-    stat = Path(f"/proc/{child}/stat")
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    stat, end = Path(f"/proc/{int(engine.log.lines[0])}/stat"), time.monotonic() + 20
+    while stat.exists() and stat.read_text().split()[2] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_environment_is_exactly_the_given_one_and_group_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
