@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from artifact.disk import Disk
 from artifact.errors import Denied, Invalid, Mismatch, NotFound, TooLarge, Unavailable
 from artifact.manifest import COMMIT, EMPTY_BYTES, FACTS_TYPE, MAX_FILES, SOURCE, build_model, check_path, is_commit, is_digest
 from artifact.store import Descriptor, File
+from mirror.hints import Hints
 from mirror.plan import Item
 from mirror.web import Fetcher, origin, refusal
 
@@ -241,20 +241,11 @@ class _Oids:
     """Which stored digest has which git object id: a hint that is proven again at each use, so that a second run fetches nothing."""
 
     def __init__(self, disk: Disk) -> None:
-        self._disk, self._path, self._lock = disk, disk.root / "git-oids", threading.Lock()
-        self._known: dict[str, str] = {}
-        try:
-            lines = self._path.read_text(encoding="ascii", errors="replace").splitlines()
-        except FileNotFoundError:
-            lines = []
-        for line in lines:
-            oid, _, digest = line.partition(" ")
-            if is_digest(digest):
-                self._known[oid] = digest
+        self._disk, self._hints = disk, Hints(disk.root / "git-oids")
 
     def find(self, file: RemoteFile) -> str:
         """The digest of a stored file with this git object id, empty when there is none."""
-        digest = self._known.get(file.git_oid, "")
+        digest = self._hints.find(file.git_oid)
         if not digest or self._disk.size(digest) != file.size:
             return ""
         try:
@@ -264,11 +255,8 @@ class _Oids:
             return ""
 
     def add(self, oid: str, digest: str) -> None:
-        """Remembers a pair; a lost line only costs fetching a small file again."""
-        with self._lock:
-            self._known[oid] = digest
-            with self._path.open("a", encoding="ascii") as out:
-                out.write(f"{oid} {digest}\n")
+        """Remembers a pair."""
+        self._hints.add(oid, digest)
 
 
 def build(snapshot: Snapshot, files: tuple[File, ...], disk: Disk) -> bytes:

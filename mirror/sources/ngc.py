@@ -35,10 +35,10 @@ from artifact.manifest import (
     derived_commit,
     digest_of,
     files_root,
-    is_digest,
     parse_json,
 )
 from artifact.store import Descriptor, File
+from mirror.hints import Hints
 from mirror.ngc_api import Api, quoted
 from mirror.ngc_listing import MAX_SUMS, SUMS, RemoteFile, listed, signed, sums_of
 from mirror.plan import Item
@@ -331,12 +331,7 @@ class _Proofs:
     """Which stored digest a file of a version had once it was verified by all that NGC told of it: so that a second run fetches and reads nothing."""
 
     def __init__(self, disk: Disk, shot: Snapshot, endpoint: str) -> None:
-        self._disk, self._source, self._path, self._lock = disk, [endpoint, shot.source], disk.root / "ngc-files", threading.Lock()
-        try:
-            lines = self._path.read_text(encoding="ascii", errors="replace").splitlines()
-        except FileNotFoundError:
-            lines = []
-        self._known = {key: digest for key, _, digest in (line.partition(" ") for line in lines) if is_digest(digest)}
+        self._disk, self._source, self._hints = disk, [endpoint, shot.source], Hints(disk.root / "ngc-files")
 
     def key(self, file: RemoteFile) -> str:
         """All that is known of a file, as one digest."""
@@ -344,13 +339,12 @@ class _Proofs:
 
     def find(self, file: RemoteFile) -> str:
         """The digest of a stored file that was verified; empty where there is none."""
-        digest = self._known.get(self.key(file), "")
+        digest = self._hints.find(self.key(file))
         return digest if digest and self._disk.size(digest) == file.size else ""
 
     def add(self, file: RemoteFile, digest: str) -> None:
-        """Remembers it; a lost line only costs fetching or reading again."""
-        with self._lock, contextlib.suppress(OSError), self._path.open("a", encoding="ascii") as out:
-            out.write(f"{self.key(file)} {digest}\n")
+        """Remembers it."""
+        self._hints.add(self.key(file), digest)
 
 
 @dataclass(frozen=True)
