@@ -14,30 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from artifact import reasons
 from artifact.errors import AirlockError, Invalid, Unauthenticated, Unavailable
 from artifact.manifest import MANIFEST_TYPES, parse_reference
 from artifact.probes import Answer, Reached, ask, clock, reach, trusts
 from artifact.surroundings import CA_FILES, FAIL, OK, WARN, Line, look, proxy, untold
 from artifact.transport import Transport, clean, joined, origin
 
-# The reasons that runtime/settings.py has too have the codes that they have there.
 EXIT_CODES: Mapping[str, int] = {
-    "key_absent": 20,
-    "key_invalid": 21,
-    "key_expired": 22,
-    "key_revoked": 23,
-    "org_closed": 23,
-    "member_disabled": 23,
-    "not_visible": 24,
-    "no_grant": 25,
-    "tier_missing": 26,
-    "grant_expired": 27,
-    "entitlement_expired": 27,
-    "cache": 38,
-    "connection_refused": 40,
-    "dns": 41,
-    "tls": 42,
-    "timeout": 43,
+    **reasons.EXIT_CODES,
     "environment": 60,
     "proxy": 61,
     "clock": 62,

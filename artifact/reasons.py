@@ -68,3 +68,23 @@ REASONS: dict[str, Reason] = {
     "lease_returned": Reason("the lease was returned on {at}, and is not used again", _LEASE),
 }
 DEAD = frozenset(code for code, reason in REASONS.items() if reason.status == 401)  # of these the key itself is refused, whatever it asks for
+
+# Exit statuses that `airlock doctor` and `airlock runtime` have in common.
+EXIT_CODES: dict[str, int] = {
+    "key_absent": 20,
+    "key_invalid": 21,
+    "key_expired": 22,
+    "key_revoked": 23,
+    "org_closed": 23,
+    "member_disabled": 23,
+    "not_visible": 24,
+    "no_grant": 25,
+    "tier_missing": 26,
+    "grant_expired": 27,
+    "entitlement_expired": 27,
+    "cache": 38,
+    "connection_refused": 40,
+    "dns": 41,
+    "tls": 42,
+    "timeout": 43,
+}

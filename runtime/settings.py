@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from artifact import reasons
 from artifact.errors import Invalid
 from artifact.manifest import Reference, parse_reference
 from runtime import tuning
@@ -27,15 +28,8 @@ GPU_SHARE = 0.92  # of a GPU's memory, what vLLM takes by default and what profi
 
 # Exit statuses of `airlock runtime` by the reason of the error; docs/operations.md has the same table for people.
 EXIT_CODES: Mapping[str, int] = {
-    "key_absent": 20,
-    "key_invalid": 21,
-    "key_expired": 22,
-    "key_revoked": 23,
-    "org_closed": 23,
-    "member_disabled": 23,
+    **reasons.EXIT_CODES,
     "entitlement_revoked": 23,
-    "not_visible": 24,
-    "no_grant": 25,
     "action_missing": 25,
     "grant_not_yet": 25,
     "entitlement_absent": 25,
@@ -47,9 +41,6 @@ EXIT_CODES: Mapping[str, int] = {
     "profile_not_granted": 25,
     "license_unaccepted": 25,
     "legal_block": 25,
-    "tier_missing": 26,
-    "grant_expired": 27,
-    "entitlement_expired": 27,
     "lease": 28,
     "lease_absent": 28,
     "lease_returned": 28,
@@ -63,12 +54,7 @@ EXIT_CODES: Mapping[str, int] = {
     "engine_absent": 35,
     "engine_failed": 36,
     "port_taken": 37,
-    "cache": 38,
     "weights": 39,
-    "connection_refused": 40,
-    "dns": 41,
-    "tls": 42,
-    "timeout": 43,
     "gpus_exceeded": 44,
     "offline": 45,
     "unsigned": 46,
