@@ -7,6 +7,7 @@ system has no locks, one that was used in the last hours is left alone. What is 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -181,10 +182,15 @@ def _locked(path: Path) -> bool:
 
 
 def damaged(disk: Disk, digest: str, size: int, rest: Callable[[int], None] = lambda count: None) -> bool:
-    """Whether an object's bytes are not those of its digest, read from the disk and not from memory; `rest` is told each block. Gone is damaged."""
+    """Whether an object's bytes are not those of its digest, read from the disk and not from memory; `rest` is told each block. Gone is damaged.
+
+    Raises Unavailable where this process can open no more files: that says nothing of the object.
+    """
     try:
         fd = disk.open(digest)
-    except AirlockError:
+    except AirlockError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         return True
     try:
         if os.fstat(fd).st_size != size:

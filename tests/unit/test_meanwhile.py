@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import resource
 import shutil
 import sqlite3
 import sys
@@ -18,6 +19,7 @@ import pytest
 from sqlalchemy import delete, select
 
 from artifact.disk import Disk
+from artifact.errors import Unavailable
 from artifact.manifest import build_model, digest_of
 from artifact.store import Descriptor, File
 from registry import tables as t
@@ -176,6 +178,19 @@ def test_what_was_evicted_since_it_was_listed_is_not_damaged(
     monkeypatch.setattr(sys, "stderr", Evicting())
     assert command.verify(tmp_path, argparse.Namespace(json=False, repair=False)) == 0
     assert "3 object(s) read, 0 damaged" in capsys.readouterr().out
+
+
+def test_an_object_that_cannot_be_opened_for_want_of_descriptors_is_not_damaged(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    digest = disk.put(b"abc")
+    bound = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, bound[1]))  # what is open stays so
+    try:
+        with pytest.raises(Unavailable, match="Too many open files"):
+            upkeep.damaged(disk, digest, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, bound)
+    assert not upkeep.damaged(disk, digest, 3)
 
 
 def test_a_file_that_another_start_found_damaged_is_fetched_again(tmp_path: Path) -> None:
