@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
+import pytest
 
 from tests.conftest import ROOT, find_port
 
@@ -148,6 +149,14 @@ class Fronts:
                     served.process.kill()
                     served.process.wait()
                     raise
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """A function that starts a front of one test."""
+    fronts = Fronts(tmp_path)
+    yield fronts.start
+    fronts.stop()
 
 
 def _listens(port: int) -> bool:

@@ -26,6 +26,7 @@ from artifact import model_dir
 from artifact.profile import Pin, Profile
 from runtime.memory import need as estimated
 from tests.conftest import ROOT, find_port
+from tests.flows.serving import run_there
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -90,16 +91,6 @@ def _wait_ready(client: openai.OpenAI, process: subprocess.Popen[bytes], log: Pa
             return
 
 
-def _run_there(engine: Path, script: str, *argv: str) -> str:
-    """Runs one of the fakes with the engine environment's python."""
-    env = {**os.environ, "PYTHONPATH": str(engine / "meta")}
-    done = subprocess.run(
-        [str(engine / "bin" / "python"), str(ROOT / "tests" / "fakes" / script), *argv], capture_output=True, text=True, env=env, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 ADAPTER = """
 import json, sys, torch
 from pathlib import Path
@@ -131,7 +122,7 @@ def _make_adapters(engine: Path, model: Path, folder: Path) -> dict[str, str]:
 def test_trained_llama_answers_exactly(engine_env: Path, tmp_path: Path) -> None:
     answer = f"The code word of this run is {secrets.token_hex(4)}."
     model = tmp_path / "model"
-    _run_there(engine_env, "train_llama.py", "--question", QUESTION, "--answer", answer, "--out", str(model))
+    run_there(engine_env, "train_llama.py", "--question", QUESTION, "--answer", answer, "--out", str(model))
     messages: Any = [{"role": "user", "content": QUESTION}]
     tags, options = {"precision": "bf16", "feat_lora": "true", "feat_lora_max_rank": "8"}, {"max_model_len": "512", "max_num_seqs": "16"}
     with _served(engine_env, tmp_path, model, tags, options, _make_adapters(engine_env, model, tmp_path / "peft")) as (client, process):
@@ -180,7 +171,7 @@ def pair(engine_env: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     """A model, a draft model that learned the same from another beginning, and what both answer."""
     folder, answer = tmp_path_factory.mktemp("pair"), f"The code word of this run is {secrets.token_hex(4)}."
     for name, seed in (("model", "0"), ("draft", "7")):
-        _run_there(engine_env, "train_llama.py", "--question", QUESTION, "--answer", answer, "--out", str(folder / name), "--seed", seed)
+        run_there(engine_env, "train_llama.py", "--question", QUESTION, "--answer", answer, "--out", str(folder / name), "--seed", seed)
     return folder / "model", folder / "draft", answer
 
 
@@ -234,7 +225,7 @@ def _check_death(client: openai.OpenAI, process: subprocess.Popen[bytes], words:
 
 def test_real_embeddings_equal_the_reference(engine_env: Path, tmp_path: Path, minilm: Path) -> None:
     texts = ["That is a happy person", "That is a happy dog", "A registry behind an air gap serves models without any network."]
-    reference = json.loads(_run_there(engine_env, "minilm_reference.py", str(minilm), *texts))["embeddings"]
+    reference = json.loads(run_there(engine_env, "minilm_reference.py", str(minilm), *texts))["embeddings"]
     with _served(engine_env, tmp_path, minilm, {}, {"task": "embed"}) as (client, _):
         answer = client.embeddings.create(model="acme/tiny", input=texts, encoding_format="float", extra_body={"input_type": "passage"})
         vectors = [d.embedding for d in answer.data]

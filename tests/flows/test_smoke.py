@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import AIRLOCK, find_port
-from tests.contracts.fronts import Fronts, Serve
+from tests.contracts.fronts import Serve, serve
 
 pytestmark = pytest.mark.server
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    """A function that starts a front."""
-    fronts = Fronts(tmp_path)
-    yield fronts.start
-    fronts.stop()
+__all__ = ["serve"]
 
 
 def _smoke(port: int, *flags: str) -> tuple[int, str, str]:
