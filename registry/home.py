@@ -143,7 +143,8 @@ class Home:
 
     def peppers(self) -> tuple[bytes, ...]:
         """The pepper, and behind it the prepared one and those that it replaced; raises Unavailable."""
-        return (self.pepper(), *self.keys.next_peppers(), *self.keys.previous_peppers())
+        coming = self.keys.next_peppers()  # first: a rotation at this moment makes it the current one
+        return (self.pepper(), *coming, *self.keys.previous_peppers())
 
     def release_key(self) -> bytes:
         """PEM of the key that signs what is released here; raises Unavailable."""
@@ -170,7 +171,10 @@ class Home:
         """Who may say what an organisation is entitled to, kid to public PEM: the site's own roots and those pinned; raises Invalid, Unavailable."""
         out = self.keys.public_keys("entitlement")
         for path in sorted((self.path / "trust" / ISSUERS).glob("*.pem")):
-            pem = path.read_text("ascii", "replace")
+            try:
+                pem = path.read_text("ascii", "replace")
+            except FileNotFoundError:  # removed since it was listed: from now on it vouches for nothing
+                continue
             if trust.kid(pem) != path.stem:
                 raise Invalid(f"{path} was altered", expected=f"the public key {path.stem}", do="restore it, or pin the issuer again")
             out[path.stem] = pem

@@ -142,22 +142,28 @@ class Keyring:
     def _next(self, name: str) -> list[bytes]:
         path = self.folder / NEXT / FILES[name]
         try:
-            return [path.read_bytes()[:MAX_BYTES]] if os.path.lexists(path) else []
+            return [path.read_bytes()[:MAX_BYTES]]
+        except FileNotFoundError:
+            return []
         except OSError as error:
             raise Unavailable(f"secrets/{NEXT} cannot be read: {error.strerror}", do="let this user read it") from error
 
     def public_keys(self, name: str) -> dict[str, str]:
         """The public halves, id to PEM, of a signing key, of the next one and of those that it replaced; raises Invalid, Unavailable."""
-        pems = [trust.public_pem(raw) for raw in (self.read(name), *self._next(name))]
+        coming = self._next(name)  # first: a rotation at this moment makes it the current one
+        pems = [trust.public_pem(raw) for raw in (self.read(name), *coming)]
         pems += [raw.decode("ascii", "replace") for raw in self._previous(name)]
         return {trust.kid(pem): pem for pem in pems}
 
     def _previous(self, name: str) -> list[bytes]:
+        found: list[tuple[float, str, bytes]] = []
         try:
-            found = sorted((self.folder / PREVIOUS).glob(f"{name}.*"), key=lambda path: (-path.stat().st_mtime, path.name))
-            return [path.read_bytes()[:MAX_BYTES] for path in found if not path.name.endswith(".partial")]
+            for path in (self.folder / PREVIOUS).glob(f"{name}.*"):
+                with suppress(FileNotFoundError):  # removed since it was listed
+                    found.append((-path.stat().st_mtime, path.name, path.read_bytes()[:MAX_BYTES]))
         except OSError as error:
             raise Unavailable(f"secrets/{PREVIOUS} cannot be read: {error.strerror}", do="let this user read it") from error
+        return [raw for _, file, raw in sorted(found) if not file.endswith(".partial")]
 
     def prepare(self, name: str) -> str:
         """Makes the secret that is to come, accepted from now on and used by nobody yet; returns its id; raises Conflict, Unavailable."""

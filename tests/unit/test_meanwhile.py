@@ -10,7 +10,7 @@ import shutil
 import sqlite3
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path, PosixPath
@@ -18,6 +18,7 @@ from pathlib import Path, PosixPath
 import pytest
 from sqlalchemy import delete, select
 
+from artifact import trust
 from artifact.disk import Disk
 from artifact.errors import Unavailable
 from artifact.manifest import build_model, digest_of
@@ -26,7 +27,7 @@ from registry import tables as t
 from registry.backup import backup
 from registry.blobs.file import FileBlobs, location_of
 from registry.home import Home
-from registry.keyring import write_new
+from registry.keyring import Keyring, pepper_id, write_new
 from registry.links import add_blob
 from registry.rebuild import Rebuild
 from registry.settings import Settings
@@ -76,6 +77,49 @@ def test_a_backup_beside_a_rotation_and_an_import(tmp_path: Path) -> None:
     made = backup(replace(Settings.load(home.path), data=Vanishing(home.path)), tmp_path / "kept", 1_800_000_000, "1")
     secrets = {f"secrets/{name}" for name in ("pepper", "release.pem", "lease.pem", "audit.pem", "entitlement.pem")}
     assert made["files"].keys() == {"registry.db", "site.json", "trust/sender/1.root.json", *secrets}  # type: ignore[attr-defined]
+
+
+class Rotating(PosixPath):
+    """A path of which, at the moment that somebody reads the prepared secret, somebody else puts it in place."""
+
+    def read_bytes(self) -> bytes:
+        if self.parent.name == "next":
+            Keyring(Path(self.parent.parent)).rotate({"pepper": "pepper", "lease.pem": "lease"}[self.name])
+        return super().read_bytes()
+
+
+def test_a_rotation_leaves_no_moment_in_which_a_secret_is_not_known(tmp_path: Path) -> None:
+    home = Home.open(tmp_path / "data", create=True)
+    old, new = home.pepper(), home.keys.prepare("pepper")
+    assert [pepper_id(raw) for raw in replace(home, path=Rotating(home.path)).peppers()] == [new, pepper_id(old)]
+    (old_kid,), new_kid = home.keys.public_keys("lease"), home.keys.prepare("lease")
+    assert set(replace(home, path=Rotating(home.path)).keys.public_keys("lease")) == {old_kid, new_kid}
+
+
+class Removing(PosixPath):
+    """A path of which the operator removes each file as soon as it was listed."""
+
+    def glob(self, pattern: str) -> Iterator[Path]:
+        found = list(super().glob(pattern))
+        for path in found:
+            path.unlink()
+        yield from found
+
+
+def test_an_issuer_that_is_removed_at_this_moment_vouches_for_nothing(tmp_path: Path) -> None:
+    home = Home.open(tmp_path / "data", create=True)
+    own = home.issuers()
+    pem = trust.public_pem(trust.generate_key())
+    home.pin_issuer(pem, trust.spki_sha256(pem).hex())
+    assert home.issuers().keys() == {*own, trust.kid(pem)}
+    assert replace(home, path=Removing(home.path)).issuers() == own
+
+
+def test_a_replaced_secret_that_is_removed_at_this_moment_counts_no_more(tmp_path: Path) -> None:
+    home = Home.open(tmp_path / "data", create=True)
+    old_kid, kid = home.keys.rotate("lease")
+    assert home.keys.public_keys("lease").keys() == {old_kid, kid}
+    assert replace(home, path=Removing(home.path)).keys.public_keys("lease").keys() == {kid}
 
 
 class Lost(FileBlobs):
