@@ -19,6 +19,7 @@ from artifact import bundle
 from artifact.disk import Disk
 from artifact.errors import Conflict, Invalid, NotFound, Unavailable
 from artifact.manifest import check_digest, check_name, check_ref, parse_json
+from artifact.medium import replace_file
 
 HOME = "home.json"
 NAMES = "names.json"
@@ -57,7 +58,7 @@ class MirrorHome:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.chmod(0o700)
             bundle.create_root(path / "tuf", time.time())
-            _replace(path / HOME, json.dumps({"schema": 1}).encode() + b"\n")
+            replace_file(path / HOME, json.dumps({"schema": 1}).encode() + b"\n")
         except OSError as error:
             raise Unavailable(f"{path} cannot be written: {error.strerror}", expected="a directory that this user may write") from error
         return cls.open(path)
@@ -111,7 +112,7 @@ class MirrorHome:
             known = {(n.name, n.ref): n for n in self.names()}
             known.update({(n.name, n.ref): n for n in named})
             ordered = [asdict(known[key]) for key in sorted(known)]
-            _replace(self.path / NAMES, json.dumps({"names": ordered}, sort_keys=True).encode())
+            replace_file(self.path / NAMES, json.dumps({"names": ordered}, sort_keys=True).encode())
 
     @contextmanager
     def lock(self, name: str = "names") -> Iterator[None]:
@@ -122,12 +123,3 @@ class MirrorHome:
             yield
         finally:
             os.close(fd)
-
-
-def _replace(path: Path, raw: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with temporary.open("wb") as out:
-        out.write(raw)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(path)

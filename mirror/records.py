@@ -151,7 +151,8 @@ class Records:
             digest = hashlib.sha256(raw).hexdigest()
             folder = self._home.path / "evidence"
             folder.mkdir(mode=0o700, exist_ok=True)
-            replace_file(folder / digest, raw)
+            with self._home.lock("evidence"):
+                replace_file(folder / digest, raw)
             evidence = f"sha256:{digest} {path.name}"
         return words(evidence, "the evidence", MAX_WORDS)
 

@@ -23,6 +23,8 @@ from artifact.disk import Disk
 from artifact.errors import Unavailable
 from artifact.manifest import build_model, digest_of
 from artifact.store import Descriptor, File
+from mirror.home import MirrorHome
+from mirror.records import Records
 from registry import tables as t
 from registry.backup import backup
 from registry.blobs.file import FileBlobs, location_of
@@ -172,6 +174,24 @@ def test_those_who_make_one_secret_at_once_agree_on_the_first(tmp_path: Path) ->
             list(pool.map(make, texts))
         assert path.read_bytes() in texts and list(path.parent.iterdir()) == [path]
         path.unlink()
+
+
+# ---- the mirror's home
+
+
+def test_one_evidence_that_several_keep_at_once(tmp_path: Path) -> None:
+    shown, start = tmp_path / "order.pdf", threading.Barrier(8)
+    shown.write_bytes(os.urandom(1_000_000))
+    records = Records(MirrorHome.init(tmp_path / "home"))
+
+    def keep() -> str:
+        start.wait()
+        return records.keep(str(shown))
+
+    with ThreadPoolExecutor(8) as pool:
+        kept = {task.result() for task in [pool.submit(keep) for _ in range(8)]}
+    assert kept == {f"{digest_of(shown.read_bytes())} order.pdf"}
+    assert [path.read_bytes() for path in (tmp_path / "home" / "evidence").iterdir()] == [shown.read_bytes()]
 
 
 # ---- the runtime's cache, which several containers share
