@@ -188,10 +188,10 @@ def _walk(top: Path) -> list[str]:
             shown = str(path.relative_to(root))
             if not path.resolve().is_relative_to(root):
                 raise _no_data(f"{shown} is a link that leaves the directory", "files, or links inside it")
-            if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):
-                raise _no_data(f"{shown} is no plain file", "files")
             if path.is_dir():
                 continue
+            if not path.is_file():  # a link to nothing is none either
+                raise _no_data(f"{shown} is no plain file", "files")
             if shown.lower() in found:
                 raise _no_data(f"{shown} and {found[shown.lower()]} differ in case alone", "names that every file system tells apart")
             found[shown.lower()] = shown

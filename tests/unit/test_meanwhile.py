@@ -20,7 +20,7 @@ from sqlalchemy import delete, select
 
 from artifact import trust
 from artifact.disk import Disk
-from artifact.errors import Unavailable
+from artifact.errors import Invalid, Unavailable
 from artifact.manifest import build_model, digest_of
 from artifact.store import Descriptor, File
 from mirror.home import MirrorHome
@@ -34,7 +34,7 @@ from registry.links import add_blob
 from registry.rebuild import Rebuild
 from registry.settings import Settings
 from runtime import cache as place
-from runtime import upkeep, weights
+from runtime import unsigned, upkeep, weights
 from runtime.commands import cache as command
 from tests.site import BACKENDS, running_site
 
@@ -255,6 +255,13 @@ def test_an_object_that_cannot_be_opened_for_want_of_descriptors_is_not_damaged(
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, bound)
     assert not upkeep.damaged(disk, digest, 3)
+
+
+def test_a_link_to_what_is_gone_is_no_file_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to("removed")
+    with pytest.raises(Invalid, match=r"model\.safetensors is no plain file") as caught:
+        unsigned.digest_with(digest_of(b"model"), {"NIM_DRAFT_MODEL_PATH": tmp_path})
+    assert caught.value.reason == "model_content"
 
 
 def test_a_file_that_another_start_found_damaged_is_fetched_again(tmp_path: Path) -> None:
