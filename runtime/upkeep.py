@@ -125,7 +125,7 @@ def evict(cache: Path, enough: Callable[[int], bool], *, dry: bool = False) -> E
     left = models(cache)
     gone, busy, freed = [], [], 0
     if not enough(freed):
-        freed += _orphans(disk, {d for held in left for d in (held.digest, *held.sizes)}, now, dry)
+        freed += _orphans(disk, {d for held in left for d in (held.digest, *held.sizes)}, now, dry) + _leftovers(cache / "models", now, dry)
     for held in list(left):
         if enough(freed):
             break
@@ -167,6 +167,23 @@ def _orphans(disk: Disk, needed: set[str], now: float, dry: bool) -> int:
                 freed += size
                 if not dry:
                     disk.delete(digest)
+    return freed
+
+
+def _leftovers(top: Path, now: float, dry: bool) -> int:
+    """Directories of a day ago that a killed start or eviction left beside a model's: their links hold bytes of objects that are gone."""
+    freed = 0
+    for folder, folders, _ in os.walk(top):
+        hidden = [Path(folder, name) for name in folders if name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in hidden:
+            with suppress(OSError):
+                if path.is_symlink() or now - path.stat().st_mtime < YOUNG_S:
+                    continue
+                found = [file.lstat() for file in path.rglob("*") if not file.is_dir()]
+                freed += sum(file.st_size for file in found if file.st_nlink == 1)
+                if not dry:
+                    shutil.rmtree(path)
     return freed
 
 

@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -225,6 +226,20 @@ def test_an_eviction_spares_a_model_that_a_start_used_since_it_was_listed(tmp_pa
     old, new = cached(tmp_path, "acme/old", b"old" * 1000, AGES_AGO), cached(tmp_path, "acme/new", b"new" * 1000, AGES_AGO + 1)
     done = upkeep.evict(tmp_path, at_the_first(lambda: place.touch(old)))
     assert [name.partition("@")[0] for name in done.busy] == ["acme/old"] and old.is_dir() and not new.exists()
+
+
+def test_what_a_killed_eviction_left_beside_a_model_goes_after_a_day(tmp_path: Path) -> None:
+    model = cached(tmp_path, "acme/tiny", b"abc" * 1000, time.time())
+    left, young = (model.with_name(f".{model.name}.{i}.old") for i in (1, 2))
+    for folder in (left, young):
+        (folder / "sub").mkdir(parents=True)
+        (folder / "sub" / "only here").write_bytes(b"x" * 5000)
+        (folder / "also an object").hardlink_to(model / "model.safetensors")
+    os.utime(left, (AGES_AGO, AGES_AGO))
+    assert upkeep.evict(tmp_path, lambda freed: freed > 0, dry=True).bytes == 5000 and left.is_dir()
+    done = upkeep.evict(tmp_path, lambda freed: freed > 0)
+    assert (done.bytes, done.models, left.exists()) == (5000, (), False)
+    assert young.is_dir() and (model / "model.safetensors").read_bytes() == b"abc" * 1000
 
 
 def test_what_was_evicted_since_it_was_listed_is_not_damaged(
