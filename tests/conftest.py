@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -48,10 +50,11 @@ def airlock(*argv: str, check: bool = True, timeout: float = 120, **env: str) ->
 
 
 def find_port() -> int:
-    """A TCP port of the loopback that was free a moment ago."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A TCP port of the loopback that was free a moment ago; none of those from which the kernel takes one for each connection that goes out."""
+    while True:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", 20_000 + secrets.randbelow(12_000)))
+            return int(s.getsockname()[1])
 
 
 def wait_http(url: str, process: subprocess.Popen[bytes], log: Path, timeout: float = READY_S) -> None:

@@ -25,7 +25,7 @@ from artifact.manifest import EMPTY_BYTES, EMPTY_DIGEST, FACTS_TYPE, MANIFEST, P
 from artifact.profile import Pin
 from artifact.store import Descriptor, File
 from runtime import weights
-from tests.conftest import need_root
+from tests.conftest import find_port, need_root
 from tests.fakes.site import Site
 
 pytestmark = pytest.mark.server
@@ -107,9 +107,6 @@ def node(tmp_path: Path) -> Iterator[Node]:
     # Stands where an engine is: it ends with a class that is never tried again, so that `serve` returns after everything before the engine.
     engine.write_text("#!/bin/sh\necho 'error: unrecognized arguments: --stand-in' >&2\nexit 2\n")
     engine.chmod(0o755)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     made.env = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "HOME")} | {
         "NGC_API_KEY": KEY,
         "AIRLOCK_REGISTRY": site.url,
@@ -117,7 +114,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
         "NIM_CACHE_PATH": str(made.cache),
         "AIRLOCK_ENGINE_VLLM": str(tmp_path / "engine"),
         "AIRLOCK_HOST": "127.0.0.1",
-        "NIM_HTTP_API_PORT": str(port),
+        "NIM_HTTP_API_PORT": str(find_port()),
     }
     yield made
     site.close()
