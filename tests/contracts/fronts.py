@@ -54,6 +54,7 @@ class Served:
     port: int
     process: subprocess.Popen[str]
     folder: Path
+    model: str = "acme/tiny"
 
     def ask(self, method: str, path: str, body: object = None, raw: bytes | None = None, key: str = SECRET) -> tuple[int, Any, dict[str, str]]:
         """One request, its status, its JSON (or text) and headers."""
@@ -75,14 +76,18 @@ class Served:
         except OSError:
             return False
 
-    def wait(self, wanted: Callable[[], bool], seconds: float = 15) -> None:
+    def wait(self, wanted: Callable[[], bool], seconds: float = 20) -> None:
         """Polls until `wanted` holds."""
         end = time.monotonic() + seconds
         while not wanted():
-            log = self.folder / "engine.log"
-            assert self.process.poll() is None, (self.process.stdout and self.process.stdout.read(), log.exists() and log.read_text())
-            assert time.monotonic() < end, f"not within {seconds} s"
+            assert self.process.poll() is None, (self.process.stdout and self.process.stdout.read(), self.log())
+            assert time.monotonic() < end, (f"not within {seconds} s", self.log())
             time.sleep(0.02)
+
+    def log(self) -> str:
+        """What the engine printed."""
+        path = self.folder / "engine.log"
+        return path.read_text(errors="replace")[-4000:] if path.exists() else ""
 
     def records(self) -> list[dict[str, Any]]:
         """The requests that reached the engine."""
@@ -96,7 +101,7 @@ class Served:
     def stream(self, **more: object) -> bytes:
         """A chat stream's bytes as they came."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        connection.request("POST", "/v1/chat/completions", json.dumps({**CHAT, "stream": True, **more}))
+        connection.request("POST", "/v1/chat/completions", json.dumps({**CHAT, "model": self.model, "stream": True, **more}))
         return connection.getresponse().read()
 
 

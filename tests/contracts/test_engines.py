@@ -21,13 +21,14 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, find_port
+from tests.contracts import fronts
 
 pytestmark = pytest.mark.server
 
 FAKES = ROOT / "tests" / "fakes" / "engines"
 PROGRAMS = {"tensorrt_llm": ("trtllm-serve", "trtllm_serve.py"), "sglang": ("python3", "sglang.py")}
 NAMES = ("meta/llama:1", "short")
-CHAT = {"model": NAMES[0], "messages": [{"role": "user", "content": "hi"}]}
+CHAT = fronts.CHAT | {"model": NAMES[0]}
 DRIVER = """
 import json, logging, sys
 from pathlib import Path
@@ -54,57 +55,16 @@ except AirlockError as e:
 
 
 @dataclass
-class Served:
-    """A front with an engine behind it."""
+class Served(fronts.Served):
+    """A front with an engine behind it, and the processes of that engine that were seen."""
 
-    port: int
-    process: subprocess.Popen[str]
-    folder: Path
+    model: str = NAMES[0]
     seen: set[int] = field(default_factory=set)
-
-    def ask(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
-        """One request: status, and its JSON or text."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        connection.request(method, path, None if body is None else json.dumps(body))
-        answer = connection.getresponse()
-        text = answer.read()
-        connection.close()
-        try:
-            return answer.status, json.loads(text)
-        except ValueError:
-            return answer.status, text.decode()
-
-    def stream(self, **more: object) -> bytes:
-        """A chat stream as it came."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        connection.request("POST", "/v1/chat/completions", json.dumps({**CHAT, "stream": True, **more}))
-        return connection.getresponse().read()
 
     def ready(self) -> bool:
         """Whether it takes requests now; remembers the processes of the engine."""
         self.seen |= set(descendants(self.process.pid))
-        try:
-            return self.ask("GET", "/v1/health/ready")[0] == 200
-        except OSError:
-            return False
-
-    def wait(self, wanted: Callable[[], bool], seconds: float = 20) -> None:
-        """Polls until `wanted` holds."""
-        end = time.monotonic() + seconds
-        while not wanted():
-            assert self.process.poll() is None, (self.process.stdout and self.process.stdout.read(), self.log())
-            assert time.monotonic() < end, (f"not within {seconds} s", self.log())
-            time.sleep(0.02)
-
-    def log(self) -> str:
-        """What the engine printed."""
-        path = self.folder / "engine.log"
-        return path.read_text(errors="replace")[-4000:] if path.exists() else ""
-
-    def records(self) -> list[dict[str, Any]]:
-        """The requests that reached the engine."""
-        path = self.folder / "record"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return super().ready()
 
     def end(self, seconds: float = 30) -> tuple[int, dict[str, Any]]:
         """The status, and the error that was printed, of a front that ends by itself."""
@@ -205,19 +165,19 @@ class TestEachEngine:
     def test_it_answers_under_every_name_and_is_told_its_own(self, engine: str, serve: Serve) -> None:
         served = serve(engine)
         for name in NAMES:
-            status, answer = served.ask("POST", "/v1/chat/completions", {**CHAT, "model": name})
+            status, answer, _ = served.ask("POST", "/v1/chat/completions", {**CHAT, "model": name})
             assert status == 200 and answer["model"] == name and answer["choices"][0]["message"]["content"] == "The answer is forty-two."
             frames = served.stream(model=name).decode()
             assert frames.endswith("data: [DONE]\n\n") and frames.count(f'"model": "{name}"') == 6, frames
         own = {"tensorrt_llm": "meta-llama-1", "sglang": "meta/llama-1"}[engine]
         assert {r["body"]["model"] for r in served.records()} == {own}
-        status, listed = served.ask("GET", "/v1/models")
+        status, listed, _ = served.ask("GET", "/v1/models")
         assert status == 200 and [m["id"] for m in listed["data"]] == list(NAMES) and str(served.folder) not in json.dumps(listed)
         assert served.ask("POST", "/v1/chat/completions", {**CHAT, "model": "other"})[0] == 404
 
     def test_its_errors_have_the_one_shape(self, engine: str, serve: Serve) -> None:
         served = serve(engine)
-        status, body = served.ask("POST", "/v1/chat/completions", {"model": NAMES[0]})
+        status, body, _ = served.ask("POST", "/v1/chat/completions", {"model": NAMES[0]})
         assert status == 400 and body["error"]["code"] == 400 and body["message"] and str(served.folder) not in json.dumps(body)
 
     def test_dangerous_routes_are_not_reached(self, engine: str, serve: Serve) -> None:
@@ -228,7 +188,7 @@ class TestEachEngine:
 
     def test_its_figures_are_on_our_page_and_its_queue_is_not_drained(self, engine: str, serve: Serve) -> None:
         served = serve(engine)
-        status, text = served.ask("GET", "/v1/metrics")
+        status, text, _ = served.ask("GET", "/v1/metrics")
         words = {"tensorrt_llm": "trtllm_request_success_total 1", "sglang": "sglang:num_running_reqs 0"}[engine]
         assert status == 200 and words in text and "airlock_engine_ready 1" in text
         assert served.records() == []
@@ -423,7 +383,7 @@ def test_a_process_of_it_killed_is_classified_and_it_comes_back(engine: str, wor
 
 def test_embeddings_of_sglang(serve: Serve) -> None:
     served = serve("sglang", options={"task": "embed"})
-    status, answer = served.ask("POST", "/v1/embeddings", {"model": "short", "input": ["a", "b"]})
+    status, answer, _ = served.ask("POST", "/v1/embeddings", {"model": "short", "input": ["a", "b"]})
     assert status == 200 and len(answer["data"]) == 2 and answer["model"] == "short"
 
 
@@ -434,7 +394,7 @@ def test_adapters_are_models_of_their_own(engine: str, serve: Serve, tmp_path: P
     (tmp_path / "peft" / "sql" / "adapter_model.safetensors").write_text("")
     env = {"NIM_PEFT_SOURCE": str(tmp_path / "peft"), "AIRLOCK_ALLOW_UNSIGNED": "our own adapter"}
     served = serve(engine, tags={"feat_lora": "true"}, env=env)
-    status, answer = served.ask("POST", "/v1/chat/completions", {**CHAT, "model": "sql"})
+    status, answer, _ = served.ask("POST", "/v1/chat/completions", {**CHAT, "model": "sql"})
     body = served.records()[-1]["body"]
     own = {"lora_name": "sql", "lora_int_id": 1, "lora_path": str(tmp_path / "peft" / "sql")}
     assert body.get("lora_path") == "sql" if engine == "sglang" else body["lora_request"] == own
