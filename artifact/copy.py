@@ -184,7 +184,8 @@ def bounded(parts: Iterator[bytes], size: int, digest: str) -> Iterator[bytes]:
 
 
 def _parallel(open_range: Ranges, partial: Partial, progress: Progress | None, workers: int) -> None:
-    ranges = iter(partial.missing())
+    waiting = partial.missing()
+    ranges = iter(waiting)
     lock, stop = threading.Lock(), threading.Event()
 
     def work() -> None:
@@ -195,7 +196,7 @@ def _parallel(open_range: Ranges, partial: Partial, progress: Progress | None, w
                 return
             _piece(open_range, partial, lo, hi, progress, stop)
 
-    count = min(workers, len(partial.missing()))
+    count = min(workers, len(waiting))
     if count <= 1:
         return work()
     with ThreadPoolExecutor(count, thread_name_prefix="fetch") as pool:  # left once all have ended: the file is not closed below one that writes

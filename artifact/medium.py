@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -206,8 +207,7 @@ def check_objects(present: Mapping[str, int], index: BundleIndex) -> None:
 
 def check_space(directory: Path, need: int) -> None:
     """Returns if `need` bytes fit onto the file system of the directory; raises Unavailable with both numbers."""
-    info = os.statvfs(directory)
-    free = info.f_bavail * info.f_frsize
+    free = shutil.disk_usage(directory).free
     if need > free:
         raise Unavailable(
             f"{directory} has {free} bytes free, {need} are needed",

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -276,10 +277,9 @@ def _create(data: Path) -> None:
 def free_bytes(folder: Path) -> int:
     """Bytes that this user may still write on the file system of a folder; 0 where it does not say."""
     try:
-        info = os.statvfs(folder)
+        return shutil.disk_usage(folder).free
     except OSError:
         return 0
-    return info.f_bavail * info.f_frsize
 
 
 def _line(doc: dict[str, object]) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import socket
 import stat
 import time
@@ -178,13 +179,8 @@ def cache_lines(settings: Settings, mounts: Sequence[Mount], who: tuple[int, int
         state = "warn" if mount.network else "ok"
         lines.append(Line("file system", state, mount.words(), "a local disk, best NVMe, loads weights faster" if mount.network else ""))
     if missing >= 0:
-        lines.append(space_line(cache, total, missing, _free(cache)))
+        lines.append(space_line(cache, total, missing, shutil.disk_usage(cache).free))
     return lines
-
-
-def _free(cache: Path) -> int:
-    found = os.statvfs(cache)
-    return found.f_bavail * found.f_frsize
 
 
 def space_line(cache: Path, total: int, missing: int, free: int) -> Line:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -60,8 +60,7 @@ def listed(cache: Path, args: argparse.Namespace) -> int:
         for held in reversed(upkeep.models(cache))
     ]
     total = sum(count for _, count in Disk(cache).walk())
-    found = os.statvfs(cache)
-    free = found.f_bavail * found.f_frsize
+    free = shutil.disk_usage(cache).free
     if args.json:
         sys.stdout.write(json.dumps({"models": items, "bytes": total, "free": free}, indent=2) + "\n")
         return 0
@@ -106,7 +105,7 @@ def evict(cache: Path, args: argparse.Namespace) -> int:
         raise Invalid("evict needs to know how much", expected="either --keep-bytes or --free-bytes")
     keep, wanted = _bytes(args.keep_bytes), _bytes(args.free_bytes)
     total = sum(count for _, count in Disk(cache).walk())
-    before = os.statvfs(cache).f_bavail * os.statvfs(cache).f_frsize
+    before = shutil.disk_usage(cache).free
 
     def enough(freed: int) -> bool:
         return total - freed <= keep if args.keep_bytes is not None else before + freed >= wanted
