@@ -279,7 +279,17 @@ def test_questions_are_the_administrators(door: Door, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["search", "search?q=", "history/", "history/A", "quota", "quota/%00", "gc/x", "search/x?q=a", "nothing", "history/x?before=-1"]
+    "path", ["search", "search?q=", "history/", "history/A", "quota/%00", "gc/x", "search/x?q=a", "nothing", "history/x?before=-1"]
 )
 def test_wrong_questions(door: Door, path: str) -> None:
     assert door.ask("GET", f"/airlock/v1/{path}", None, "root").status in (400, 404)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [("GET", "quota", "POST"), ("POST", "quota/acme", "GET, HEAD"), ("DELETE", "gc", "GET, HEAD, POST"), ("PUT", "org", "")],
+)
+def test_wrong_verbs(door: Door, method: str, path: str, allow: str) -> None:
+    """RFC 9110 section 15.5.6: what a path has is told; a path that has nothing is not found."""
+    found = door.ask(method, f"/airlock/v1/{path}", {} if method != "GET" else None, "root")
+    assert (found.status, found.headers.get("allow", "")) == (405 if allow else 404, allow)
