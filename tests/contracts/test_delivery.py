@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from artifact.manifest import digest_of
-from artifact.remote import NO_CALL, RemoteRegistry
+from artifact.remote import NOBODY_CALL, RemoteRegistry
 from mirror.home import MirrorHome
 from mirror.pack import pack
 from registry import tables as t
@@ -129,7 +129,7 @@ def test_our_client_follows_without_its_key(tmp_path: Path, proxy: Unsteady) -> 
     with serving(tmp_path / "data", new_site(tmp_path / "data", **env), **env) as door:
         push(door)
         remote = RemoteRegistry(door.url, door.keys["acme"])
-        assert whole(remote.read(NO_CALL, REPO, sha(RAW), 5)) == RAW[5:]
+        assert whole(remote.read(NOBODY_CALL, REPO, sha(RAW), 5)) == RAW[5:]
         assert proxy.count("GET ") >= 1 and all(b"authorization" not in head.lower() for head in proxy.heads)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from artifact.errors import AirlockError, Denied, Invalid, Mismatch, NotFound, Unavailable
 from artifact.manifest import EMPTY_BYTES, MANIFEST, PROFILES_TYPE, build_manifest, canonical_json, digest_of
-from artifact.remote import NO_CALL, RemoteRegistry
+from artifact.remote import NOBODY_CALL, RemoteRegistry
 from artifact.store import Descriptor
 from mirror import web
 from mirror.home import MirrorHome
@@ -340,7 +340,7 @@ def test_a_profile_cannot_move_another_name(tmp_path: Path) -> None:
         for blob in (EMPTY_BYTES, document):
             push_blob(remote, "evil/model/profiles", blob)
         layer = Descriptor(PROFILES_TYPE, digest_of(document), len(document)).as_json()
-        remote.push(NO_CALL, "evil/model/profiles", build_manifest(PROFILES_TYPE, [layer], {}), MANIFEST, refs=("1",))
+        remote.push(NOBODY_CALL, "evil/model/profiles", build_manifest(PROFILES_TYPE, [layer], {}), MANIFEST, refs=("1",))
         items = [{"source": f"oci://{running.host}/{n}:1", "as": n, "plain_http": True} for n in ("good/model", "evil/model")]
         home = MirrorHome.init(tmp_path / "mirror")
         report = sync(home, parse(json.dumps({"items": items}), tmp_path))
