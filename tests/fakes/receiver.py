@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.conftest import find_port
 
 
 @dataclass
@@ -84,6 +85,4 @@ def receiving(*answers: int | str) -> Iterator[Receiver]:
 
 def refusing() -> str:
     """A URL where nothing listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{sock.getsockname()[1]}/hooks/a-secret-path"
+    return f"http://127.0.0.1:{find_port()}/hooks/a-secret-path"

@@ -1,4 +1,4 @@
-"""Starts Debian's docker-registry on a free port with a data directory: an upstream that is not our own server; standard library only.
+"""Starts Debian's docker-registry on a free port with a data directory: an upstream that is not our own server.
 
 with registry(tmp_path / "data") as running: running.url, running.host
 """
@@ -6,7 +6,6 @@ with registry(tmp_path / "data") as running: running.url, running.host
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -15,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.conftest import find_port
 
 BINARY = "docker-registry"
 
@@ -29,20 +30,13 @@ class Running:
     process: subprocess.Popen[bytes]
 
 
-def free_port() -> int:
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def registry(data: Path, port: int = 0) -> Iterator[Running]:
     """Runs docker-registry until the block ends; the log holds one line for each request."""
     binary = shutil.which(BINARY)
     if binary is None:
         raise RuntimeError(f"{BINARY} is not installed; do: apt-get install docker-registry")
-    port = port or free_port()
+    port = port or find_port()
     data.mkdir(parents=True, exist_ok=True)
     config, log = data / "config.yml", data / "registry.log"
     config.write_text(

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.conftest import missing, stop
+from tests.conftest import find_port, missing, stop
 
 WAIT_S = 60
 
@@ -65,9 +65,7 @@ def serving(document: Path, app: str, blobs: Path, user: str) -> Iterator[str]:
     program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if not program:
         missing("nginx (Debian package nginx-light)")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = int(s.getsockname()[1])
+    port = find_port()
     with tempfile.TemporaryDirectory(prefix="airlock-nginx-") as folder:
         d = Path(folder)
         d.chmod(0o755)

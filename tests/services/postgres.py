@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import psycopg
 
-from tests.conftest import missing
+from tests.conftest import find_port, missing
 
 NOBODY = 65534
 WAIT_S = 60
@@ -55,12 +54,6 @@ def _run(*argv: str | Path, cwd: Path) -> None:
     assert done.returncode == 0, f"{argv[0]} ended with {done.returncode}:\n{(cwd / 'commands.log').read_text()[-2000:]}"
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 @dataclass
 class Postgres:
     """One server over a folder of its own; it may be stopped, killed and started again on the same data."""
@@ -77,7 +70,7 @@ class Postgres:
         _run(programs() / "initdb", "-D", folder / "d", "-A", "trust", "-U", "postgres", "--no-sync", "-E", "UTF8", "--locale=C", cwd=folder)
         with (folder / "d" / "postgresql.auto.conf").open("a") as conf:
             conf.write(f"max_connections = {connections}\n")
-        server = cls(folder, _free_port())
+        server = cls(folder, find_port())
         server.start()
         return server
 
