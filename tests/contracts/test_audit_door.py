@@ -81,7 +81,7 @@ def test_who_is_shown_what(door: Door, tmp_path: Path) -> None:
     assert whole["entries"] > own["entries"] > 0 and {row["org"] for row in own["denials"]["rows"]} <= {"acme"}
     assert door.ask("GET", "/airlock/v1/audit/entries?size=3", who="surveyor").json()["after"] == 0
     assert door.ask("GET", "/airlock/v1/audit/entries?size=3", who=None).status == 401
-    assert door.ask("POST", "/airlock/v1/audit/entries", b"{}", who="surveyor").status == 404
+    assert door.ask("POST", "/airlock/v1/audit/entries", b"{}", who="surveyor").status == 405
     html = tmp_path / "r.html"
     audit(door, "auditor", "report", "--html", str(html))
     assert "other/m" not in html.read_text() and "acme/m" in html.read_text()
