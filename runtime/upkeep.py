@@ -57,12 +57,17 @@ def models(cache: Path) -> list[Held]:
     for folder, folders, _ in os.walk(top):
         path = Path(folder)
         folders[:] = [name for name in folders if not (path / name).is_symlink() and not name.startswith(".")]
-        if path != top and len(path.name) == 12 and set(path.name) <= set("0123456789abcdef"):
+        if path != top and _begins(path.name):
             folders.clear()
             digest, files = _manifest(disk, path.name)
             with suppress(FileNotFoundError):  # another container evicted it since
                 found.append(Held(str(path.parent.relative_to(top)), digest, path, files, path.stat().st_mtime))
     return sorted(found, key=lambda held: held.used)
+
+
+def _begins(name: str) -> bool:
+    """Whether a model's directory has this name: what its digest begins with."""
+    return len(name) == 12 and set(name) <= set("0123456789abcdef")
 
 
 def _manifest(disk: Disk, begins: str) -> tuple[str, tuple[File, ...]]:
@@ -132,16 +137,16 @@ def evict(cache: Path, enough: Callable[[int], bool], *, dry: bool = False) -> E
         if in_use(held, now):
             busy.append(f"{held.name}@{held.digest}")
             continue
-        left.remove(held)
-        needed = {d for other in left for d in (other.digest, *other.sizes)}
-        mine = held.sizes | {held.digest: disk.size(held.digest) or 0} if held.files else {}
         if not dry:
             aside = held.path.with_name(f".{held.path.name}.{os.getpid()}.{secrets.token_hex(4)}.old")
             try:
                 held.path.rename(aside)
-            except FileNotFoundError:  # another container evicted it, or a start builds it anew
+            except FileNotFoundError:  # another container evicted it, or a start builds it anew: then its objects are still needed
                 continue
             shutil.rmtree(aside, ignore_errors=True)
+        left.remove(held)
+        needed = {d for other in left for d in (other.digest, *other.sizes)}
+        mine = held.sizes | {held.digest: disk.size(held.digest) or 0} if held.files else {}
         for digest in mine.keys() - needed:
             freed += disk.size(digest) or 0
             if not dry:
@@ -174,8 +179,8 @@ def _leftovers(top: Path, now: float, dry: bool) -> int:
     """Directories of a day ago that a killed start or eviction left beside a model's: their links hold bytes of objects that are gone."""
     freed = 0
     for folder, folders, _ in os.walk(top):
-        hidden = [Path(folder, name) for name in folders if name.startswith(".")]
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        hidden = [Path(folder, name) for name in folders if name.startswith(".") and _begins(name[1:13])]
+        folders[:] = [name for name in folders if not name.startswith(".") and not _begins(name)]  # a model's own folders may be hidden ones
         for path in hidden:
             with suppress(OSError):
                 if path.is_symlink() or now - path.stat().st_mtime < YOUNG_S:

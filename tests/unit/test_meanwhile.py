@@ -228,6 +228,26 @@ def test_an_eviction_spares_a_model_that_a_start_used_since_it_was_listed(tmp_pa
     assert [name.partition("@")[0] for name in done.busy] == ["acme/old"] and old.is_dir() and not new.exists()
 
 
+def test_an_eviction_leaves_what_a_model_needs_that_a_start_builds_anew_at_this_moment(tmp_path: Path) -> None:
+    first, _ = (cached(tmp_path, f"acme/{name}", b"abc" * 1000, AGES_AGO + i) for i, name in enumerate(("first", "second")))
+    steps = iter([lambda: None, lambda: first.rename(tmp_path / "aside"), lambda: (tmp_path / "aside").rename(first)])
+    done = upkeep.evict(tmp_path, lambda freed: bool(next(steps)()) and False)
+    assert [name.partition("@")[0] for name in done.models] == ["acme/second"] and first.is_dir()
+    assert Disk(tmp_path).size(digest_of(b"abc" * 1000)) == 3000, "a start without the registry would not find it"
+
+
+def test_an_eviction_takes_no_hidden_folder_of_a_model_that_stays(tmp_path: Path) -> None:
+    model = cached(tmp_path, "acme/tiny", b"abc" * 1000, AGES_AGO)
+    (model / ".ipynb_checkpoints").mkdir()
+    (model / ".ipynb_checkpoints" / "config.json").hardlink_to(model / "model.safetensors")
+    for folder in (model / ".ipynb_checkpoints", model):
+        os.utime(folder, (AGES_AGO, AGES_AGO))
+    with upkeep.holding(model):
+        upkeep.evict(tmp_path, lambda freed: False)
+    assert (model / ".ipynb_checkpoints" / "config.json").is_file()
+    assert [name.partition("@")[0] for name in upkeep.evict(tmp_path, lambda freed: False).models] == ["acme/tiny"]
+
+
 def test_what_a_killed_eviction_left_beside_a_model_goes_after_a_day(tmp_path: Path) -> None:
     model = cached(tmp_path, "acme/tiny", b"abc" * 1000, time.time())
     left, young = (model.with_name(f".{model.name}.{i}.old") for i in (1, 2))
