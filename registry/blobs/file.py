@@ -91,7 +91,9 @@ class FileBlobs(BlobStore):
             (self._partial / f"upload-{upload_id}").unlink(missing_ok=True)
 
     def walk(self, after: str = "") -> Iterator[tuple[str, int]]:
-        """Locations with sizes, in byte order, from behind `after`."""
+        """Locations with sizes, in byte order, from behind `after`; raises Unavailable where the whole store is gone, which is no empty one."""
+        if not self._blobs.is_dir():
+            raise Unavailable(f"{self._blobs} is not there", do="look whether the disk of the data directory is mounted")
         for algorithm in ("sha256", "sha512"):  # a probe's file, or a file system's lost+found, may lie beside them
             for shard in _names(self._blobs / algorithm):
                 if f"{algorithm}/{shard}/\U0010ffff" <= after:

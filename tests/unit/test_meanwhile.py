@@ -56,6 +56,9 @@ def test_a_walk_passes_over_what_is_no_folder_of_objects(tmp_path: Path) -> None
     (tmp_path / "blobs" / "lost+found").mkdir(mode=0o000)
     (tmp_path / "blobs" / "sha256" / "note").write_text("of the operator")
     assert list(blobs.walk()) == [(place, 3)] and place == location_of(digest_of(b"abc"))
+    shutil.rmtree(tmp_path / "blobs")
+    with pytest.raises(Unavailable, match="blobs is not there"):
+        list(blobs.walk())
 
 
 class Vanishing(PosixPath):
