@@ -23,7 +23,7 @@ from artifact.errors import Conflict, Invalid, Mismatch, NotFound, Unavailable
 from artifact.manifest import parse_json
 from registry.database import is_postgresql, open_engine, writing
 from registry.home import DATABASE, SITE
-from registry.keyring import FILES, FIRST, Keyring
+from registry.keyring import FILES, FIRST, PREVIOUS, Keyring
 from registry.settings import Settings
 
 INDEX = "backup.json"
@@ -54,6 +54,8 @@ def backup(settings: Settings, to: Path, now: float, revision: str) -> dict[str,
             _copy_sqlite(settings.data / DATABASE, temporary / DATABASE)
         for name in KEPT:
             _copy(settings.data / name, temporary / name)
+        # Again, and last: a secret that was replaced while they were copied lies there by now, maybe as the first.
+        _copy(settings.data / "secrets" / PREVIOUS, temporary / "secrets" / PREVIOUS)
         index: dict[str, object] = {"schema": SCHEMA, "taken": int(now), "revision": revision, "database": _kind(settings)}
         index["files"] = {str(p.relative_to(temporary)): _facts(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
         path = temporary / INDEX

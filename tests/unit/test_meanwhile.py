@@ -85,6 +85,24 @@ def test_a_backup_beside_a_rotation_and_an_import(tmp_path: Path) -> None:
     assert made["files"].keys() == {"registry.db", "site.json", "trust/sender/1.root.json", *secrets}  # type: ignore[attr-defined]
 
 
+class Replacing(PosixPath):
+    """A path of which, once the secrets are listed and the first of them is looked at, somebody replaces the pepper."""
+
+    def is_dir(self) -> bool:
+        if self.name == "audit.pem":
+            Keyring(Path(self.parent)).rotate("pepper")
+        return super().is_dir()
+
+
+def test_a_backup_holds_the_pepper_that_is_replaced_while_it_is_taken(tmp_path: Path) -> None:
+    home = Home.open(tmp_path / "data", create=True)
+    sqlite3.connect(home.database_path).execute("CREATE TABLE a (b)")
+    old = home.pepper()
+    backup(replace(Settings.load(home.path), data=Replacing(home.path)), tmp_path / "kept", 1_800_000_000, "1")
+    assert home.pepper() != old
+    assert old in Keyring(tmp_path / "kept" / "secrets").previous_peppers(), "the keys in the database would be dead"
+
+
 class Rotating(PosixPath):
     """A path of which, at the moment that somebody reads the prepared secret, somebody else puts it in place."""
 
