@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TextIO, cast
@@ -187,6 +187,7 @@ def _parallel(open_range: Ranges, partial: Partial, progress: Progress | None, w
     waiting = partial.missing()
     ranges = iter(waiting)
     lock, stop = threading.Lock(), threading.Event()
+    failures: list[BaseException] = []
 
     def work() -> None:
         while not stop.is_set():
@@ -194,20 +195,28 @@ def _parallel(open_range: Ranges, partial: Partial, progress: Progress | None, w
                 lo, hi = next(ranges, (0, 0))
             if lo == hi:
                 return
-            _piece(open_range, partial, lo, hi, progress, stop)
+            try:
+                _piece(open_range, partial, lo, hi, progress, stop)
+            except BaseException as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
+                failures.append(error)
+                stop.set()
 
     count = min(workers, len(waiting))
     if count <= 1:
-        return work()
-    with ThreadPoolExecutor(count, thread_name_prefix="fetch") as pool:  # left once all have ended: the file is not closed below one that writes
-        tasks = [pool.submit(work) for _ in range(count)]
+        work()
+    else:  # daemons, which an executor's threads are not: a program's end would wait for all that a thread of its own still fetches
+        threads = [threading.Thread(target=work, daemon=True, name=f"fetch-{i}") for i in range(count)]
+        for thread in threads:
+            thread.start()
         try:
-            ended, _ = wait(tasks, return_when=FIRST_EXCEPTION)
-        finally:  # a failure of one, or Ctrl-C, ends the others
+            for thread in threads:
+                thread.join()
+        finally:  # Ctrl-C: the file must not be closed below a thread that writes
             stop.set()
-    for task in ended:
-        task.result()
-    return None
+            for thread in threads:
+                thread.join()
+    if failures:
+        raise failures[0]
 
 
 def _piece(open_range: Ranges, partial: Partial, lo: int, hi: int, progress: Progress | None, stop: threading.Event) -> None:

@@ -125,6 +125,28 @@ def test_a_dead_server_is_given_up(host: BlobHost, tmp_path: Path, monkeypatch: 
         get(host, digest, 3 * SMALL, Disk(tmp_path))
 
 
+STALLED = """
+import sys, threading
+from pathlib import Path
+from artifact.copy import fetch
+from artifact.digest import PIECE
+from artifact.disk import Disk
+begun = threading.Barrier(3)
+def ranges(lo, hi):
+    yield b"0"
+    begun.wait()
+    threading.Event().wait()
+threading.Thread(target=fetch, args=(ranges, "sha256:" + 64 * "a", 2 * PIECE, Disk(Path(sys.argv[1]))), daemon=True).start()
+begun.wait()
+"""
+
+
+@pytest.mark.slow
+def test_a_program_ends_without_what_a_thread_of_its_own_still_fetches(tmp_path: Path) -> None:
+    """As the scrub beside a running model does, which is told to stop while a shard comes again."""
+    subprocess.run([sys.executable, "-c", STALLED, str(tmp_path)], check=True, timeout=30)
+
+
 @pytest.mark.server
 def test_kill_minus_nine_fetches_no_durable_byte_again(host: BlobHost, tmp_path: Path) -> None:
     size = 40 * SMALL
