@@ -69,7 +69,7 @@ class AdminDoor:
 
 def _no_route(x: Exchange) -> errors.AirlockError:
     path = x.path.removeprefix(_PREFIX) if x.path.startswith(_PREFIX) else ""
-    reads = x.path == "/healthz" or path in GETS or path.partition("/")[0] in NAMED and "/" in path
+    reads = x.path == "/healthz" or path in GETS or (path.partition("/")[0] in NAMED and "/" in path)
     allowed = ["GET", "HEAD"] * reads + ["POST"] * (path in POSTS)
     if allowed:
         return errors.Unsupported(f"{x.method} is not served here", expected=", ".join(allowed))
