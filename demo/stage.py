@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import re
+import secrets
 import shlex
 import signal
 import socket
@@ -55,10 +56,11 @@ def human(count: int) -> str:
 
 
 def free_port() -> int:
-    """A port of the loopback that was free a moment ago."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A TCP port of the loopback that was free a moment ago; none of those from which the kernel takes one for each connection that goes out."""
+    while True:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", 20_000 + secrets.randbelow(12_000)))
+            return int(s.getsockname()[1])
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,12 @@ def unanswered(lines: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def accessed(log: Path, door: str = "") -> list[dict[str, Any]]:
-    """The access lines of a server's log, or those of one listener beside the main one."""
+    """The access lines of a server's log, or those of one listener beside the main one, once it rests: a line comes after its answer."""
+    size, rested = -1, 0
+    while rested < 3:
+        time.sleep(0.05)
+        before, size = size, log.stat().st_size
+        rested = rested + 1 if size == before else 0
     lines = (json.loads(line) for line in log.read_text().splitlines() if line.startswith("{"))
     return [line for line in lines if line.get("log") == "airlock.access" and (not door or line.get("door") == door)]
 

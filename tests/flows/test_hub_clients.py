@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from tests.contracts.doors import Door, new_site, serving, sha
 from tests.contracts.stores import s3_url
 from tests.contracts.test_hub_door import COMMIT_ID, push
 from tests.fakes.unsteady import Unsteady
-from tests.flows.answered import unanswered
+from tests.flows.answered import accessed, unanswered
 from tests.flows.test_clients import contents
 from tests.services.clients import client
 
@@ -59,7 +58,6 @@ class Client:
         given |= {"HF_TOKEN": self.door.keys[who]} if who else {}
         before = len(self.lines())
         done = subprocess.run([*argv], capture_output=True, text=True, timeout=180, env=given | env, check=False)
-        time.sleep(0.05)
         found = self.lines()[before:]
         self.asked = [(f"{e['method']} {e['path']}", int(e["status"])) for e in found]
         words = "/api/This-registry-takes-no-Xet"  # a path that is a sentence for the client's user
@@ -68,8 +66,7 @@ class Client:
         return done
 
     def lines(self) -> list[dict[str, Any]]:
-        found = [json.loads(line) for line in self.door.log.read_text().splitlines() if line.startswith("{")]
-        return [e for e in found if e["log"] == "airlock.access"]
+        return accessed(self.door.log)
 
     def play(self, scene: str, prefix: str = "", who: str = "acme", xet: str = "1", **args: Any) -> Any:
         env = {"HF_HUB_DISABLE_XET": xet} if self.version in MODERN else {}

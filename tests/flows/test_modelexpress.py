@@ -47,7 +47,6 @@ def play(server: Operated, folder: Path, name: str, who: str = "acme", **env: st
 
 
 def lines(server: Operated) -> list[str]:
-    time.sleep(0.05)
     return [f"{line['method']} {'/dl' if line['path'].startswith('/dl/') else line['path']} {line['status']}" for line in accessed(server.log, "ngc")]
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import ssl
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,6 @@ class Sdk:
 
     def lines(self) -> list[dict[str, Any]]:
         """The access lines of the NGC listener so far."""
-        time.sleep(0.05)
         return accessed(self.server.log, "ngc")
 
     def requests(self) -> list[str]:

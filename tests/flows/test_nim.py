@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -65,7 +64,6 @@ def place(server: Operated) -> str:
 
 
 def lines(server: Operated) -> list[dict[str, Any]]:
-    time.sleep(0.05)
     return accessed(server.log, "ngc")
 
 
@@ -145,7 +143,6 @@ def s3(server: Operated, style: str = "virtual") -> dict[str, str]:
 
 
 def asked_s3(server: Operated) -> list[dict[str, Any]]:
-    time.sleep(0.1)
     return accessed(server.log, "s3")
 
 
