@@ -178,7 +178,7 @@ def workspace(settings: Settings, made: Profile, view: Path) -> ModelDir:
 def _walk(top: Path) -> list[str]:
     """The files of a directory, sorted; raises Invalid for a link that leaves it, what is no file, and names that differ in case alone."""
     found: dict[str, str] = {}
-    root = top.resolve()
+    root = Path(os.path.realpath(top))  # no Path.resolve: it raises RuntimeError for links that go in a circle
     if not root.is_dir():
         raise NotFound(f"{top} is no directory", expected="a model directory that is mounted there", do="check the volume", reason="model_content")
     for folder, folders, names in os.walk(root):
@@ -186,7 +186,7 @@ def _walk(top: Path) -> list[str]:
         for name in (*names, *(f for f in folders if Path(folder, f).is_symlink())):
             path = Path(folder, name)
             shown = str(path.relative_to(root))
-            if not path.resolve().is_relative_to(root):
+            if not Path(os.path.realpath(path)).is_relative_to(root):
                 raise _no_data(f"{shown} is a link that leaves the directory", "files, or links inside it")
             if path.is_dir():
                 continue

@@ -313,8 +313,9 @@ def test_an_object_that_cannot_be_opened_for_want_of_descriptors_is_not_damaged(
     assert not upkeep.damaged(disk, digest, 3)
 
 
-def test_a_link_to_what_is_gone_is_no_file_of_a_model(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").symlink_to("removed")
+@pytest.mark.parametrize("to", ["removed", "model.safetensors"])
+def test_a_link_to_nothing_is_no_file_of_a_model(tmp_path: Path, to: str) -> None:
+    (tmp_path / "model.safetensors").symlink_to(to)
     with pytest.raises(Invalid, match=r"model\.safetensors is no plain file") as caught:
         unsigned.digest_with(digest_of(b"model"), {"NIM_DRAFT_MODEL_PATH": tmp_path})
     assert caught.value.reason == "model_content"
