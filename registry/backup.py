@@ -13,6 +13,7 @@ import shutil
 import sqlite3
 import stat
 import subprocess
+from collections.abc import Collection
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ def backup(settings: Settings, to: Path, now: float, revision: str) -> dict[str,
         # Again, and last: a secret that was replaced while they were copied lies there by now, maybe as the first.
         _copy(settings.data / "secrets" / PREVIOUS, temporary / "secrets" / PREVIOUS)
         index: dict[str, object] = {"schema": SCHEMA, "taken": int(now), "revision": revision, "database": _kind(settings)}
-        index["files"] = {str(p.relative_to(temporary)): _facts(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
+        files = {str(p.relative_to(temporary)): _facts(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
+        _demand_secrets(Keyring(settings.data / "secrets"), files)
+        index["files"] = files
         path = temporary / INDEX
         path.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
         path.chmod(0o600)
@@ -70,6 +73,14 @@ def backup(settings: Settings, to: Path, now: float, revision: str) -> dict[str,
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return index
+
+
+def _demand_secrets(keys: Keyring, files: Collection[str]) -> None:
+    """Raises NotFound where a secret that lies there is none of the files, as one is that is a link: a restore would lack it."""
+    lacks = [file for name, file in FILES.items() if not keys.given(name) and not keys.absent(name) and f"secrets/{file}" not in files]
+    if lacks:
+        do = "put the file itself there, or let AIRLOCK_..._FILE name it"
+        raise NotFound(f"{keys.folder} has no plain file {', '.join(lacks)}", expected="files, no links", do=do, reason="secret")
 
 
 def read_index(source: Path) -> dict[str, Any]:

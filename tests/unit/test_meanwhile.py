@@ -21,7 +21,7 @@ from sqlalchemy import delete, select
 
 from artifact import trust
 from artifact.disk import Disk
-from artifact.errors import Invalid, Unavailable
+from artifact.errors import Invalid, NotFound, Unavailable
 from artifact.manifest import build_model, digest_of
 from artifact.store import Descriptor, File
 from mirror.home import MirrorHome
@@ -101,6 +101,17 @@ def test_a_backup_holds_the_pepper_that_is_replaced_while_it_is_taken(tmp_path: 
     backup(replace(Settings.load(home.path), data=Replacing(home.path)), tmp_path / "kept", 1_800_000_000, "1")
     assert home.pepper() != old
     assert old in Keyring(tmp_path / "kept" / "secrets").previous_peppers(), "the keys in the database would be dead"
+
+
+@pytest.mark.parametrize("file", ["pepper", "audit.pem"])
+def test_a_backup_without_a_secret_that_is_a_link_is_refused(tmp_path: Path, file: str) -> None:
+    home = Home.open(tmp_path / "data", create=True)
+    sqlite3.connect(home.database_path).execute("CREATE TABLE a (b)")
+    linked = home.path / "secrets" / file
+    linked.symlink_to(linked.rename(tmp_path / file))
+    with pytest.raises(NotFound, match=f"no plain file {file}"):
+        backup(Settings.load(home.path), tmp_path / "kept", 1_800_000_000, "1")
+    assert {path.name for path in tmp_path.iterdir()} == {"data", file}
 
 
 class Rotating(PosixPath):
