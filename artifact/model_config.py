@@ -117,8 +117,10 @@ def _context(doc: Mapping[str, object]) -> int:
 
 
 def stated_scheme(config: Mapping[str, object], modelopt: Mapping[str, object]) -> Mapping[str, object] | None:
-    """What config.json, else ModelOpt's own file, says of quantisation; None for nothing."""
+    """What config.json, else ModelOpt's own file, says of quantisation; None for nothing; raises Invalid for what is no object."""
     stated = config.get("quantization_config") or config.get("compression_config")
+    if stated and not isinstance(stated, dict):
+        raise Invalid(f"quantization_config of {CONFIG} is {_plain(stated, 40)!r}", expected="an object with quant_method", reason="model_content")
     if isinstance(stated, dict) and stated:
         return stated
     own = modelopt.get("quantization")

@@ -49,7 +49,8 @@ def read_files(files: Mapping[str, Path], where: str) -> ModelDir:
         names = tuple(sorted(n for n in files if n.endswith(".safetensors")))
     if not names:
         what = f"the weights are pickles ({pickles[0]}), which run code when they are loaded" if pickles else "there are no weights"
-        raise Invalid(f"{where}: {what}", expected="safetensors files", do="convert them with safetensors on a machine apart", reason="model_content")
+        do = "convert them with safetensors on a machine apart" if pickles else "put the weights of the model beside its config.json"
+        raise Invalid(f"{where}: {what}", expected="safetensors files", do=do, reason="model_content")
     total = sum(_tensors(files[name], name) for name in names)
     warnings = [f"{pickles[0]} is a pickle: it is not read, and no engine is told to load it"] if pickles else []
     if config.code:
@@ -84,9 +85,9 @@ def _names(top: Path) -> dict[str, Path]:
                     raise TooLarge(f"{top} has more than {MAX_ENTRIES} entries", expected=f"at most {MAX_ENTRIES}")
     except OSError as error:
         raise NotFound(f"{top} cannot be read: {error.strerror}", expected="the model's directory") from error
-    real = top.resolve()
+    real = Path(os.path.realpath(top))  # no Path.resolve: it raises RuntimeError for links that go in a circle
     for name, path in found.items():
-        if path.is_symlink() and not path.resolve().is_relative_to(real):
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(real):
             raise Invalid(
                 f"{name} is a link that leaves the directory", expected="files, or links inside it", do="copy with cp -rL first", reason="link"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from artifact.errors import Invalid
 from artifact.model_dir import ModelDir
 from artifact.profile import block
+from runtime.hosts import MAX_GPUS
 
 SIZES = (1, 2, 4, 8)
 
@@ -14,13 +15,15 @@ def items(found: ModelDir, engine: str, sizes: tuple[int, ...], length: int, *, 
     config = found.config
     if not config.precision:
         raise Invalid(
-            "config.json tells no dtype and no quantisation", expected="dtype (torch_dtype), or quantization_config", do="add torch_dtype to it"
+            "config.json tells no dtype that profiles have a word for, and no quantisation",
+            expected="dtype (torch_dtype) bfloat16, float16 or float32, or quantization_config",
+            do="add what it was stored in",
         )
-    wrong = [n for n in sizes if n not in range(1, 65) or (config.heads and config.heads % n)]
-    if wrong or not 0 <= length < 1 << 31:
-        raise Invalid(
-            f"--tp {wrong[0] if wrong else ''} or --max-model-len {length} cannot be", expected=f"a divisor of {config.heads} attention heads"
-        )
+    if wrong := [n for n in sizes if n not in range(1, MAX_GPUS + 1) or (config.heads and config.heads % n)]:
+        heads = f" that divides the model's {config.heads} attention heads" if config.heads else ""
+        raise Invalid(f"--tp {wrong[0]} cannot be", expected=f"a number from 1 to {MAX_GPUS}{heads}")
+    if not 0 <= length < 1 << 31:
+        raise Invalid(f"--max-model-len {length} cannot be", expected="a number of tokens; 0 for the model's own")
     every = sizes or tuple(n for n in SIZES if n == 1 or (config.heads and config.heads % n == 0 and not (config.embeds and n > 1)))
     common: dict[str, object] = {"memory": block(config.memory)}
     if config.quantization:

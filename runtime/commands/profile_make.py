@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from artifact import model_dir, profile
+from artifact.errors import Invalid
 from artifact.model_dir import ModelDir
 from artifact.profile import ENGINES
 from runtime import hosts
@@ -39,9 +40,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cpu", action="store_true", help="a profile for nodes without GPUs too")
     parser.add_argument("--json", action="store_true", help="warnings and estimates beside the profiles, and no table")
     args = parser.parse_args(argv)
+    gpus = tuple(args.gpu or GPUS)
+    if unknown := [g for g in gpus if g.lower() not in hosts.CARDS]:
+        raise Invalid(f"--gpu {unknown[0][:40]!r} is no GPU known here", expected=", ".join(hosts.CARDS), do="name one GPU; --tp says how many")
     found = model_dir.read(args.dir)
     document: dict[str, object] = {"profiles": items(found, args.engine, tuple(args.tp or ()), args.max_model_len, cpu=args.cpu)}
-    rows = estimates(document, tuple(args.gpu or GPUS))
+    rows = estimates(document, gpus)
     if args.json:
         document |= {"warnings": found.warnings, "estimates": rows}
     else:

@@ -180,6 +180,23 @@ def test_profiles_of_a_directory_are_what_push_and_explain_take(tmp_path: Path, 
     assert json.loads(capsys.readouterr().out)["estimates"][0]["gpu"] == "h100"
 
 
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["--tp", "3"], "--tp 3 cannot be"),
+        (["--tp", "0"], "--tp 0 cannot be"),
+        (["--tp", "65"], "--tp 65 cannot be"),
+        (["--max-model-len", "-1"], "--max-model-len -1 cannot be"),
+        (["--gpu", "h100x8"], "--gpu 'h100x8' is no GPU"),
+        (["--gpu", ""], "--gpu '' is no GPU"),
+    ],
+)
+def test_a_wish_that_cannot_be_is_told_by_its_own_name(tmp_path: Path, flags: list[str], what: str) -> None:
+    with pytest.raises(Invalid) as refused:
+        profile_make.main([str(directory(tmp_path, LLAMA)), *flags])
+    assert refused.value.what.startswith(what) and refused.value.expected
+
+
 def test_facts_are_taken_where_the_author_says_none(tmp_path: Path) -> None:
     directory(tmp_path, LLAMA)
     tags = {"llm_engine": "vllm"}
@@ -299,6 +316,14 @@ def test_links_fifos_and_pickles(tmp_path: Path) -> None:
     (top / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(Invalid, match="the weights are pickles"):
         model_dir.read(top)
+    (top / "pytorch_model.bin").unlink()
+    with pytest.raises(Invalid, match="there are no weights") as empty:
+        model_dir.read(top)
+    assert "convert" not in empty.value.do
+    (top / "there").symlink_to("back")
+    (top / "back").symlink_to("there")  # a circle, which is no fault of ours to tell
+    with pytest.raises(Invalid, match="there are no weights"):
+        model_dir.read(top)
     (top / "config.json").unlink()
     with pytest.raises(NotFound, match=r"no config\.json"):
         model_dir.read(top)
@@ -323,6 +348,17 @@ def test_links_fifos_and_pickles(tmp_path: Path) -> None:
 def test_hostile_configs(config: bytes) -> None:
     with pytest.raises((Invalid, TooLarge)):
         read_config(config)
+
+
+@pytest.mark.parametrize("stated", ["awq", ["awq"], 4])
+def test_a_quantisation_that_is_no_object_is_not_passed_over(stated: object) -> None:
+    with pytest.raises(Invalid, match=r"quantization_config of config\.json is"):
+        read_config(json.dumps(LLAMA | {"quantization_config": stated}).encode())
+
+
+def test_a_dtype_without_a_word_is_told(tmp_path: Path) -> None:
+    with pytest.raises(Invalid, match="no dtype that profiles have a word for"):
+        profile_make.main([str(directory(tmp_path, LLAMA | {"torch_dtype": "float8_e4m3fn"}))])
 
 
 def test_odd_but_harmless_configs_are_read() -> None:
