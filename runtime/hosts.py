@@ -6,7 +6,7 @@ Memory is what NVML tells of such cards where a log of one was at hand, else the
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from artifact.errors import Invalid
 from artifact.manifest import parse_json
@@ -52,20 +52,26 @@ CARDS: dict[str, Card] = {
     "rtx-pro-6000": Card("NVIDIA RTX PRO 6000 Blackwell Server Edition", "2bb5:10de", (12, 0), 97887),
     "rtx-5090": Card("NVIDIA GeForce RTX 5090", "2b85:10de", (12, 0), 32607),
 }
+KEYS = {field.name for field in fields(Gpu)} | {"count"}
 _HOST = re.compile(r"([a-z0-9-]+?)(?:x([0-9]{1,2}))?\Z")
 
 
 def named(text: str) -> Facts:
     """The facts of `h100x8`, `l40s`, `l40sx1,l4x1`, or `cpu`; raises Invalid listing the cards."""
-    if text == "cpu":
+    name = text.strip().lower().replace("_", "-")  # as in a profile's tags: H100_NVL
+    if name == "cpu":
         return Facts(cpu=True, simulated=True)
     gpus: list[Gpu] = []
-    for part in text.lower().split(","):
+    for part in name.split(","):
         match = _HOST.match(part.strip())
         card = CARDS.get(match[1]) if match else None
         number = int(match[2] or 1) if match else 0
         if card is None or not 0 < number <= MAX_GPUS - len(gpus):
-            raise Invalid(f"no host is known as {text[:60]!r}", expected=f"cpu, or CARDxN of: {', '.join(CARDS)}", do="describe it in a JSON file")
+            raise Invalid(
+                f"no host is known as {text[:60]!r}",
+                expected=f"cpu, or CARDxN such as h100x8 with at most {MAX_GPUS} GPUs in all, of: {', '.join(CARDS)}",
+                do="take one of these, or describe it in a JSON file, whose name ends in .json or holds a /",
+            )
         for _ in range(number):
             gpus += _gpus(card, len(gpus), len({g.index for g in gpus}))
     return Facts(False, _joined(tuple(gpus)), "as described", "as described", simulated=True)
@@ -110,7 +116,7 @@ def _joined(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
 
 
 def parse(raw: bytes) -> Facts:
-    """The facts of a described host: {"gpus": [{"name", "device"?, "capability": [9, 0], "total", "free"?, "count"?}], "driver"?, "cuda"?}, bytes.
+    """The facts of a described host: {"gpus": [{"name", "device"?, "capability"?: [9, 0], "total", "free"?, "count"?}], "driver"?, "cuda"?}, bytes.
 
     `{"cpu": true}` is a node without GPUs; what `explain --json` prints as `system` is taken as it is. Raises Invalid, TooLarge.
     """
@@ -134,6 +140,11 @@ def parse(raw: bytes) -> Facts:
 
 
 def _described(item: dict[str, object], index: int) -> Gpu:
+    """One GPU; a misspelt or absent size would mean that its memory is not judged."""
+    if unknown := sorted(item.keys() - KEYS):
+        raise Invalid(f"GPU {index} in the description of the host has {unknown[0][:40]!r}", expected=f"of: {', '.join(sorted(KEYS))}")
+    if lacking := [key for key in ("name", "total") if key not in item]:
+        raise Invalid(f"GPU {index} in the description of the host has no {lacking[0]}", expected="name, and total in bytes (0: not told)")
     capability = item.get("capability", [0, 0])
     if not isinstance(capability, list) or len(capability) != 2 or not all(type(n) is int and 0 <= n < 100 for n in capability):
         raise Invalid(f"capability of GPU {index} is not two numbers", expected="such as [9, 0]")

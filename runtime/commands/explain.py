@@ -24,9 +24,7 @@ EXAMPLE = "--hardware h100x8 --profiles llama.profiles.json"
 def main(argv: list[str]) -> int:
     """Entry point; returns the documented exit status."""
     parser = console.parser("explain", TEXT, EXAMPLE)
-    parser.add_argument(
-        "--hardware", default="", metavar="HOST|FILE", help="a described host: h100x8, l40sx2, gb10, cpu, … or a JSON file; default: this node"
-    )
+    parser.add_argument("--hardware", metavar="HOST|FILE", help="a described host: h100x8, l40sx2, gb10, cpu, … or a JSON file; default: this node")
     parser.add_argument("--profiles", type=Path, metavar="FILE", help="a profile document or a list of profiles in JSON, instead of a released model")
     return console.run(parser, argv, explain, named=False)
 
@@ -34,9 +32,10 @@ def main(argv: list[str]) -> int:
 def explain(settings: Settings, args: argparse.Namespace) -> int:
     """`explain`: prints the table; 30 where no profile fits, 51 where it is not the expected one."""
     found, source = _profiles(settings, args.profiles)
-    facts = described(args.hardware) if args.hardware else start.detect(settings, pinned=bool(settings.profile))
+    elsewhere = args.hardware is not None  # also an empty word, of a variable that is not set: it means no host, and not this node
+    facts = described(args.hardware) if elsewhere else start.detect(settings, pinned=bool(settings.profile))
     # For another host nobody knows which engines are installed there: then only the hardware is judged.
-    engines, absent = (None, ()) if args.hardware else start.engines_here(settings)
+    engines, absent = (None, ()) if elsewhere else start.engines_here(settings)
     selection = select(found.profiles, facts, start.wanted_of(settings, settings.profile, engines, absent))
     sys.stdout.write(as_json(selection, facts, source) if args.json else as_text(selection, facts, source))
     check_expected(selection, settings.expect_profile)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,19 +143,66 @@ def test_a_described_host(raw: dict[str, object], names: list[str]) -> None:
         b'{"gpus": [1]}',
         b'{"gpus": [{"count": 65}]}',
         b'{"gpus": [{"count": 0}]}',
-        b'{"gpus": [{"total": -1}]}',
-        b'{"gpus": [{"total": 1e9}]}',
-        b'{"gpus": [{"total": true}]}',
-        b'{"gpus": [{"name": "\\u001b[2J"}]}',
-        b'{"gpus": [{"capability": [9]}]}',
-        b'{"gpus": [{"capability": "9.0"}]}',
-        b'{"gpus": [' + b'{"count": 40},' * 2 + b'{"count": 1}]}',
+        b'{"gpus": [{"name": "X", "total": -1}]}',
+        b'{"gpus": [{"name": "X", "total": 1e9}]}',
+        b'{"gpus": [{"name": "X", "total": true}]}',
+        b'{"gpus": [{"name": "\\u001b[2J", "total": 1}]}',
+        b'{"gpus": [{"name": "X", "total": 1, "capability": [9]}]}',
+        b'{"gpus": [{"name": "X", "total": 1, "capability": "9.0"}]}',
+        b'{"gpus": [' + b'{"name": "X", "total": 1, "count": 40},' * 2 + b'{"name": "X", "total": 1}]}',
         b"[" * 100000,
     ],
 )
 def test_a_senseless_description_is_refused(raw: bytes) -> None:
     with pytest.raises(AirlockError):
         hosts.parse(raw)
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ({"name": "X", "memory": 80}, "has 'memory'; expected: of: bus, capability, count,"),
+        ({"name": "X"}, "GPU 0 in the description of the host has no total"),
+        ({"total": 80}, "has no name"),
+    ],
+)
+def test_a_size_under_another_name_is_not_taken_for_none(item: dict[str, object], words: str) -> None:
+    """A GPU without a size fits everything: nothing is measured against it."""
+    with pytest.raises(Invalid, match=re.escape(words)):
+        hosts.parse(json.dumps({"gpus": [item]}).encode())
+
+
+@pytest.mark.parametrize("described", [*HOSTS, "l40sx1,l4x2", "cpu"])
+def test_what_explain_tells_of_a_host_describes_it(described: str) -> None:
+    facts, found = hosts.named(described), profiles("llama-3.1-70b").profiles
+    told = explain.as_json(select(found, facts), facts, "x")
+    again = hosts.parse(told.encode())
+    assert json.loads(explain.as_json(select(found, again), again, "x"))["profiles"] == json.loads(told)["profiles"]
+
+
+@pytest.mark.parametrize(("text", "number", "name"), [("H100_NVLx2", 2, "NVIDIA H100 NVL"), (" l40sX1 , L4 ", 2, "NVIDIA L40S"), ("CPU", 0, "")])
+def test_a_host_is_named_as_people_write_it(text: str, number: int, name: str) -> None:
+    found = hosts.named(text).gpus
+    assert len(found) == number and (not found or found[0].name == name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hardware", "status", "words"),
+    [
+        ("", 6, "no host is known as ''"),  # a variable of a script that is not set: not this node
+        ("8xh100", 6, "take one of these, or describe it in a JSON file"),
+        ("/absent/host.json", 3, "/absent/host.json cannot be read"),
+        ("/", 3, "/ cannot be read: Is a directory"),
+        ("/dev/zero", 11, "has more than"),
+        ("/dev/null", 6, "the description of the host is not valid JSON"),
+    ],
+)
+def test_odd_hardware_is_refused_in_words(hardware: str, status: int, words: str) -> None:
+    file = str(ROOT / "tests/golden/profiles/llama-3.1-8b-1.3.json")
+    command = [sys.executable, "-c", RUN, "--hardware", hardware, "--profiles", file]
+    done = subprocess.run(command, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == status and done.stdout == "" and words in done.stderr and "Traceback" not in done.stderr, done
 
 
 @pytest.mark.parametrize("text", ["h200x0", "h100x65", "h100x8x8", "", "x", "h100,,", "h100x60,h100x5", "../etc"])
