@@ -48,12 +48,11 @@ def check(cache: Path) -> None:
     answers(cache)
     try:
         cache.mkdir(mode=0o755, parents=True, exist_ok=True)
-        found = cache.stat()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise Unavailable(f"NIM_CACHE_PATH {cache} is no directory", expected="a directory", do="set NIM_CACHE_PATH", reason="cache") from error
     except OSError as error:
         what = f"NIM_CACHE_PATH {cache} cannot be made: {error.strerror} (we are uid {os.geteuid()}, gid {os.getegid()})"
         raise Unavailable(what, expected="a directory that we may write", do=f"chown {os.geteuid()} it on the host", reason="cache") from error
-    if not stat.S_ISDIR(found.st_mode):
-        raise Unavailable(f"NIM_CACHE_PATH {cache} is no directory", expected="a directory", reason="cache")
     if not os.access(cache, os.R_OK | os.X_OK):
         raise unusable(cache, "read")
     for name in FOLDERS:

@@ -6,6 +6,7 @@ Each look gives lines with a state, words and the fix; none raises for what it f
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -21,7 +22,7 @@ from pathlib import Path
 from artifact.errors import AirlockError, Conflict, Unavailable
 from runtime.mounts import Mount, here, of, size, speed_words
 from runtime.node import Facts, Gpu, describe
-from runtime.settings import Settings
+from runtime.settings import EXIT_CODES, Settings
 
 NIM_UID = 1000
 GIB = 1 << 30
@@ -36,13 +37,14 @@ FREE_SHARE = 0.9  # of a GPU's memory; less is told
 
 @dataclass(frozen=True)
 class Line:
-    """One finding: what was looked at, `ok`, `warn` or `fail`, the words, the fix, and the reason that gives the exit status."""
+    """One finding: what was looked at, `ok`, `warn` or `fail`, the words, the fix, the reason that gives the exit status, else that status."""
 
     check: str
     state: str
     text: str
     fix: str = ""
     reason: str = ""
+    exit_code: int = 0
 
     def words(self) -> str:
         """The line for a terminal or a log."""
@@ -51,7 +53,8 @@ class Line:
 
 def of_error(check: str, error: AirlockError) -> Line:
     """An expected failure as a line."""
-    return Line(check, "fail", error.what, error.do or error.expected, error.reason)
+    told = f"{error.what}; expected: {error.expected}" if error.do and error.expected else error.what
+    return Line(check, "fail", told, error.do or error.expected, error.reason, EXIT_CODES.get(error.reason, error.exit_code))
 
 
 def require(lines: Iterable[Line]) -> None:
@@ -126,8 +129,6 @@ def not_writable(cache: Path, fault: int, owner: tuple[int, int, int], who: tupl
 
     `owner` is uid, gid and mode of the directory, `who` uid and gid of what will serve.
     """
-    import errno
-
     uid, gid = who
     reason = os.strerror(fault)
     facts = f"{cache} cannot be written: {reason}; owner {owner[0]}:{owner[1]}, mode {owner[2]:04o}, serving as {uid}:{gid}"
@@ -157,6 +158,8 @@ def cache_lines(settings: Settings, mounts: Sequence[Mount], who: tuple[int, int
     try:
         cache.mkdir(mode=0o755, parents=True, exist_ok=True)
         found = cache.stat()
+    except (FileExistsError, NotADirectoryError):
+        return [Line("cache", "fail", f"{cache} is no directory", "set NIM_CACHE_PATH to one", "cache")]
     except OSError as error:
         return [Line("cache", "fail", f"{cache} cannot be made: {error.strerror}", f"mount a volume at {cache}, or set NIM_CACHE_PATH", "cache")]
     mount = of(str(cache.resolve()), tuple(mounts))
@@ -297,7 +300,7 @@ def driver_line(facts: Facts, engine_cuda: str) -> Line:
     if facts.cpu or not facts.cuda:
         return Line("driver", "ok", "none is needed for a CPU profile" if facts.cpu else f"driver {facts.driver}")
     have, want = _version(facts.cuda), _version(engine_cuda)
-    words = f"driver {facts.driver} with CUDA {facts.cuda}"
+    words = f"driver {facts.driver} with CUDA {facts.cuda}{' (SIMULATED)' if facts.simulated else ''}"
     if not want:
         return Line("driver", "ok", words)
     words += f"; the engine was built for CUDA {engine_cuda}"
@@ -338,9 +341,10 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise Conflict(
-                f"port {port} of {host} is not free: {error.strerror}",
-                expected="a free port for the API",
-                do=f"stop what listens there, or set NIM_HTTP_API_PORT (with Docker: map another one, -p {port + 1}:{port})",
-                reason="port_taken",
-            ) from error
+            what, do = f"port {port} of {host} cannot be used: {error.strerror}", "set AIRLOCK_HOST to an address of this machine, such as 0.0.0.0"
+            if error.errno == errno.EADDRINUSE:
+                what = f"port {port} of {host} is not free: {error.strerror}"
+                do = f"stop what listens there, or set NIM_HTTP_API_PORT (with Docker: map another one, -p OTHER:{port})"
+            elif error.errno in (errno.EACCES, errno.EPERM):
+                do = "set NIM_HTTP_API_PORT to 1024 or more: those below are for root"
+            raise Conflict(what, expected="a free port of this machine for the API", do=do, reason="port_taken") from error

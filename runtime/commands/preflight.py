@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 TEXT = "look at everything that a start needs; exit 0 where nothing fails, else the code of the first failure"
 EXAMPLE = "--model acme/tiny:1 --as 1000:1000 --json"
 
+MAX_GB = 1_000_000
+
 
 def main(argv: list[str]) -> int:
     """Entry point; returns 0, or the documented exit status of the first failure."""
@@ -40,6 +42,8 @@ def look(settings: Settings, args: argparse.Namespace) -> int:
     from runtime import cache, weights
 
     who = _who(args.who)
+    if not 0 <= args.weights_gb <= MAX_GB:  # nor is it no number
+        raise Invalid(f"--weights-gb {args.weights_gb}", expected=f"gigabytes from 0 to {MAX_GB}")
     cache.answers(settings.cache)
     lines: list[Line] = []
     facts, profile, gpus, total, missing = _registry(settings, lines) if not args.no_registry else (*_node(settings, lines), -1)
@@ -48,9 +52,10 @@ def look(settings: Settings, args: argparse.Namespace) -> int:
     files = weights.largest(settings.cache, profile.model) if profile else []
     lines += node_lines(settings, facts, gpus, profile.tags if profile else {}, total, missing, files, who)
     failed = next((line for line in lines if line.state == "fail"), None)
-    status = EXIT_CODES.get(failed.reason, Unavailable.exit_code) if failed else 0
+    status = EXIT_CODES.get(failed.reason, failed.exit_code or Unavailable.exit_code) if failed else 0
     if args.json:
-        doc = {"ok": failed is None, "exit_code": status, "reason": failed.reason if failed else "ok", "lines": [vars(line) for line in lines]}
+        doc: dict[str, object] = {"ok": failed is None, "exit_code": status, "reason": failed.reason if failed else "ok"}
+        doc |= {"simulated": bool(facts and facts.simulated), "lines": [vars(line) for line in lines]}
         sys.stdout.write(json.dumps(doc, indent=2) + "\n")
     else:
         sys.stdout.write("".join(line.words() + "\n" for line in lines))
@@ -98,6 +103,7 @@ def _registry(settings: Settings, lines: list[Line]) -> tuple[Facts | None, Prof
     try:
         choice = start.choose(settings, settings.profile)
         profile = profiles.require(choice.selection)
+        profiles.check_expected(choice.selection, settings.expect_profile)
     except AirlockError as error:
         lines.append(of_error("model", error))
         return (*_node(settings, lines), -1)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, missing, need_root
+from tests.fakes.nvml import host
 from tests.flows.test_runtime_cache import SEED_LINE, Node, node  # noqa: F401 - the fixture
 
 pytestmark = pytest.mark.server
@@ -172,6 +173,42 @@ def test_a_taken_port_is_a_line_with_its_code(node: Node, tmp_path: Path) -> Non
         taken.listen()
         done = node.run("preflight", "--json")
     assert done.returncode == 37 and report(done)["port"][0] == "fail" and "NIM_HTTP_API_PORT" in report(done)["port"][2]
+
+
+@pytest.mark.parametrize(
+    ("env", "check", "words"),
+    [
+        ({"AIRLOCK_REGISTRY": ""}, "key", "AIRLOCK_REGISTRY is not set; expected: the URL of this site's registry"),
+        ({"AIRLOCK_TRUST": "/etc/passwd"}, "model", "the site trust file is not valid JSON"),
+        ({"NIM_MODEL_PROFILE": "auto"}, "model", "expected: one of: "),
+        ({"AIRLOCK_EXPECT_PROFILE": "vllm-bf16-tp2"}, "model", "What was expected was not chosen"),
+        ({"AIRLOCK_EXPECT_PROFILE": "tp="}, "model", "AIRLOCK_EXPECT_PROFILE holds 'tp='"),
+        ({"AIRLOCK_HOST": "192.0.2.1"}, "port", "Cannot assign requested address"),
+        ({"NIM_CACHE_PATH": "/etc/passwd"}, "cache", "/etc/passwd is no directory"),
+    ],
+)
+def test_it_ends_with_the_code_that_the_start_ends_with(node: Node, env: dict[str, str], check: str, words: str) -> None:  # noqa: F811
+    """What passes the pre-flight and is refused by the start, or with another code, is no pre-flight."""
+    looked, started = node.run("preflight", "--json", **env), node.run("serve", **env)
+    found = report(looked)
+    assert found[check][0] == "fail" and words in found[check][1] and found[check][2], found[check]
+    assert looked.returncode == started.returncode == json.loads(looked.stdout)["exit_code"] != 0, (looked.stdout, started.stderr)
+    assert "Traceback" not in started.stderr and not (node.cache / "models").exists()
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "-5", "1e300"])
+def test_a_size_of_weights_that_is_none(node: Node, size: str) -> None:  # noqa: F811
+    done = node.run("preflight", "--no-registry", "--weights-gb", size)
+    assert done.returncode == 6 and "cause: --weights-gb" in done.stderr and "expected: gigabytes from 0 to 1000000" in done.stderr, done.stderr
+
+
+def test_a_described_host_is_told_as_one(node: Node, nvml: Path) -> None:  # noqa: F811
+    config = node.folder / "gpus.cfg"
+    config.write_text(host("h100", each="free=20000000000"))
+    env = {"LD_LIBRARY_PATH": str(nvml), "FAKE_NVML_CONFIG": str(config)}
+    done = node.run("preflight", "--no-registry", "--json", **env)
+    assert json.loads(done.stdout)["simulated"] is True and "(SIMULATED)" in report(done)["driver"][1]
+    assert report(done)["GPUs"][0] == "warn" and json.loads(node.run("preflight", "--no-registry", "--json").stdout)["simulated"] is False
 
 
 HANG = """

@@ -11,6 +11,7 @@ import pytest
 
 from artifact.errors import Unavailable
 from runtime import preflight
+from runtime.cache import check
 from runtime.mounts import Mount, of, parse, seconds, speed_words
 from runtime.node import Facts, Gpu
 from runtime.preflight import GIB, Line, cache_lines, driver_line, gpu_lines, measured, memory_line, not_writable, space_line, speed_line
@@ -172,3 +173,18 @@ def test_the_first_failure_ends_a_start_with_its_reason() -> None:
         preflight.require(lines)
     assert (caught.value.reason, caught.value.do) == ("shared_memory", "grow it")
     preflight.require(lines[:2])
+
+
+def test_an_address_that_is_not_ours_is_no_taken_port() -> None:
+    line = preflight.port_line("192.0.2.1", 8000)  # of the documentation's own network
+    assert (line.state, line.reason) == ("fail", "port_taken") and "cannot be used: Cannot assign requested address" in line.text
+    assert "AIRLOCK_HOST" in line.fix and "stop what listens" not in line.fix
+
+
+def test_a_file_in_the_caches_place_is_told_as_that(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "cache"):
+        (line,) = cache_lines(settings(place), MOUNTS, (os.geteuid(), os.getegid()), 0, 0)
+        assert (line.state, line.reason, line.fix) == ("fail", "cache", "set NIM_CACHE_PATH to one") and line.text == f"{place} is no directory"
+        with pytest.raises(Unavailable, match=f"NIM_CACHE_PATH {place} is no directory"):
+            check(place)
