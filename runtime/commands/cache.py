@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 def run(settings: Settings, args: argparse.Namespace) -> int:
     """One of the three; raises Mismatch (reason weights) where verify found damage, Unavailable (disk_full) where evict could not give enough."""
     if not settings.cache.is_dir():
-        raise Unavailable(f"{settings.cache} is not there", expected="a cache", do="set NIM_CACHE_PATH", reason="cache")
+        raise Unavailable(f"{settings.cache} is no directory, or not there", expected="a cache", do="set NIM_CACHE_PATH", reason="cache")
     place.check(settings.cache)
     return {"list": listed, "verify": verify, "evict": evict}[args.what](settings.cache, args)
 

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from artifact.errors import Invalid
+from artifact.errors import Invalid, Unavailable
 from artifact.profile import Profile
 from runtime import console, start, unsigned
 from runtime.profiles import FREE, Wanted, select
@@ -33,10 +33,17 @@ def list_profiles(settings: Settings, args: argparse.Namespace) -> int:
     choice = unsigned.look(args.manifest_file, settings) if args.manifest_file else start.choose(settings, settings.profile)
     text = _as_json(choice, settings) if args.json or args.output_format == "json" else _as_text(choice, settings)
     if args.output_file:
-        args.output_file.write_text(text, encoding="utf-8")
+        _write(args.output_file, text)
     else:
         sys.stdout.write(text)
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be written: {error.strerror}", expected="a file in a directory that we may write") from error
 
 
 def _as_text(choice: Choice, settings: Settings) -> str:

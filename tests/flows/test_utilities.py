@@ -41,6 +41,8 @@ def test_the_list_goes_to_a_file_as_json(node: Node, tmp_path: Path, name: str) 
     doc = json.loads((tmp_path / "out.json").read_text())
     assert [p["tags"]["device"] for p in doc["compatible"]] == ["cpu"] and len(doc["compatible"][0]["profile_id"]) == 64
     assert "- Incompatible with system:\n" in tool(node, name).stdout
+    lost = tool(node, name, "--output-file", str(tmp_path / "absent" / "out.json"))
+    assert lost.returncode == 9 and f"{tmp_path}/absent/out.json cannot be written" in lost.stderr and "cache" not in lost.stderr.split("cause:")[1]
 
 
 @pytest.mark.parametrize("shape", ["json of a NIM", "profile document"])
