@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 
 from artifact.errors import Invalid, Unavailable
+from artifact.transport import clean
 from runtime.slo import Sample
 
 WORDS = (
@@ -36,8 +38,11 @@ WORDS = (
     "time",
     "runs",
 )
-MEMORY = re.compile(r'^airlock_gpu_memory_bytes\{[^}\n]*uuid="([^"\n]*)",of="(\w+)"\} (\d+)$', re.MULTILINE)
+MEMORY = re.compile(r'^airlock_gpu_memory_bytes\{[^}\n]*uuid="([\w.:/-]{1,80})",of="(\w{1,20})"\} (\d{1,18})$', re.MULTILINE)
 PAGE = 16 << 20
+MOST = 1 << 31  # tokens of one answer
+NO_JSON = (ValueError, RecursionError)  # what reading JSON of somebody else raises
+NO_CHUNK = (*NO_JSON, LookupError, TypeError, AttributeError, OverflowError, HttpProcessingError)
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,11 @@ async def page(session: aiohttp.ClientSession, target: Target, path: str) -> byt
 async def model_of(session: aiohttp.ClientSession, target: Target) -> str:
     """The first model that the server names; raises Unavailable, Invalid."""
     try:
-        return str(json.loads(await page(session, target, "/v1/models"))["data"][0]["id"])
-    except (ValueError, LookupError, TypeError) as error:
+        found = json.loads(await page(session, target, "/v1/models"))["data"][0]["id"]
+        if not isinstance(found, str) or not found.isprintable():
+            raise TypeError
+        return found
+    except (*NO_JSON, LookupError, TypeError) as error:
         raise Invalid(f"{target.base} names no model", expected="an OpenAI API whose engine is ready", do="wait for /v1/health/ready") from error
 
 
@@ -99,21 +107,25 @@ async def one(session: aiohttp.ClientSession, target: Target, number: int) -> Sa
     try:
         async with session.post(target.base + "/v1/chat/completions", json=body(target, number), allow_redirects=False) as answer:
             if answer.status != 200:
-                return Sample(error=f"{answer.status}: {(await answer.content.read(2000)).decode('utf-8', 'replace')[:300]}")
+                return Sample(error=f"{answer.status}: {clean((await answer.content.read(2000)).decode('utf-8', 'replace'))}")
             async for line in answer.content:
                 if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
                     continue
                 frame = json.loads(line[6:])
-                if "error" in frame:
-                    return Sample(error=str(frame["error"])[:300])
+                if frame.get("error"):
+                    return Sample(error=clean(frame["error"]))
                 if frame.get("usage"):
                     counted = int(frame["usage"]["completion_tokens"])
+                    if not 0 <= counted < MOST:
+                        raise ValueError
                 if frame.get("choices"):
                     delta = frame["choices"][0].get("delta") or {}
                     if any(delta.get(word) for word in ("content", "reasoning_content", "reasoning", "tool_calls")):
                         times.append(time.perf_counter())
-    except (aiohttp.ClientError, OSError, TimeoutError, ValueError, LookupError, TypeError) as error:
-        return Sample(error=f"{type(error).__name__}: {error}"[:300])
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        return Sample(error=clean(f"{type(error).__name__}: {error}"))
+    except NO_CHUNK:
+        return Sample(error="the answer is no stream of a chat's chunks")
     if not times:
         return Sample(error="the answer held no token")
     gaps = tuple(b - a for a, b in pairwise(times))

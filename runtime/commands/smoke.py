@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import aiohttp
 
 from artifact.errors import AirlockError, Invalid
+from artifact.transport import origin
 from runtime import console, load, plot, slo
 from runtime.settings import EXIT_CODES
 from runtime.slo import Level
@@ -24,6 +26,13 @@ The target is judged at --at streams (default: the profile's own concurrency, wh
 Tokens per second are those of all streams.
 Exit: 0 reached; 52 below --slo, or a request failed; 53 worse than --baseline or than the profile's `expected`; 9 nobody answers."""
 GIB, MOST = 1 << 30, 4096  # streams
+BOUNDS: dict[str, tuple[float, float]] = {
+    "each": (1, 1_000_000),
+    "max_tokens": (2, 1_000_000_000),
+    "prompt_words": (1, 1_000_000),
+    "tolerance": (0.001, 10),
+    "timeout_s": (1, 86_400),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +41,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="airlock runtime smoke", description=TEXT, epilog=EXAMPLE, formatter_class=form)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="base URL of the server (default %(default)s)")
     parser.add_argument("--model", default="", help="default: the first that the server names")
-    parser.add_argument("--slo", default="", metavar="NAME=NUMBER,…", help="targets: " + ", ".join(slo.TARGETS))
+    parser.add_argument("--slo", metavar="NAME=NUMBER,…", help="targets: " + ", ".join(slo.TARGETS))
     parser.add_argument("--levels", default="1,2,4,8", help="streams at once, rising (default %(default)s)")
     parser.add_argument("--at", type=int, default=0, metavar="N", help="the level at which the target is judged")
     parser.add_argument("--each", type=int, default=4, metavar="N", help="requests of each stream (default %(default)s)")
@@ -54,9 +63,11 @@ def main(argv: list[str]) -> int:
 
 
 def _smoke(args: argparse.Namespace) -> int:
-    levels, targets = _levels(args.levels), slo.parse_targets(args.slo)
-    if args.each < 1 or args.max_tokens < 2 or args.prompt_words < 1 or not 0 < args.tolerance < 10:
-        raise Invalid("--each, --max-tokens, --prompt-words or --tolerance make no sense", expected="at least 1, 2 and 1; a share such as 0.2")
+    levels, targets = _levels(args.levels), {} if args.slo is None else slo.parse_targets(args.slo)
+    for name, (least, most) in BOUNDS.items():
+        if not least <= (value := getattr(args, name)) <= most:
+            raise Invalid(f"--{name.replace('_', '-')} {str(value)[:40]} makes no sense", expected=f"a number from {least} to {most}")
+    origin(args.url)
     before = slo.parse(_read(args.baseline)) if args.baseline else []
     for path in filter(None, (args.record, args.svg)):
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):  # told before the minutes that a run takes
@@ -66,7 +77,7 @@ def _smoke(args: argparse.Namespace) -> int:
         raise Invalid(f"--key-env {args.key_env[:80]}: the variable is not set", expected="the name of a variable that holds a key")
     # By name only: a key of this site goes to no server that --url happens to name. From the environment, as a command line is seen by all.
     key = os.environ.get(args.key_env, "") if args.key_env else ""
-    target = load.Target(args.url.rstrip("/"), args.model, args.max_tokens, args.prompt_words, more, key, args.timeout_s)
+    target = load.Target(args.url.rstrip("/").removesuffix("/v1"), args.model, args.max_tokens, args.prompt_words, more, key, args.timeout_s)
     if args.at and args.at not in levels:
         raise Invalid(f"--at {args.at} is no level of this run", expected="one of " + args.levels, do=f"add {args.at} to --levels")
     found, facts = asyncio.run(_measure(target, levels, args.each, quiet=args.json))
@@ -98,15 +109,15 @@ def _expected(told: object) -> dict[str, Any]:
 
 def _levels(text: str) -> list[int]:
     parts = text.split(",")
-    if not all(p.strip().isdigit() and 0 < int(p) <= MOST for p in parts) or len(parts) > 32:
-        raise Invalid(f"--levels {text[:60]!r}", expected="numbers of streams, such as 1,4,16")
+    if not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", p) and 0 < int(p) <= MOST for p in parts) or len(parts) > 32:
+        raise Invalid(f"--levels {text[:60]!r}", expected=f"at most 32 numbers of streams from 1 to {MOST}, such as 1,4,16")
     return sorted({int(p) for p in parts})
 
 
 def _read(path: Path) -> dict[str, object]:
     try:
         doc = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, *load.NO_JSON) as error:
         raise Invalid(f"the baseline {path} cannot be read: {error}", expected="a file that --record wrote") from error
     return doc if isinstance(doc, dict) else {}
 
@@ -137,7 +148,7 @@ async def _facts(session: aiohttp.ClientSession, target: load.Target) -> dict[st
     facts: dict[str, object] = {"url": target.base, "model": target.model, "max_tokens": target.max_tokens, "prompt_words": target.prompt_words}
     try:
         told = json.loads(await load.page(session, target, "/v1/metadata"))
-    except ValueError:
+    except load.NO_JSON:
         return facts
     if not isinstance(told, dict):
         return facts

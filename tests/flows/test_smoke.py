@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -77,15 +80,89 @@ def test_requests_that_fail_are_a_miss(serve: Serve) -> None:
     assert status == 52 and "12 of 12 requests failed" in out and "failed: 502" in out, out
 
 
-def test_wrong_words_and_nobody_there() -> None:
-    for flags in (
-        ("--slo", "speed=1"),
-        ("--levels", "0"),
-        ("--at", "3"),
-        ("--at", "-1"),
-        ("--key-env", "NOT_SET_HERE"),
-        ("--baseline", "/nonexistent"),
-    ):
-        status, _, err = _smoke(find_port(), *flags)
-        assert status in (6, 9), err
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--slo", "ttft_p95=500"), "there is no target 'ttft_p95=500'"),
+        (("--slo", "ttft_p95_ms:500"), "there is no target 'ttft_p95_ms:500'"),
+        (("--slo", "ttft_p95_ms=500ms"), "the target ttft_p95_ms is '500ms'"),
+        (("--slo", ""), "there is no target ''"),  # of a variable that is not set: it would judge nothing, and pass
+        (("--levels", "0"), "--levels '0'"),
+        (("--levels", "\u00b2"), "--levels"),
+        (("--at", "3"), "--at 3 is no level"),
+        (("--at", "-1"), "--at -1 is no level"),
+        (("--each", "1" + "0" * 400), "--each 1000"),
+        (("--timeout-s", "nan"), "--timeout-s nan"),
+        (("--url", "127.0.0.1:8000"), "not an http or https URL"),
+        (("--key-env", "NOT_SET_HERE"), "--key-env NOT_SET_HERE"),
+        (("--baseline", "/nonexistent"), "the baseline /nonexistent"),
+    ],
+)
+def test_wrong_words_are_named(flags: tuple[str, ...], said: str) -> None:
+    status, _, err = _smoke(find_port(), *flags)
+    assert status == 6 and said in err and "expected: " in err, err
+
+
+def test_nobody_there_and_a_baseline_that_is_nested_without_end(tmp_path: Path) -> None:
     assert _smoke(find_port())[0] == 9
+    (tmp_path / "deep").write_text("[" * 100_000)
+    assert _smoke(find_port(), "--baseline", str(tmp_path / "deep"))[0] == 6
+
+
+TOKEN = b'data: {"choices":[{"delta":{"content":"x"}}]%s}\n\n'
+NO_CHUNKS = [
+    b"data: []\n\n",
+    b'data: {"choices":[7]}\n\n',
+    b'data: {"choices":[{"delta":[1]}]}\n\n',
+    b"data: " + b"[" * 60_000 + b"\n\n",
+    b"data: " + b"x" * (3 << 20) + b"\n\n",
+    *(TOKEN % b',"usage":{"completion_tokens":%s}' % n for n in (b"1e999", b"-5", b"9" * 400, b"9" * 5000)),
+]
+
+
+@pytest.fixture
+def strange() -> Iterator[tuple[int, dict[str, bytes]]]:
+    """The port of a server of somebody else, and what it answers on each path."""
+    answers = {"/v1/models": b'{"data":[{"id":"m"}]}', "/v1/chat/completions": TOKEN % b""}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = answers.get(self.path, b"{}")
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield server.server_port, answers
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("frames", NO_CHUNKS, ids=lambda raw: raw[:60].decode())
+def test_an_answer_that_is_no_chat_is_a_failed_request(strange: tuple[int, dict[str, bytes]], frames: bytes) -> None:
+    port, answers = strange
+    answers["/v1/chat/completions"] = frames
+    status, out, err = _smoke(port, "--slo", "tok_s=1", "--levels", "1")
+    assert status == 52 and "3 of 3 requests failed" in out and "no stream of a chat's chunks" in out, out + err
+
+
+def test_a_server_of_somebody_else_steers_nothing(strange: tuple[int, dict[str, bytes]]) -> None:
+    port, answers = strange
+    memory = b'airlock_gpu_memory_bytes{gpu="0",uuid="%s",of="peak"} %s\n'
+    answers |= {"/metrics": memory % (b"G", b"9" * 5000) + memory % (b"G\x1b[31m", b"5") + memory % (b"GPU-1", b"5"), "/v1/metadata": b"[" * 60_000}
+    status, out, err = _smoke(port, "--levels", "1", "--url", f"http://127.0.0.1:{port}/v1/")  # as OpenAI's clients want it
+    assert status == 0 and "GPU GPU-1: peak" in out and "\x1b" not in out + err, out + err
+    for models in (b"[" * 60_000, b"7", b'{"data":[{"id":[1]}]}', b'{"data":[{"id":"\\u001b[31m"}]}', b'{"data":[{"id":"\\ud800"}]}'):
+        answers["/v1/models"] = models
+        status, _, err = _smoke(port)
+        assert status == 6 and "names no model" in err, err

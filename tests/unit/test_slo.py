@@ -41,7 +41,9 @@ def test_targets_are_floors_or_ceilings() -> None:
     assert slo.missed(failed, {}) == ["1 of 1 requests failed at 1 streams"]
 
 
-@pytest.mark.parametrize("text", ["x=1", "tok_s", "tok_s=", "tok_s=-1", "tok_s=nan", "tok_s=1e99", "tok_s=inf", "=5"])
+@pytest.mark.parametrize(
+    "text", ["x=1", "tok_s", "tok_s=", "tok_s=-1", "tok_s=nan", "tok_s=1e99", "tok_s=inf", "=5", "", ",", "tok_s=1,", "tok_s=1,tok_s=2"]
+)
 def test_a_target_that_is_none(text: str) -> None:
     with pytest.raises(Invalid):
         slo.parse_targets(text)
