@@ -16,7 +16,9 @@ from runtime.front.vocabulary import (
     EMBEDDINGS,
     FIELDS,
     GUIDED,
+    INCLUDED,
     LABELS,
+    NESTED,
     NEUTRAL,
     OLDER,
     PARTS,
@@ -126,6 +128,7 @@ def prepare(route: str, body: Json, models: Models, engine: str = "vllm", images
         if word not in LABELS and body[word] not in NEUTRAL.get(word, ()):
             raise _unsupported(word, engine, route)
         del body[word]
+    _nested(body, engine, route)
     _bounds(body)
     if route != RESPONSES:
         _texts(body)
@@ -157,6 +160,24 @@ def _unsupported(word: str, engine: str, route: str) -> Refused:
         "guided_decoding_backend": "; the engine chooses it",
     }.get(word, "")
     return Refused(400, f"{word[:80]!r} is not supported by {engine} on {route}{more}", "BadRequestError", word[:80])
+
+
+def _nested(body: Json, engine: str, route: str) -> None:
+    """The words inside of fields, as the fields themselves: known, asking for nothing, or refused by name."""
+    for word in NESTED.keys() & body.keys():
+        given = body[word]
+        if not isinstance(given, dict):
+            raise Refused(400, f"{word} is not an object", param=word)
+        for key in (k for k, v in given.items() if k not in NESTED[word] and v is not None):
+            if given[key] not in NEUTRAL.get(f"{word}.{key}", ()):
+                raise _unsupported(f"{word}.{key}", engine, route)
+        body[word] = {k: v for k, v in given.items() if k in NESTED[word]}
+    included = body.get("include", [])
+    if not isinstance(included, list) or any(entry not in INCLUDED for entry in included):
+        raise Refused(400, f"include takes {', '.join(INCLUDED)} alone", param="include")
+    choice = body.get("tool_choice")
+    if isinstance(choice, dict) and choice.get("type") != "function":
+        raise Refused(400, f"a tool_choice of type {str(choice.get('type'))[:40]!r} is not supported; name a function", param="tool_choice")
 
 
 def _extension(body: Json) -> None:

@@ -89,13 +89,22 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "truncation": ("disabled",),
     "background": (False,),
     "encoding_format": ("float",),
+    "stream_options.include_obfuscation": (False,),
+    "text.verbosity": ("medium",),
 }
+# The keys of fields that are objects, and the entries of `include`: vLLM takes any other and answers as if it had not been there.
+NESTED: Mapping[str, frozenset[str]] = {
+    "stream_options": _words("include_usage continuous_usage_stats"),
+    "structured_outputs": _words("json regex choice grammar json_object structural_tag"),
+    "reasoning": _words("effort"),
+    "text": _words("format"),
+}
+INCLUDED = ("message.output_text.logprobs",)
 GUIDED = {
     "guided_json": "json",
     "guided_regex": "regex",
     "guided_choice": "choice",
     "guided_grammar": "grammar",
-    "guided_whitespace_pattern": "whitespace_pattern",
     "guided_json_object": "json_object",
 }
 OLDER = {"max_thinking_tokens": "thinking_token_budget"}

@@ -114,6 +114,38 @@ def test_an_unsupported_control_is_refused_by_name(front: Served, more: dict[str
 
 
 @pytest.mark.parametrize(
+    ("path", "more", "word"),
+    [
+        ("/v1/chat/completions", {"stream": True, "stream_options": {"no_such": 1}}, "stream_options.no_such"),
+        ("/v1/chat/completions", {"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ("/v1/chat/completions", {"structured_outputs": {"json": {}, "whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),
+        ("/v1/chat/completions", {"guided_json": {}, "guided_whitespace_pattern": " "}, "guided_whitespace_pattern"),
+        ("/v1/chat/completions", {"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice"),
+        ("/v1/completions", {"stream": True, "stream_options": 7}, "stream_options"),
+        ("/v1/responses", {"reasoning": {"effort": "low", "summary": "auto"}}, "reasoning.summary"),
+        ("/v1/responses", {"text": {"verbosity": "low"}}, "text.verbosity"),
+        ("/v1/responses", {"text": "json"}, "text"),
+        ("/v1/responses", {"include": ["reasoning.encrypted_content"]}, "include"),
+        ("/v1/responses", {"include": 7}, "include"),
+        ("/v1/responses", {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice"),
+    ],
+)
+def test_an_unsupported_control_inside_of_a_field_is_refused_by_name(front: Served, path: str, more: dict[str, Any], word: str) -> None:
+    before = len(front.records())
+    given = {"input": "x"} if path == "/v1/responses" else CHAT if "chat" in path else {"prompt": "x"}
+    status, body, _ = front.ask("POST", path, {**given, **more})
+    assert status == 400 and word in body["message"] and body["error"]["param"] == word, body
+    in_both_shapes(body, 400)
+    assert len(front.records()) == before
+
+
+def test_what_asks_for_nothing_inside_of_a_field_is_passed_over(front: Served) -> None:
+    asked = {"text": {"verbosity": "medium", "format": {"type": "text"}}, "reasoning": {"summary": None}, "include": ["message.output_text.logprobs"]}
+    assert front.ask("POST", "/v1/responses", {"input": "x", **asked})[0] == 200
+    assert {k: _sent(front)[k] for k in asked} == {**asked, "text": {"format": {"type": "text"}}, "reasoning": {}}
+
+
+@pytest.mark.parametrize(
     "more",
     [{"user": "me"}, {"store": False}, {"service_tier": "auto"}, {"modalities": ["text"]}, {"metadata": {"a": "b"}}, {"no_such_field": None}],
 )
