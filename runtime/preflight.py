@@ -71,7 +71,7 @@ def node_lines(
     tags: Mapping[str, str],
     total: int,
     missing: int,
-    files: Iterable[Path] | None,
+    files: Sequence[Path] | None,
     who: tuple[int, int] | None = None,
 ) -> list[Line]:
     """All lines of the node for `total` bytes of weights, `missing` of which have to be fetched (-1: not known), run as `tags` say.
@@ -82,7 +82,7 @@ def node_lines(
     lines = cache_lines(settings, there, who or (os.geteuid(), os.getegid()), total, missing)
     if files is not None:
         speed = measured(files, settings.cache if lines[0].state == "ok" else None)
-        lines.append(speed_line(total, speed, of(str(settings.cache.resolve()), there)))
+        lines.append(speed_line(total, speed, of(str((files[0] if files else settings.cache).resolve()), there)))
     tp = tags.get("tp", "1")
     lines.append(memory_line(shm_bytes(), int(tp) if tp.isdecimal() and facts and not facts.cpu else 1))
     if facts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from artifact.errors import Invalid, NotFound, Unavailable
@@ -272,13 +273,23 @@ def lease(choice: Choice, profile: Profile, settings: Settings) -> tuple[dict[st
     return entitlement.fall_back(trouble, wanted, choice.trust, folder), False
 
 
+def weighed(choice: Choice, profile: Profile, settings: Settings) -> tuple[int, int, list[Path]]:
+    """Bytes of the weights, those of them that have to be fetched (-1: not known), and their files that are here, largest first."""
+    from runtime import weights
+
+    if settings.local:
+        found = sorted((-path.stat().st_size, path) for path in settings.local.resolve().rglob("*") if path.is_file())
+        return profile.weights_bytes, 0, [path.resolve() for _, path in found]
+    return *weights.missing(choice.remote, settings.cache, profile.model), weights.largest(settings.cache, profile.model)
+
+
 def prepare(choice: Choice, profile: Profile, settings: Settings) -> None:
     """The pre-flight of a start, logged; raises Unavailable with the reason of its first failure."""
-    from runtime import preflight, weights
+    from runtime import preflight
 
-    total, missing = (profile.weights_bytes, 0) if settings.local else weights.missing(choice.remote, settings.cache, profile.model)
-    files = weights.largest(settings.cache, profile.model) if total >= MEASURED else None
-    lines = preflight.node_lines(settings, choice.facts, choice.selection.gpus, profile.tags, total, missing, files)
+    total, missing, files = weighed(choice, profile, settings)
+    speed = files if total >= MEASURED else None
+    lines = preflight.node_lines(settings, choice.facts, choice.selection.gpus, profile.tags, total, missing, speed)
     for line in lines:
         log.log(logging.INFO if line.state == "ok" else logging.WARNING, "Pre-flight: %s", line.words())
     preflight.require(lines)

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from artifact.errors import AirlockError, Invalid, Unavailable
@@ -39,17 +40,16 @@ def main(argv: list[str]) -> int:
 
 def look(settings: Settings, args: argparse.Namespace) -> int:
     """Prints a line for each look, `ok`, `warn` or `fail` with its fix; the status is the first failure's."""
-    from runtime import cache, weights
+    from runtime import cache
 
     who = _who(args.who)
     if not 0 <= args.weights_gb <= MAX_GB:  # nor is it no number
         raise Invalid(f"--weights-gb {args.weights_gb}", expected=f"gigabytes from 0 to {MAX_GB}")
     cache.answers(settings.cache)
     lines: list[Line] = []
-    facts, profile, gpus, total, missing = _registry(settings, lines) if not args.no_registry else (*_node(settings, lines), -1)
+    facts, profile, gpus, total, missing, files = _registry(settings, lines) if not args.no_registry else (*_node(settings, lines), -1, [])
     if not total and args.weights_gb > 0:
         total = int(args.weights_gb * 1e9)
-    files = weights.largest(settings.cache, profile.model) if profile else []
     lines += node_lines(settings, facts, gpus, profile.tags if profile else {}, total, missing, files, who)
     failed = next((line for line in lines if line.state == "fail"), None)
     status = EXIT_CODES.get(failed.reason, failed.exit_code or Unavailable.exit_code) if failed else 0
@@ -81,35 +81,54 @@ def _node(settings: Settings, lines: list[Line]) -> tuple[Facts | None, None, tu
         return None, None, (), 0
 
 
-def _registry(settings: Settings, lines: list[Line]) -> tuple[Facts | None, Profile | None, tuple[Gpu, ...], int, int]:
-    """Key, registry, ends, release and choice; what was found of GPUs, profile and bytes of weights (all, missing; -1: not known)."""
-    from runtime import entitlement, profiles, weights
+def _registry(settings: Settings, lines: list[Line]) -> tuple[Facts | None, Profile | None, tuple[Gpu, ...], int, int, list[Path]]:
+    """Key, registry, ends, release and choice; what was found of GPUs, profile, bytes of weights (all, missing; -1: not known) and their files."""
+    from runtime import unsigned
 
+    check = "model"
     try:
-        if settings.key or not settings.offline:
-            entitlement.require_key(settings)
-        client = start.remote(settings)
-        trouble = entitlement.check_key(client)
+        own = unsigned.asked(settings)
+        check = "key"
+        trouble = None if own and not settings.registry else _key(settings, lines)
+        if not settings.model:
+            return (*_node(settings, lines), -1, [])
+        check = "model"
+        if not own:
+            lines.append(_lease(settings, trouble))
+        choice, profile = _choose(settings, own)
     except AirlockError as error:
-        lines.append(of_error("key", error))
-        return (*_node(settings, lines), -1)
+        lines.append(of_error(check, error))
+        return (*_node(settings, lines), -1, [])
+    words = f"{settings.name_ref} runs with profile {profile.description} ({profile.id[:12]}): {choice.selection.why}"
+    lines.append(Line("model", "warn" if own else "ok", f"UNSIGNED, {settings.unsigned}: {words}" if own else words))
+    return choice.facts, profile, choice.selection.gpus, *start.weighed(choice, profile, settings)
+
+
+def _choose(settings: Settings, own: bool) -> tuple[start.Choice, Profile]:
+    """What a start chooses, after all for which it refuses the choice."""
+    from runtime import engines, profiles, tuning, unsigned
+
+    choice = unsigned.choose(settings) if own else start.choose(settings, settings.profile)
+    profile = profiles.require(choice.selection)
+    profiles.check_expected(choice.selection, settings.expect_profile)
+    name = profile.tags["llm_engine"]
+    tuning.allowed(settings.tuning.passthrough, engines.load(name).PASSTHROUGH, name)
+    return choice, profile
+
+
+def _key(settings: Settings, lines: list[Line]) -> Unavailable | None:
+    """Key, registry and ends as lines; returns what keeps the registry from answering, raises what refuses the key."""
+    from runtime import entitlement
+
+    if settings.key or not settings.offline:
+        entitlement.require_key(settings)
+    client = start.remote(settings)
+    trouble = entitlement.check_key(client)
     if trouble:
         lines.append(Line("registry", "ok" if trouble.reason == "offline" else "warn", f"{trouble.what}; only the cache counts", trouble.do))
     else:
         lines += [Line("key", "ok", "the registry knows it"), Line("registry", "ok", f"{client.base_url} answers"), *_ends(client, settings)]
-    if not settings.model:
-        return (*_node(settings, lines), -1)
-    lines.append(_lease(settings, trouble))
-    try:
-        choice = start.choose(settings, settings.profile)
-        profile = profiles.require(choice.selection)
-        profiles.check_expected(choice.selection, settings.expect_profile)
-    except AirlockError as error:
-        lines.append(of_error("model", error))
-        return (*_node(settings, lines), -1)
-    lines.append(Line("model", "ok", f"{settings.name_ref} runs with profile {profile.description} ({profile.id[:12]}): {choice.selection.why}"))
-    total, missing = weights.missing(choice.remote, settings.cache, profile.model)
-    return choice.facts, profile, choice.selection.gpus, total, missing
+    return trouble
 
 
 def _ends(client: RemoteRegistry, settings: Settings) -> list[Line]:

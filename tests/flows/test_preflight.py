@@ -183,6 +183,9 @@ def test_a_taken_port_is_a_line_with_its_code(node: Node, tmp_path: Path) -> Non
         ({"NIM_MODEL_PROFILE": "auto"}, "model", "expected: one of: "),
         ({"AIRLOCK_EXPECT_PROFILE": "vllm-bf16-tp2"}, "model", "What was expected was not chosen"),
         ({"AIRLOCK_EXPECT_PROFILE": "tp="}, "model", "AIRLOCK_EXPECT_PROFILE holds 'tp='"),
+        ({"NIM_PASSTHROUGH_ARGS": "--bogus 1"}, "model", "NIM_PASSTHROUGH_ARGS holds '--bogus'"),
+        ({"NIM_MANIFEST_PATH": "/etc/passwd"}, "model", "has no signature of this site"),
+        ({"NIM_MANIFEST_PATH": "/etc/passwd", "AIRLOCK_ALLOW_UNSIGNED": "a test"}, "model", "the model manifest has no profile"),
         ({"AIRLOCK_HOST": "192.0.2.1"}, "port", "Cannot assign requested address"),
         ({"NIM_CACHE_PATH": "/etc/passwd"}, "cache", "/etc/passwd is no directory"),
     ],
@@ -194,6 +197,27 @@ def test_it_ends_with_the_code_that_the_start_ends_with(node: Node, env: dict[st
     assert found[check][0] == "fail" and words in found[check][1] and found[check][2], found[check]
     assert looked.returncode == started.returncode == json.loads(looked.stdout)["exit_code"] != 0, (looked.stdout, started.stderr)
     assert "Traceback" not in started.stderr and not (node.cache / "models").exists()
+
+
+def test_a_directory_that_nobody_signed_is_looked_at_as_it_is_started(node: Node, tmp_path: Path) -> None:  # noqa: F811
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [3 << 20], "data_offsets": [0, 6 << 20]}}).encode()
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "config.json").write_text('{"model_type": "llama", "torch_dtype": "bfloat16"}')
+    (own / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * (6 << 20))
+    env = {"NIM_MODEL_NAME": str(own), "AIRLOCK_REGISTRY": ""}
+
+    def look(**more: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", "runtime", "preflight", "--json"]
+        return subprocess.run(argv, env=node.env | env | more, capture_output=True, text=True, timeout=60, cwd=ROOT)
+
+    refused = look()
+    assert refused.returncode == 46 and report(refused)["model"][0] == "fail" and "AIRLOCK_ALLOW_UNSIGNED" in report(refused)["model"][2]
+    done = look(AIRLOCK_ALLOW_UNSIGNED="A. Person, to compare")
+    found = report(done)
+    assert done.returncode == 0 and found["model"][0] == "warn", done.stdout
+    assert found["model"][1].startswith("UNSIGNED, A. Person, to compare: local/own:local runs with profile vllm-cpu-bf16-tp1")
+    assert "lease" not in found and "all 6.3 MB of the weights are there" in found["space"][1] and "for 6.3 MB" in found["read speed"][1]
 
 
 @pytest.mark.parametrize("size", ["inf", "nan", "-5", "1e300"])
