@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import resource
+import signal
 import socket
 import threading
 import time
@@ -343,6 +344,9 @@ def test_an_input_of_tokens_is_taken(pooling: Served) -> None:
 def test_data_images_pass_and_are_counted(front: Served) -> None:
     image = {"type": "image_url", "image_url": {"url": PIXEL, "detail": "low"}}
     assert _chat(front, **_seen(image))[0] == 200 and _sent(front)["messages"][0]["content"][1] == image
+    shown = {"type": "input_image", "image_url": PIXEL, "detail": "low"}
+    assert front.ask("POST", "/v1/responses", {"input": [{"role": "user", "content": [shown]}]})[0] == 200
+    assert _sent(front)["input"][0]["content"] == [shown]
     status, body = _chat(front, messages=[{"role": "user", "content": [image] * 17}])
     assert status == 400 and "17 images" in body["message"]
 
@@ -438,13 +442,17 @@ def test_cancel_stops_the_generation_of_a_background_response(serve: Serve) -> N
 
 
 def test_a_background_response_is_finished_before_the_end(serve: Serve) -> None:
-    served = serve("--fake-frame-s", "0.1")
+    served = serve("--fake-frame-s", "0.3")
     client = served.client()
     begun = client.responses.create(model="acme/tiny", input="hi", background=True)
     served.wait(lambda: client.responses.retrieve(begun.id).status == "completed", 10)
     assert client.responses.retrieve(begun.id).output_text == "The answer is forty-two."
     for asked in ({"background": True, "stream": True}, {"background": True, "store": False}, {"tools": [{"type": "mcp", "server_url": "http://x"}]}):
         assert served.ask("POST", "/v1/responses", {"input": "x", **asked})[0] == 400
+    client.responses.create(model="acme/tiny", input="hi", background=True)
+    served.wait(lambda: len(served.records()) == 2, 5)
+    served.process.send_signal(signal.SIGTERM)  # while it runs, and nobody waits for it
+    assert served.process.wait(20) == 0 and not any(r.get("aborted") for r in served.records())
 
 
 def test_the_store_of_responses_is_bounded(serve: Serve) -> None:

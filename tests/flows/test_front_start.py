@@ -66,10 +66,17 @@ def test_callers_need_a_key_with_a_grant_to_run_the_model(site: Site) -> None:
         # Responses are their caller's alone: another one with the same rights gets 404.
         mine = _ask(running, runs, "/v1/responses")[1]["id"]
         again = site.server.make_key(models=("acme/*",), actions="run")
-        for key, status in ((runs, 200), (again, 404)):
+        for key, method, more, status in (
+            (again, "GET", "", 404),
+            (again, "POST", "/cancel", 404),
+            (again, "DELETE", "", 404),
+            (runs, "GET", "", 200),
+            (runs, "POST", "/cancel", 400),  # it ran in the foreground
+            (runs, "DELETE", "", 200),
+        ):
             connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=30)
-            connection.request("GET", f"/v1/responses/{mine}", headers={"Authorization": f"Bearer {key}"})
-            assert connection.getresponse().status == status
+            connection.request(method, f"/v1/responses/{mine}{more}", headers={"Authorization": f"Bearer {key}"})
+            assert connection.getresponse().status == status, (method, more)
         smoke = ("runtime", "smoke", "--url", f"http://127.0.0.1:{running.port}", "--levels", "1", "--each", "1", "--slo", "tok_s=0.1")
         assert airlock(*smoke, check=False, AIRLOCK_KEY=runs).returncode == 52  # no key is sent unless its variable is named
         assert airlock(*smoke, "--key-env", "CALLER", check=False, CALLER=runs).returncode == 0
