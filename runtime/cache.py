@@ -24,12 +24,16 @@ FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512", "partial", "refs", "leases",
 
 
 def answers(cache: Path, most_s: float = ANSWER_S) -> None:
-    """The file system of the cache answers; raises Unavailable (reason cache) naming it: a hard NFS mount whose server is away waits for ever."""
+    """The file system of the cache answers a look and a write; raises Unavailable (reason cache) naming it.
+
+    A hard NFS mount whose server is away waits for ever, and a look is answered from memory for a while.
+    """
     done = threading.Event()
 
     def look() -> None:
         with suppress(OSError):
             os.stat(cache)  # noqa: PTH116 - as plain as it can be
+            probe(cache)
         done.set()
 
     threading.Thread(target=look, daemon=True).start()
@@ -41,6 +45,21 @@ def answers(cache: Path, most_s: float = ANSWER_S) -> None:
             do="see whether its server can be reached from this node; umount -f -l frees what waits",
             reason="cache",
         )
+
+
+def probe(folder: Path) -> int:
+    """0 where we can make, write and remove a file in `folder`, else the errno."""
+    path = folder / f".preflight.{os.getpid()}.{secrets.token_hex(4)}"
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, b"preflight")
+        finally:
+            os.close(fd)
+            path.unlink()
+    except OSError as error:
+        return error.errno or 1
+    return 0
 
 
 def check(cache: Path) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from artifact.errors import AirlockError, Conflict, Unavailable
+from runtime.cache import probe
 from runtime.mounts import Mount, here, of, size, speed_words
 from runtime.node import Facts, Gpu, describe
 from runtime.settings import EXIT_CODES, Settings
@@ -96,7 +97,7 @@ def node_lines(
 def write_fault(folder: Path, uid: int, gid: int) -> int:
     """0 where that user can make, write and remove a file in `folder`, else the errno; for another user than ours in a child that becomes it."""
     if (uid, gid) == (os.geteuid(), os.getegid()) or os.geteuid() != 0:
-        return _probe(folder)
+        return probe(folder)
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -104,24 +105,10 @@ def write_fault(folder: Path, uid: int, gid: int) -> int:
             os.setgroups([])
             os.setgid(gid)
             os.setuid(uid)
-            status = _probe(folder)
+            status = probe(folder)
         finally:
             os._exit(status & 0xFF)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def _probe(folder: Path) -> int:
-    path = folder / f".preflight.{os.getpid()}.{secrets.token_hex(4)}"
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, b"preflight")
-        finally:
-            os.close(fd)
-            path.unlink()
-    except OSError as error:
-        return error.errno or 1
-    return 0
 
 
 def not_writable(cache: Path, fault: int, owner: tuple[int, int, int], who: tuple[int, int], mount: Mount | None) -> Line:
@@ -220,7 +207,7 @@ def measured(files: Iterable[Path], scratch: Path | None) -> float:
             written, block = 0, os.urandom(BLOCK)
             while written < SAMPLE and time.monotonic() < until:
                 written += out.write(block)
-            os.fsync(out.fileno())
+                os.fsync(out.fileno())  # each: memory takes at once what a slow disk then needs a minute for
         began = time.monotonic()
         read = _read(path, written, began + SAMPLE_S)
         return read / max(time.monotonic() - began, 1e-6)
