@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import time
@@ -124,6 +125,9 @@ def test_json_by_schema(client: openai.OpenAI) -> None:
     assert isinstance(json.loads(answer.choices[0].message.content or "")["far"], bool)
     answer = client.chat.completions.create(**asked, extra_body={"nvext": {"guided_json": FORM}})
     assert isinstance(json.loads(answer.choices[0].message.content or "")["far"], bool)
+    text: Any = {"format": {"type": "json_schema", "name": "x", "schema": FORM, "strict": True}, "verbosity": "medium"}
+    said = client.responses.create(model="acme/tiny", input=QUESTION, temperature=0, max_output_tokens=60, text=text).output_text
+    assert isinstance(json.loads(said)["far"], bool)
 
 
 def test_a_named_tool_is_called(client: openai.OpenAI) -> None:
@@ -230,7 +234,11 @@ def test_a_hostile_chat_template_ends_with_its_request(engine_env: Path, tmp_pat
 
 def test_embeddings_and_ranking(engine_env: Path, tmp_path: Path) -> None:
     flags = ("--runner", "pooling", "--convert", "embed", "--dtype", "float32")
-    with served(engine_env, tmp_path, minilm(), *flags) as base:
+    model = tmp_path / "model"
+    shutil.copytree(minilm(), model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"matryoshka_dimensions": [64, 384]}))  # what lets an engine shorten vectors
+    with served(engine_env, tmp_path, model, *flags) as base:
         made = openai.OpenAI(base_url=base + "/v1", api_key="none", max_retries=0)
         passages = [{"text": t} for t in ("The cat sleeps.", "GPUs multiply matrices.", "Cats like to sleep on the sofa.")]
         status, found = _ask(
@@ -251,6 +259,9 @@ def test_embeddings_and_ranking(engine_env: Path, tmp_path: Path) -> None:
         assert all(len(e) == 384 for e in ends) and ends[0] != ends[1]
         with pytest.raises(openai.BadRequestError):
             made.embeddings.create(model="acme/tiny", input="x", dimensions=7)
+        whole, short = (made.embeddings.create(model="acme/tiny", input="x", dimensions=n).data[0].embedding for n in (384, 64))
+        norm = math.hypot(*whole[:64])
+        assert len(short) == 64 and max(abs(a - b / norm) for a, b in zip(short, whole, strict=False)) < 1e-3
         for hostile in (
             {"input": [[1 << 40]]},
             {"input": {"a": 1}},
