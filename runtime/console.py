@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -36,6 +37,8 @@ def parser(word: str, text: str, example: str = "") -> argparse.ArgumentParser:
 def run(parser: argparse.ArgumentParser, argv: list[str], body: Body, *, named: bool = True) -> int:
     """Parses, reads the environment, and runs the command; expected failures become their lines and exit status. Not `named`: without a model too."""
     args = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     port, settings = getattr(args, "port", 0), None
     try:
         if not 0 <= port <= 65535:

@@ -327,11 +327,12 @@ def check_port(host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            what, do = f"port {port} of {host} cannot be used: {error.strerror}", "set AIRLOCK_HOST to an address of this machine, such as 0.0.0.0"
-            if error.errno == errno.EADDRINUSE:
-                what = f"port {port} of {host} is not free: {error.strerror}"
+        except (OSError, TypeError, ValueError) as error:  # the latter for bytes that are no text, and a label too long
+            number, why = (error.errno, error.strerror) if isinstance(error, OSError) else (0, "no name of a host")
+            what, do = f"port {port} of {host[:260]} cannot be used: {why}", "set AIRLOCK_HOST to an address of this machine, such as 0.0.0.0"
+            if number == errno.EADDRINUSE:
+                what = f"port {port} of {host} is not free: {why}"
                 do = f"stop what listens there, or set NIM_HTTP_API_PORT (with Docker: map another one, -p OTHER:{port})"
-            elif error.errno in (errno.EACCES, errno.EPERM):
+            elif number in (errno.EACCES, errno.EPERM):
                 do = "set NIM_HTTP_API_PORT to 1024 or more: those below are for root"
             raise Conflict(what, expected="a free port of this machine for the API", do=do, reason="port_taken") from error

@@ -157,7 +157,7 @@ def from_environment(environ: Mapping[str, str], model: str, *, host: str = "", 
         profile=profile or _first(environ, "NIM_MODEL_PROFILE", "NIM_MANIFEST_PROFILE"),
         host=host or environ.get("AIRLOCK_HOST", "0.0.0.0"),  # noqa: S104 - see Settings.host
         port=port or _whole(environ, ("NIM_HTTP_API_PORT", "NIM_SERVER_PORT"), 8000, 1, 65535),
-        served_names=_names(_first(environ, "NIM_SERVED_MODEL_NAME", "NIM_SERVER_SERVED_MODEL_NAME")),
+        served_names=_names(environ, "NIM_SERVED_MODEL_NAME") or _names(environ, "NIM_SERVER_SERVED_MODEL_NAME"),
         max_model_len=_whole(environ, ("NIM_MAX_MODEL_LEN",), 0, 1, 100_000_000),
         kv_percent=_share(environ, "NIM_KVCACHE_PERCENT"),
         relax_memory=_flag(environ, "NIM_RELAX_MEM_CONSTRAINTS"),
@@ -276,10 +276,10 @@ def _flag(environ: Mapping[str, str], name: str) -> bool:
     return tuning.switch(environ, name) is True
 
 
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
+def _names(environ: Mapping[str, str], variable: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in environ.get(variable, "").split(",") if part.strip())
     for name in names:
         # A name becomes an argument of the engine: one that begins with a dash would be read as a flag.
         if name.startswith("-") or len(name) > 255 or any(ord(c) <= 32 or ord(c) == 127 for c in name):
-            raise Invalid(f"NIM_SERVED_MODEL_NAME holds {name[:100]!r}", expected="names without spaces that do not begin with '-'")
+            raise Invalid(f"{variable} holds {name[:100]!r}", expected="names without spaces that do not begin with '-'")
     return names

@@ -220,6 +220,21 @@ def test_a_directory_that_nobody_signed_is_looked_at_as_it_is_started(node: Node
     assert "lease" not in found and "all 6.3 MB of the weights are there" in found["space"][1] and "for 6.3 MB" in found["read speed"][1]
 
 
+@pytest.mark.parametrize("word", ["preflight", "check-cache-env", "serve"])
+def test_a_path_that_is_no_text_is_printed_all_the_same(node: Node, word: str) -> None:  # noqa: F811
+    """A path is bytes; a terminal of UTF-8 takes no others."""
+    done = node.run(word, NIM_CACHE_PATH=os.fsdecode(os.fsencode(node.cache) + b"\xff"), PYTHONIOENCODING="utf-8:strict")
+    assert done.returncode == (36 if word == "serve" else 0) and "Traceback" not in done.stderr, done.stderr
+    assert "cache\\udcff can be written" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("host", ["é" * 70, os.fsdecode(b"\xff")])
+def test_an_address_that_is_no_name_at_all(node: Node, host: str) -> None:  # noqa: F811
+    looked, started = node.run("preflight", "--json", AIRLOCK_HOST=host), node.run("serve", AIRLOCK_HOST=host)
+    assert report(looked)["port"][0] == "fail" and "cannot be used: no name of a host" in report(looked)["port"][1], looked.stdout
+    assert looked.returncode == started.returncode == 37 and "Traceback" not in started.stderr, started.stderr
+
+
 @pytest.mark.parametrize("size", ["inf", "nan", "-5", "1e300"])
 def test_a_size_of_weights_that_is_none(node: Node, size: str) -> None:  # noqa: F811
     done = node.run("preflight", "--no-registry", "--weights-gb", size)
