@@ -33,7 +33,7 @@ def answers(cache: Path, most_s: float = ANSWER_S) -> None:
     def look() -> None:
         with suppress(OSError):
             os.stat(cache)  # noqa: PTH116 - as plain as it can be
-            probe(cache)
+            mounts.probe(cache)
         done.set()
 
     threading.Thread(target=look, daemon=True).start()
@@ -45,21 +45,6 @@ def answers(cache: Path, most_s: float = ANSWER_S) -> None:
             do="see whether its server can be reached from this node; umount -f -l frees what waits",
             reason="cache",
         )
-
-
-def probe(folder: Path) -> int:
-    """0 where we can make, write and remove a file in `folder`, else the errno."""
-    path = folder / f".preflight.{os.getpid()}.{secrets.token_hex(4)}"
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, b"preflight")
-        finally:
-            os.close(fd)
-            path.unlink()
-    except OSError as error:
-        return error.errno or 1
-    return 0
 
 
 def check(cache: Path) -> None:

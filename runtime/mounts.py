@@ -1,10 +1,12 @@
 """Which file system a path lies on, from the text of /proc/self/mountinfo (proc_pid_mountinfo(5)), and what a measured
-speed means; pure but for `here`.
+speed means; pure but for `here` and `probe`.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import secrets
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -68,6 +70,21 @@ def here() -> tuple[Mount, ...]:
         return parse(Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape"))
     except OSError:
         return ()
+
+
+def probe(folder: Path) -> int:
+    """0 where we can make, write and remove a file in `folder`, else the errno."""
+    path = folder / f".preflight.{os.getpid()}.{secrets.token_hex(4)}"
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, b"preflight")
+        finally:
+            os.close(fd)
+            path.unlink()
+    except OSError as error:
+        return error.errno or 1
+    return 0
 
 
 def _plain(text: str) -> str:

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from artifact.errors import AirlockError, Conflict, Unavailable
-from runtime.cache import probe
-from runtime.mounts import Mount, here, of, size, speed_words
+from runtime.mounts import Mount, here, of, probe, size, speed_words
 from runtime.node import Facts, Gpu, describe
 from runtime.settings import EXIT_CODES, Settings
 

@@ -105,10 +105,12 @@ def evict(cache: Path, args: argparse.Namespace) -> int:
         raise Invalid("evict needs to know how much", expected="either --keep-bytes or --free-bytes")
     keep, wanted = _bytes(args.keep_bytes), _bytes(args.free_bytes)
     total = sum(count for _, count in Disk(cache).walk())
-    before = shutil.disk_usage(cache).free
+    disk = shutil.disk_usage(cache)
+    if wanted > disk.total:  # else everything would go, and for nothing
+        raise Invalid(f"--free-bytes {args.free_bytes} is more than its disk has", expected=f"at most the {size(disk.total)} of {cache}")
 
     def enough(freed: int) -> bool:
-        return total - freed <= keep if args.keep_bytes is not None else before + freed >= wanted
+        return total - freed <= keep if args.keep_bytes is not None else disk.free + freed >= wanted
 
     done = upkeep.evict(cache, enough, dry=args.dry_run)
     verb = "would be removed" if args.dry_run else "removed"

@@ -76,6 +76,8 @@ def test_a_model_that_runs_is_spared(node: Node) -> None:  # noqa: F811
         done = cache(node, "evict", "--keep-bytes", "0")
         assert done.returncode == 48 and "in use: acme/tiny@" in done.stderr and node.model_dir().is_dir()
     assert cache(node, "evict", "--free-bytes", "1").returncode == 0 and node.model_dir().is_dir()
+    never = cache(node, "evict", "--free-bytes", "999999T")
+    assert never.returncode == 6 and "--free-bytes 999999T is more than its disk has" in never.stderr and node.model_dir().is_dir()
     assert cache(node, "evict", "--keep-bytes", "64K").returncode == 0 and not node.model_dir().exists()
     assert cache(node, "evict").returncode == cache(node, "evict", "--keep-bytes", "1X").returncode == 6
 
