@@ -260,6 +260,8 @@ class Front:
             return web.json_response({"id": key, "object": "response.deleted", "deleted": True})
         if request.method == "POST":
             return web.json_response(self.stored.cancel(key, owner))
+        if word := next((w for w, value in request.query.items() if value not in ("", "false")), "")[:80]:
+            raise Refused(400, f"{word!r} is not supported on GET {RESPONSES}/{{id}}: it gives the whole response", param=word)
         return web.json_response(self.stored.get(key, owner).body)
 
 

@@ -399,6 +399,10 @@ def test_responses_are_kept_and_continued(front: Served) -> None:
     sent = _sent(front)
     assert [i.get("role") for i in sent["input"]] == ["user", "assistant", "user"] and sent["store"] is False and "previous_response_id" not in sent
     assert second.previous_response_id == first.id
+    with pytest.raises(openai.BadRequestError, match="'stream' is not supported"):
+        client.responses.retrieve(first.id, stream=True)
+    with pytest.raises(openai.BadRequestError, match="'starting_after' is not supported"):
+        client.responses.retrieve(first.id, starting_after=3)
     client.responses.delete(first.id)
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(first.id)
