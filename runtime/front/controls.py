@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from runtime.front.errors import Json, Refused
@@ -119,7 +119,7 @@ def prepare(route: str, body: Json, models: Models, engine: str = "vllm", images
     if known is None:
         raise Refused(501, f"The engine {engine} does not support {route}.")
     body = {k: v for k, v in body.items() if v is not None}
-    _extension(body)
+    _extension(body, known)
     if route in STREAMED:
         _guided(body, engine, route)
     if route == EMBEDDINGS:
@@ -180,8 +180,8 @@ def _nested(body: Json, engine: str, route: str) -> None:
         raise Refused(400, f"a tool_choice of type {str(choice.get('type'))[:40]!r} is not supported; name a function", param="tool_choice")
 
 
-def _extension(body: Json) -> None:
-    """`nvext` and the older spellings, beside the fields that they stand for."""
+def _extension(body: Json, known: Collection[str]) -> None:
+    """`nvext` and the older spellings, beside the fields that they stand for; one that the engine lacks stays as the caller wrote it."""
     extension = body.pop("nvext", None)
     if extension is not None and not isinstance(extension, dict):
         raise Refused(400, "nvext is not an object", param="nvext")
@@ -192,7 +192,7 @@ def _extension(body: Json) -> None:
             raise Refused(400, f"{word[:80]!r} stands in nvext and beside it with another value", param=f"nvext.{word[:80]}")
         body[word] = value
     for old, new in OLDER.items():
-        if old in body:
+        if old in body and new in known:
             value = body.pop(old)
             if body.setdefault(new, value) != value:
                 raise Refused(400, f"{old} and {new} say different things", param=old)
@@ -218,7 +218,7 @@ def _guided(body: Json, engine: str, route: str) -> None:
         kind, value = "regex", "(" + "|".join(re.escape(v) for v in value) + ")"
     word = {"regex": "regex", "grammar": "ebnf"}.get(kind)
     if kind == "json":
-        schema = parse_body(value.encode("utf-8", "replace")) if isinstance(value, str) else value
+        schema = _schema(value) if isinstance(value, str) else value
         body["response_format"] = {"type": "json_schema", "json_schema": {"name": "guided", "schema": schema}}
     elif kind == "json_object":
         body["response_format"] = {"type": "json_object"}
@@ -230,6 +230,13 @@ def _guided(body: Json, engine: str, route: str) -> None:
         body["response_format"] = {"type": word, word: value}
 
 
+def _schema(text: str) -> Json:
+    try:
+        return parse_body(text.encode("utf-8", "replace"))
+    except Refused as e:
+        raise Refused(400, f"guided_json is no schema: {str(e).replace('the body', 'it')}", param="guided_json") from e
+
+
 def _truncation(body: Json, engine: str) -> None:
     """NIM's `truncate`: NONE refuses what is too long, END and START cut it there."""
     truncate = body.pop("truncate", "NONE")
@@ -238,9 +245,11 @@ def _truncation(body: Json, engine: str) -> None:
     if truncate not in ("END", "START") or engine != "vllm":
         raise Refused(
             400,
-            f"truncate {str(truncate)[:20]!r} is not supported by {engine}; use NONE{' , END or START' if engine == 'vllm' else ''}",
+            f"truncate {str(truncate)[:20]!r} is not supported by {engine}; use {'NONE, END or START' if engine == 'vllm' else 'NONE'}",
             param="truncate",
         )
+    if twice := {"truncate_prompt_tokens", "truncation_side"} & body.keys():
+        raise Refused(400, f"truncate and {min(twice)} both say where to cut", param="truncate")
     body["truncate_prompt_tokens"] = -1
     body["truncation_side"] = "right" if truncate == "END" else "left"
 
@@ -251,7 +260,7 @@ def _embedding(body: Json, engine: str) -> None:
         raise Refused(400, f"input_type {str(kind)[:20]!r} is neither query nor passage", param="input_type")
     _truncation(body, engine)
     texts = body.get("input")
-    if texts in ("", []) or (isinstance(texts, list) and "" in texts):
+    if texts in ("", [], None) or (isinstance(texts, list) and "" in texts):
         raise Refused(400, "input holds nothing to embed", param="input")
 
 
@@ -260,6 +269,8 @@ def _ranking(body: Json, engine: str) -> Json:
     query, passages = body.get("query"), body.get("passages")
     if not isinstance(query, dict) or not isinstance(query.get("text"), str):
         raise Refused(400, 'query is not {"text": "…"}', param="query")
+    if unknown := [k for k in query if k != "text"]:
+        raise Refused(400, f"{unknown[0][:80]!r} of query is not supported: this model ranks texts", param="query")
     if not isinstance(passages, list) or not 0 < len(passages) <= MAX_PASSAGES:
         raise Refused(400, f"passages is not a list of 1 to {MAX_PASSAGES} entries", param="passages")
     texts = []

@@ -361,6 +361,7 @@ def test_ranking_in_nims_form(pooling: Served) -> None:
         {"passages": []},
         {"passages": [{"text": "a"}] * 513},
         {"query": "q"},
+        {"query": {"text": "q", "image": PIXEL}},
         {"passages": [{"text": "a", "image": PIXEL}]},
         {"truncate": "X"},
     ):
@@ -369,7 +370,18 @@ def test_ranking_in_nims_form(pooling: Served) -> None:
         in_both_shapes(body, 400)
 
 
-@pytest.mark.parametrize("more", [{"input": ""}, {"input": []}, {"input": ["a", ""]}, {"input_type": "other"}, {"no_such": 1}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"input": ""},
+        {"input": []},
+        {"input": None},
+        {"input": ["a", ""]},
+        {"input_type": "other"},
+        {"truncate": "END", "truncate_prompt_tokens": 5},
+        {"no_such": 1},
+    ],
+)
 def test_embedding_input_that_makes_no_sense(pooling: Served, more: dict[str, Any]) -> None:
     status, body, _ = pooling.ask("POST", "/v1/embeddings", {"model": "acme/tiny", "input": "a", **more})
     assert status == 400

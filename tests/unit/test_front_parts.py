@@ -65,6 +65,11 @@ def test_another_engine_gets_its_own_words() -> None:
     assert schema == {"type": "json_schema", "json_schema": {"name": "guided", "schema": {"type": "object"}}}
     with pytest.raises(Refused, match="one guided"):
         prepare(CHAT, {"guided_json": {}, "guided_regex": "x"}, MODELS, "sglang")
+    with pytest.raises(Refused, match="guided_json is no schema: it is not valid JSON"):
+        prepare(CHAT, {"guided_json": "{"}, MODELS, "sglang")
+    for asks in ({"max_thinking_tokens": 3}, {"nvext": {"max_thinking_tokens": 3}}):
+        with pytest.raises(Refused, match="'max_thinking_tokens' is not supported by sglang"):  # as the caller spelt it
+            prepare(CHAT, asks, MODELS, "sglang")
     with pytest.raises(Refused, match="does not support /tokenize"):
         prepare("/tokenize", {}, MODELS, "tensorrt_llm")
 
