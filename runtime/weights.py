@@ -230,13 +230,18 @@ def again(source: Source | None, cache: Path, model: Pin, target: Path, file: Fi
 
 
 def missing(source: Source | None, cache: Path, model: Pin) -> tuple[int, int]:
-    """Bytes of a model's files, and of those that the cache lacks, by size alone; (0, -1) where its manifest cannot be had."""
+    """Bytes of a model's files, and of those that the cache lacks, by size alone; (0, -1) where its manifest cannot be had.
+
+    Raises Invalid (reason cache) for what is no file where one belongs.
+    """
     disk = Disk(cache)
     try:
         files = {f.digest: f.size for f in files_of(parse_manifest(_model_manifest(source, disk, model)))}
-        return sum(files.values()), sum(size for digest, size in files.items() if disk.size(digest) != size)
     except AirlockError:
         return 0, -1
+    for digest in files:
+        place.blob(disk, digest)
+    return sum(files.values()), sum(size for digest, size in files.items() if disk.size(digest) != size)
 
 
 def largest(cache: Path, model: Pin) -> list[Path]:

@@ -74,26 +74,33 @@ def listed(cache: Path, args: argparse.Namespace) -> int:
 
 
 def verify(cache: Path, args: argparse.Namespace) -> int:
-    """`verify`: every object against its digest, read from the disk."""
+    """`verify`: every object against its digest, read from the disk, and the files that a model lacks."""
     from runtime import upkeep
 
     disk = Disk(cache)
     objects = list(disk.walk())
-    names = {f.digest: f"{held.name}: {f.path}" for held in upkeep.models(cache) for f in held.files}
+    models = upkeep.models(cache)
+    names = {f.digest: f"{held.name}: {f.path}" for held in models for f in held.files}
     progress = Progress(sum(count for _, count in objects), "verify", sys.stderr)
     bad = [digest for digest, count in objects if upkeep.damaged(disk, digest, count, progress.add) and disk.size(digest) is not None]  # not evicted
     progress.close()
+    lacking = sorted({names[digest] for held in models if held.path.is_dir() for digest in held.sizes if disk.size(digest) is None})
     for digest in bad if args.repair else ():
         disk.delete(digest)
     told = [{"digest": digest, "file": names.get(digest, ""), "path": str(disk.path(digest))} for digest in bad]
     if args.json:
-        sys.stdout.write(json.dumps({"objects": len(objects), "damaged": told, "removed": bool(bad and args.repair)}, indent=2) + "\n")
+        doc = {"objects": len(objects), "damaged": told, "removed": bool(bad and args.repair), "missing": lacking}
+        sys.stdout.write(json.dumps(doc, indent=2) + "\n")
     else:
         sys.stdout.write("".join(f"damaged: {t['file'] or t['digest']} ({t['path']})\n" for t in told))
+        sys.stdout.write("".join(f"missing: {name}\n" for name in lacking))
         sys.stdout.write(f"{len(objects)} object(s) read, {len(bad)} damaged{' and removed' if bad and args.repair else ''}\n")
     if bad and not args.repair:
         do = "say --repair: it is removed, and the next start fetches it again"
         raise Mismatch(f"{len(bad)} object(s) of the cache are damaged", expected="the bytes of their digests", do=do, reason="weights")
+    if lacking and not args.repair:
+        what = f"{len(lacking)} file(s) of the models are missing"
+        raise Mismatch(what, expected="every file of a model", do="start while the registry answers: it is fetched again", reason="weights")
     return 0
 
 

@@ -96,12 +96,14 @@ def _registry(settings: Settings, lines: list[Line]) -> tuple[Facts | None, Prof
         if not own:
             lines.append(_lease(settings, trouble))
         choice, profile = _choose(settings, own)
+        check = "weights"
+        weighed = start.weighed(choice, profile, settings)
     except AirlockError as error:
         lines.append(of_error(check, error))
         return (*_node(settings, lines), -1, [])
     words = f"{settings.name_ref} runs with profile {profile.description} ({profile.id[:12]}): {choice.selection.why}"
     lines.append(Line("model", "warn" if own else "ok", f"UNSIGNED, {settings.unsigned}: {words}" if own else words))
-    return choice.facts, profile, choice.selection.gpus, *start.weighed(choice, profile, settings)
+    return choice.facts, profile, choice.selection.gpus, *weighed
 
 
 def _choose(settings: Settings, own: bool) -> tuple[start.Choice, Profile]:

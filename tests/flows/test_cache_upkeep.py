@@ -107,6 +107,11 @@ def test_verify_finds_what_a_stamp_would_and_repair_lets_it_be_fetched(node: Nod
     (bad,) = json.loads(found.stdout)["damaged"]
     assert bad["file"] == "acme/tiny: model.safetensors" and bad["path"] == str(node.blob("model.safetensors"))
     assert cache(node, "verify", "--repair").returncode == 0 and not node.blob("model.safetensors").exists()
+    lacking = cache(node, "verify")
+    assert lacking.returncode == 39 and "missing: acme/tiny: model.safetensors\n" in lacking.stdout and "fetched again" in lacking.stderr
+    node.blob("model.safetensors").symlink_to("/etc/passwd")
+    assert json.loads(cache(node, "verify", "--json").stdout)["missing"] == ["acme/tiny: model.safetensors"]
+    node.blob("model.safetensors").unlink()
     assert node.run("download-to-cache").returncode == 0 and cache(node, "verify").returncode == 0
     assert (node.model_dir() / "model.safetensors").read_bytes() == node.files["model.safetensors"]
 

@@ -235,6 +235,17 @@ def test_an_address_that_is_no_name_at_all(node: Node, host: str) -> None:  # no
     assert looked.returncode == started.returncode == 37 and "Traceback" not in started.stderr, started.stderr
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_is_no_file_among_the_weights_is_told_before_the_start(node: Node, kind: str) -> None:  # noqa: F811
+    assert node.run("download-to-cache").returncode == 0
+    blob = node.blob("model.safetensors")
+    blob.unlink()
+    blob.symlink_to("/etc/passwd") if kind == "link" else os.mkfifo(blob)
+    looked, started = node.run("preflight", "--json"), node.run("serve")
+    assert report(looked)["weights"][0] == "fail" and str(blob) in report(looked)["weights"][1], looked.stdout
+    assert looked.returncode == started.returncode == 38 and str(blob) in started.stderr, started.stderr
+
+
 @pytest.mark.parametrize("size", ["inf", "nan", "-5", "1e300"])
 def test_a_size_of_weights_that_is_none(node: Node, size: str) -> None:  # noqa: F811
     done = node.run("preflight", "--no-registry", "--weights-gb", size)
