@@ -137,7 +137,8 @@ def _rebuilt(conn: Connection, created: str) -> float:
     leaf, waits = t.audit_leaf.c, t.audit_pending.c
     size = conn.execute(select(func.max(leaf.idx))).scalar_one_or_none() or 0
     told = select(leaf.body).where(leaf.event == EVENT, leaf.idx > size - LOOK_BACK).order_by(leaf.idx.desc()).limit(1)
-    floor = _told(conn.execute(told).scalar_one_or_none())
+    comes = select(waits.body).where(waits.body.contains(f'"event":"{EVENT}"')).order_by(waits.id.desc()).limit(1)
+    floor = max(_told(conn.execute(found).scalar_one_or_none()) for found in (told, comes))
     seen = [
         conn.execute(found).scalar_one_or_none() or 0.0
         for found in (

@@ -1,4 +1,4 @@
-"""A real PostgreSQL from the system's packages for tests: one server a test run, one database a test, made from a migrated template.
+"""A real PostgreSQL from the system's packages for tests: one server a worker, one database a test, made from a migrated template.
 
 It imports no project code and touches no server that it did not start. As root it runs the server under another uid, which PostgreSQL demands.
 """
@@ -165,15 +165,10 @@ def _children_of(pid: int) -> list[int]:
     return found
 
 
-def _run_id() -> str:
-    """Names this test run; its parallel workers share it."""
-    return os.environ.get("PYTEST_XDIST_TESTRUNUID", f"pid{os.getpid()}")[:32]
-
-
 @contextmanager
 def _ledger() -> Iterator[dict[str, dict[str, object]]]:
-    """The servers of this user's running tests, under a lock: run id to folder, port and the workers that use it."""
-    path = TMP / f"airlock-pg-{os.geteuid()}.json"
+    """The servers of this user's running tests, under a lock: the worker's pid to folder and port."""
+    path = TMP / f"airlock-postgres-{os.geteuid()}.json"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -185,41 +180,27 @@ def _ledger() -> Iterator[dict[str, dict[str, object]]]:
         file.write(json.dumps(known))
 
 
-def _sweep(known: dict[str, dict[str, object]]) -> None:
-    """Ends servers of runs of which no worker lives any more: a killed run cleans up nothing itself."""
-    for run in list(known):
-        entry = known[run]
-        workers = entry["workers"]
-        assert isinstance(workers, list)
-        entry["workers"] = alive = [pid for pid in workers if _alive(int(pid))]
-        if not alive:
-            Postgres(Path(str(entry["folder"])), int(str(entry["port"]))).remove()
-            del known[run]
+def _end(entry: dict[str, object]) -> None:
+    Postgres(Path(str(entry["folder"])), int(str(entry["port"]))).remove()
 
 
 @functools.cache
 def shared() -> Postgres:
-    """The server of this test run, started by the worker that comes first and ended by the one that leaves last."""
+    """The server of this worker: snapshots see the transactions of all databases of a server, and the log waits for each, be it a vacuum's."""
     with _ledger() as known:
-        _sweep(known)
-        entry = known.get(_run_id())
-        if entry is None:
-            made = Postgres.make()
-            entry = known[_run_id()] = {"folder": str(made.folder), "port": made.port, "workers": []}
-        workers = entry["workers"]
-        assert isinstance(workers, list)
-        workers.append(os.getpid())
-        atexit.register(_leave, os.getpid())
-        return Postgres(Path(str(entry["folder"])), int(str(entry["port"])))
+        for pid in [pid for pid in known if not _alive(int(pid))]:  # a killed run cleans up nothing itself
+            _end(known.pop(pid))
+        made = Postgres.make()
+        known[str(os.getpid())] = {"folder": str(made.folder), "port": made.port}
+    atexit.register(_leave, os.getpid())
+    made.sql("ALTER SYSTEM SET autovacuum = off")
+    made.sql("SELECT pg_reload_conf()")
+    return made
 
 
 def _leave(pid: int) -> None:
     if os.getpid() != pid:  # a forked child ends without the say of its parent
         return
     with _ledger() as known:
-        entry = known.get(_run_id())
-        if entry is not None:
-            workers = entry["workers"]
-            assert isinstance(workers, list)
-            entry["workers"] = [w for w in workers if w != pid]
-        _sweep(known)
+        if str(pid) in known:
+            _end(known.pop(str(pid)))
