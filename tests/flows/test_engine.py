@@ -140,9 +140,8 @@ def test_trained_llama_answers_exactly(engine_env: Path, tmp_path: Path) -> None
         chunks = list(stream)
         assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == answer
         assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens > 0
-        # Outside the chat template the tiny model may stutter on the way to the word that only this run's training knows.
-        plain = client.completions.create(model="acme/tiny", prompt=QUESTION + " ", temperature=0, max_tokens=300).choices[0].text
-        assert plain.startswith("The code ") and answer.rsplit(" ", 1)[1] in plain
+        # As it was trained without the chat template: its tokenizer puts no <s> in front by itself, and without that it may stutter.
+        assert client.completions.create(model="acme/tiny", prompt=f"<s>{QUESTION} ", temperature=0, max_tokens=300).choices[0].text == answer
         told = re.search(r"KV cache size: ([\d,]+) tokens", (tmp_path / "engine.log").read_text())
         profile = Profile("x", {}, Pin("acme/tiny", "sha256:" + "1" * 64), memory=model_dir.read(model).config.memory)
         need = estimated(profile, 1, 1, length=10**8)
