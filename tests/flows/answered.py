@@ -83,10 +83,16 @@ def accessed(log: Path, door: str = "") -> list[dict[str, Any]]:
     """The access lines of a server's log, or those of one listener beside the main one, once it rests: a line comes after its answer."""
     size, rested = -1, 0
     while rested < 3:
-        time.sleep(0.05)
+        time.sleep(0.03)
         before, size = size, log.stat().st_size
         rested = rested + 1 if size == before else 0
-    lines = (json.loads(line) for line in log.read_text().splitlines() if line.startswith("{"))
+    return access_lines(log, door)
+
+
+def access_lines(log: Path, door: str = "") -> list[dict[str, Any]]:
+    """Those that are there now, without one that is being written."""
+    whole = log.read_text(errors="replace").rpartition("\n")[0]
+    lines = (json.loads(line) for line in whole.split("\n") if line.startswith("{"))
     return [line for line in lines if line.get("log") == "airlock.access" and (not door or line.get("door") == door)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.contracts.s3 import S3Door, door, signed
-from tests.flows.answered import accessed, gaps, unanswered
+from tests.flows.answered import access_lines, gaps, unanswered
 
 pytestmark = pytest.mark.server
 __all__ = ["door"]  # a fixture
@@ -177,7 +177,7 @@ def ask(door: S3Door, listener: str, method: str, path: str) -> list[dict[str, A
 
 
 def lines(door: S3Door) -> list[dict[str, Any]]:
-    return [line for line in accessed(door.main.log) if not line["path"].startswith("/airlock/v1/keys/s3")]
+    return [line for line in access_lines(door.main.log) if not line["path"].startswith("/airlock/v1/keys/s3")]
 
 
 def test_what_nobody_serves_is_named(door: S3Door) -> None:
