@@ -95,8 +95,6 @@ def refusal(error: errors.AirlockError, reading: bool) -> tuple[int, dict[str, s
         headers["x-error-code"] = "GatedRepo"
     elif status == 401:  # the exact text keeps clients from turning it into "repository not found"; our words are in the body
         headers |= {"x-error-message": "Invalid credentials in Authorization header", "www-authenticate": "Bearer"}
-    elif status == 405:
-        headers["allow"] = error.ids.get("allow", "")
     return status, headers
 
 

@@ -37,7 +37,9 @@ def words(error: errors.AirlockError) -> str:
 
 
 def headers(status: int, error: errors.AirlockError) -> dict[str, str]:
-    """When to come again (RFC 9110 section 10.2.3), and how long what was asked a range of is (section 14.4)."""
+    """When to come again (RFC 9110 section 10.2.3), the length of what has a range (14.4), what is served there (15.5.6; empty for nothing)."""
+    if status == 405:
+        return {"allow": error.ids.get("allow", "")}
     if status in (429, 503):
         return {"retry-after": error.ids.get("retry_after", "5")}
     if status == 416 and "total" in error.ids:

@@ -29,8 +29,6 @@ class AdminDoor:
         headers = refusals.headers(status, error)
         if status == 401:
             headers["www-authenticate"] = 'Basic realm="airlock"'
-        elif status == 405:
-            headers["allow"] = error.expected
         body = {"error": error.code, "reason": error.reason, "what": error.what, "expected": error.expected, "do": error.do}
         await x.json(status, body | {"request_id": x.note["request_id"]}, headers)
 
@@ -72,6 +70,7 @@ def _no_route(x: Exchange) -> errors.AirlockError:
     reads = x.path == "/healthz" or path in GETS or (path.partition("/")[0] in NAMED and "/" in path)
     allowed = ["GET", "HEAD"] * reads + ["POST"] * (path in POSTS)
     if allowed:
-        return errors.Unsupported(f"{x.method} is not served here", expected=", ".join(allowed))
+        told = ", ".join(allowed)
+        return errors.Unsupported(f"{x.method} is not served here", expected=told, allow=told)
     words = ", ".join(sorted({path.split("/")[0] for path in (*POSTS, *GETS, *NAMED)}))
     return errors.NotFound(f"no route {x.method} {x.path[:200]!r}", expected=f"{words} below /airlock/v1/")

@@ -130,8 +130,6 @@ class OciDoor:
         if status == 401:
             failure = {"insufficient_scope": error.reason, "key_absent": ""}.get(error.reason, "invalid_token")
             headers["www-authenticate"] = challenge(x.base_url, self._scope(x), failure)
-        if status == 405:  # RFC 9110 section 15.5.6: always told; empty where nothing is served
-            headers["allow"] = error.ids.get("allow", "")
         if status == 416:
             headers |= {k: error.ids[k] for k in ("location", "range", "docker-upload-uuid") if k in error.ids}
         detail = {"reason": error.reason, "expected": error.expected, "do": error.do}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sqlalchemy import insert, select, update
 
 from artifact.grant import Grant
@@ -126,6 +127,15 @@ def ngc_serving(data: Path, keys: dict[str, str], **env: str) -> Iterator[NgcDoo
         line = main.process.stdout.readline()
         assert line.startswith("NGC API on http"), line
         yield NgcDoor(main, replace(main, port=int(line.rsplit(":", 1)[1])))
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NgcDoor]:
+    """One with the models below, for all tests of a module."""
+    data = tmp_path_factory.mktemp("ngc") / "data"
+    with ngc_serving(data, new_ngc_site(data)) as found:
+        fill(found, data)
+        yield found
 
 
 def fill(door: NgcDoor, data: Path) -> dict[str, str]:

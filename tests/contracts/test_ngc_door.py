@@ -9,7 +9,6 @@ import os
 import re
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,21 +19,14 @@ from blake3 import blake3
 from registry.home import Home
 from registry.tickets import Ticket, Tickets
 from tests.contracts.doors import sha
-from tests.contracts.ngc import BUNDLE, FILES, GATED, MIRRORED, OWN, PLUS, NgcDoor, fill, new_ngc_site, ngc_serving, push_image
+from tests.contracts.ngc import BUNDLE, FILES, GATED, MIRRORED, OWN, PLUS, NgcDoor, door, fill, new_ngc_site, ngc_serving, push_image
 from tests.contracts.stores import s3_url
 
+__all__ = ["door"]  # a fixture
 pytestmark = pytest.mark.server
 DEMO = "/v2/org/acme/team/vision/models/demo"
 LLAMA = "/v2/org/nim/team/meta/models/llama"
 PAID = "/v2/org/nim/team/meta/models/paid"
-
-
-@pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NgcDoor]:
-    data = tmp_path_factory.mktemp("ngc") / "data"
-    with ngc_serving(data, new_ngc_site(data)) as found:
-        fill(found, data)
-        yield found
 
 
 def ask_caller(door: NgcDoor, key: str | None, **headers: str) -> tuple[int, Any]:

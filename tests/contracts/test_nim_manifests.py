@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ import pytest
 
 from artifact.nim import parse
 from tests.contracts.doors import INDEX, MANIFEST, Door, sha
-from tests.contracts.ngc import FILES, NgcDoor, fill, new_ngc_site, ngc_serving
+from tests.contracts.ngc import FILES, NgcDoor, door, ngc_serving
 from tests.contracts.nim_images import PLACE, SHAPE0, SHAPE1, SHAPE2, Entry, push_image, tar
 from tests.flows.test_ngc_flow import imported
 from tests.flows.test_ngc_source import sync
 from tests.flows.test_sync import make_home, plan_file
 
+__all__ = ["door"]  # a fixture
 pytestmark = pytest.mark.server
 AIRLOCK = str(Path(sys.executable).parent / "airlock")
 # What a parser and a printer would not give back: a mark before the text, blanks at the ends of lines, other line ends, no last one.
@@ -48,14 +49,6 @@ ARRANGED: dict[str, Callable[[bytes, bytes], list[bytes]]] = {
     "the first place hidden, the second counts": lambda raw, other: [packed(Entry(PLACE, other), Entry(SECOND, raw)), packed(HIDE)],
     "behind a link": lambda raw, other: [packed(Entry("data/m.yaml", raw)), packed(Entry(PLACE, kind=tarfile.SYMTYPE, target="/data/m.yaml"))],
 }
-
-
-@pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NgcDoor]:
-    data = tmp_path_factory.mktemp("shapes") / "data"
-    with ngc_serving(data, new_ngc_site(data)) as found:
-        fill(found, data)
-        yield found
 
 
 def told(door: Door, image: str, *words: str) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import string
-from collections.abc import Iterator
 from urllib.parse import quote
 
 import pytest
@@ -13,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.contracts.doors import Answer
-from tests.contracts.ngc import FILES, NgcDoor, fill, new_ngc_site, ngc_serving
+from tests.contracts.ngc import FILES, NgcDoor, door
 
+__all__ = ["door"]  # a fixture
 pytestmark = pytest.mark.server
 BASE = "/v2/org/acme/team/vision/models/demo"
 WORDS = ["v2", "v3", "org", "acme", "team", "vision", "models", "demo", "versions", "1.10", "files", "repos", "images", "tags", "search", "catalog"]
@@ -36,14 +36,6 @@ WORDS += [
 ]
 WORDS += ["%ff", "%2f", "%5c", "\u00fc", "a" * 300, "%252e", "users", "me", "subscriber", "nim%2fm%3a1%3ffile=x", "*"]
 CODES = {400, 401, 402, 403, 404, 405, 413, 416}
-
-
-@pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NgcDoor]:
-    data = tmp_path_factory.mktemp("ngc-input") / "data"
-    with ngc_serving(data, new_ngc_site(data)) as found:
-        fill(found, data)
-        yield found
 
 
 def refused(found: Answer, *codes: int) -> None:
